@@ -1,0 +1,64 @@
+"""The one place where a backend is chosen."""
+
+from __future__ import annotations
+
+import importlib
+from functools import lru_cache
+from types import ModuleType
+
+import torch
+
+from .problem import PatchProblem
+
+# Every backend is a module with `why_not(problem) -> reasons` and `forward(problem, *tensors) -> tokens`.
+MODULES = {"triton": ".triton", "cuda": ".cuda", "reference": ".reference"}
+# What `auto` tries, first to last. Triton's interpreter, on a CPU, runs only when it is named.
+AUTO = {"cuda": ("triton", "reference")}
+
+
+def backend(name: str) -> ModuleType:
+    return importlib.import_module(MODULES[name], __package__)
+
+
+def check_name(name: str) -> None:
+    if name != "auto" and name not in MODULES:
+        raise ValueError(f"backend must be one of auto, {', '.join(MODULES)}; got {name!r}")
+
+
+def why_not(p: PatchProblem, name: str) -> list[str]:
+    """Every reason why this backend can't take the problem; none: it can."""
+    return backend(name).why_not(p)
+
+
+@lru_cache(maxsize=1024)
+def choose(p: PatchProblem, name: str) -> ModuleType:
+    check_name(name)
+    if name == "auto":
+        return next(b for n in AUTO.get(p.device.type, ("reference",)) if not (b := backend(n)).why_not(p))
+    if reasons := why_not(p, name):
+        raise NotImplementedError(f"backend {name!r} can't take this problem ({p}): {'; '.join(reasons)}")
+    return backend(name)
+
+
+class Explanation(dict[str, list[str]]):
+    """Backend -> the reasons why it would not run; an empty list: it would. `chosen` is what `auto` takes."""
+
+    def __init__(self, p: PatchProblem):
+        super().__init__((name, why_not(p, name)) for name in MODULES)
+        self.problem = p
+        self.chosen = choose(p, "auto").__name__.rpartition(".")[2]
+
+    def __str__(self) -> str:
+        lines = [str(self.problem)]
+        for name, reasons in self.items():
+            mark = "auto takes it" if name == self.chosen else "would run"
+            lines.append(f"  {name:<10}" + ("no: " + "; ".join(reasons) if reasons else mark))
+        return "\n".join(lines)
+
+
+def canonical(images, weight, bias, pos_embed, prefix, keep) -> tuple[torch.Tensor | None, ...]:
+    """The tensors as every backend reads them: a picture is a video of one frame, tables have a batch dimension."""
+    if images.ndim == 4:
+        images, weight = images.unsqueeze(2), weight.unsqueeze(2)
+    pos_embed, prefix = (t if t is None or t.ndim == 3 else t.unsqueeze(0) for t in (pos_embed, prefix))
+    return images, weight, bias, pos_embed, prefix, keep
