@@ -11,7 +11,7 @@ from itertools import product
 import torch
 
 from .problem import PatchProblem
-from .reference import affine, pieces, sum_dtype, windows
+from .reference import centred, pieces, sum_dtype, windows
 
 Needs = tuple[bool, bool, bool, bool, bool]  # images, weight, bias, pos_embed, prefix
 
@@ -53,7 +53,7 @@ def _d_pos_embed(p, d_prefix, d_tokens, pos_embed, keep) -> torch.Tensor:
         d_tokens = _scattered(p, d_tokens, keep, per_image=p.pos_per_image)
     table = torch.cat([d_prefix.to(dtype) if p.pos_per_image else d_prefix.sum(0, keepdim=True, dtype=dtype),
                        d_tokens.to(dtype) if p.pos_per_image else d_tokens.sum(0, keepdim=True, dtype=dtype)], 1)  # fmt: skip
-    return table[:, table.shape[1] - p.pos_rows :].to(pos_embed.dtype)
+    return table[:, table.shape[1] - p.pos_rows :].to(pos_embed.dtype).contiguous()
 
 
 def _d_images(p, d_tokens, images, weight, keep) -> torch.Tensor:
@@ -70,7 +70,7 @@ def _d_images(p, d_tokens, images, weight, keep) -> torch.Tensor:
         grid = windows(raw, d_image, dtype)  # [1, G_t, G_h, G_w, C, P_t, P_h, P_w], a view
         d_x = (d_tokens[b].to(dtype) @ W).view(grid.shape)
         if p.normalised:
-            d_x *= affine(p, dtype)[0].view(p.C, 1, 1, 1)
+            d_x *= centred(p, dtype)[1].view(p.C, 1, 1, 1)
         elif p.scale != 1:
             d_x *= p.scale
         for first in product(*map(range, overlap)):  # windows `overlap` apart share no pixel: add one such set at a time
@@ -88,12 +88,12 @@ def _scattered(p, d_tokens, keep, *, per_image: bool) -> torch.Tensor:
     if per_image:
         index = index + torch.arange(p.B, device=index.device)[:, None] * p.N
     total = d_tokens.new_zeros((images * p.N, p.D), dtype=sum_dtype(p))
-    source = d_tokens.to(total.dtype).reshape(-1, p.D)
+    source, index = d_tokens.to(total.dtype).reshape(-1, p.D), index.reshape(-1)
     # Each is the deterministic one on its device: index_add_ is atomic on a GPU, index_put_ on many CPU threads.
     if total.is_cuda:
-        total.index_put_((index.view(-1),), source, accumulate=True)
+        total.index_put_((index,), source, accumulate=True)
     else:
-        total.index_add_(0, index.view(-1), source)
+        total.index_add_(0, index, source)
     return total.view(images, p.N, p.D)
 
 

@@ -120,6 +120,12 @@ class PatchProblem:
         return [self.scale / s for s in std], [-m / s for m, s in zip(mean, std, strict=True)]
 
     @property
+    def centred(self) -> tuple[list[float], list[float]]:
+        """m, a with (x·scale − mean)/std = (x − m)·a, a value per channel; unlike x·a + b it loses nothing near the mean."""
+        a, b = self.affine
+        return [-y / x for x, y in zip(a, b, strict=True)], a
+
+    @property
     def flops(self) -> int:
         return 2 * self.B * self.rows * self.K * self.D
 
@@ -174,8 +180,8 @@ def arguments_of(
         scale = 1 / 255 if images.dtype == torch.uint8 else 1.0
     elif isinstance(scale, bool) or not isinstance(scale, Real):
         raise TypeError(f"scale must be a number, got {type(scale).__name__} {scale!r}")
-    elif not math.isfinite(scale):
-        raise ValueError(f"scale must be finite, got {scale}")
+    elif not math.isfinite(scale) or scale == 0:
+        raise ValueError(f"scale must be finite and not 0, got {scale}")
     return Arguments(
         patch if stride is None else _sizes("stride", stride, len(patch), 1),
         _sizes("padding", padding, len(patch), 0),

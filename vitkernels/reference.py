@@ -130,26 +130,26 @@ def _part(p: PatchProblem, grid: torch.Tensor, n: slice, keep: torch.Tensor | No
 def _normalise(p: PatchProblem, x: torch.Tensor, after: int) -> torch.Tensor:
     """(x·scale − mean)/std in place; the channel is the dimension before the last `after`."""
     if p.normalised:
-        a, b = affine(p, x.dtype).view(2, p.C, *(1,) * after)
-        return x.mul_(a).add_(b)
+        m, a = centred(p, x.dtype).view(2, p.C, *(1,) * after)
+        return x.sub_(m).mul_(a)
     return x if p.scale == 1 else x.mul_(p.scale)
 
 
-def affine(p: PatchProblem, dtype: torch.dtype) -> torch.Tensor:
-    """[2, C]: the a and b of `PatchProblem.affine`, on the problem's device."""
-    a, b = p.affine
+def centred(p: PatchProblem, dtype: torch.dtype) -> torch.Tensor:
+    """[2, C]: the m and a of `PatchProblem.centred`, on the problem's device."""
+    m, a = p.centred
     if p.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         # A copy from the host can't be captured, and memory of the graph's pool must not outlive it in our cache.
         values = torch.empty(2 * p.C, dtype=dtype, device=p.device)
-        for slot, value in zip(values, a + b, strict=True):
+        for slot, value in zip(values, m + a, strict=True):
             slot.fill_(value)
         return values.view(2, p.C)
-    return _affine(tuple(a), tuple(b), dtype, p.device)
+    return _centred(tuple(m), tuple(a), dtype, p.device)
 
 
 @lru_cache(maxsize=256)
-def _affine(a: tuple[float, ...], b: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    return torch.tensor([a, b], dtype=dtype, device=device)
+def _centred(m: tuple[float, ...], a: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.tensor([m, a], dtype=dtype, device=device)
 
 
 def product_dtype(p: PatchProblem) -> torch.dtype:

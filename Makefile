@@ -1,0 +1,37 @@
+# On a bare machine `make demo` and `make test` need Python 3.10 or later with venv, and a network: they build $(VENV).
+PYTHON ?= python3
+VENV ?= .venv
+# Further arguments of pip install, e.g. EXTRA="--index-url https://download.pytorch.org/whl/cpu --extra-index-url https://pypi.org/simple"
+EXTRA ?=
+# Further arguments of the command itself, e.g. make demo ARGS="--batch 32"
+ARGS ?=
+# Workers of pytest. torch gets one thread in each, as they share the cores.
+WORKERS ?= auto
+
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint bench clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.has-demo
+	$(BIN)/vitkernels demo $(ARGS)
+
+test: $(VENV)/.has-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --benchmark-disable $(ARGS)
+
+lint: $(VENV)/.has-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.has-test
+	$(BIN)/vitkernels bench $(ARGS)
+
+$(VENV)/.has-%: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --editable ".[$*]" $(EXTRA)
+	touch $@
+
+clean:
+	rm -rf build dist *.egg-info .venv .pytest_cache .ruff_cache .mypy_cache .benchmarks demo-output
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,158 @@
+"""Say what this machine has and which backend would run on it; for the others, every reason why not."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+HELP = "machine, versions, and which backend would run here"
+
+PACKAGES = ("torch", "triton", "numpy", "timm", "transformers", "torchvision", "vit_pytorch")
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--markdown", action="store_true", help="print the table of backends that stands in README.md")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    if args.markdown:
+        return {"markdown": backend_table()}
+    problems = _problems()
+    return {
+        "machine": machine(),
+        "versions": versions(),
+        "backends": [_backend(name, problems) for name in next(iter(problems.values()))],
+        "auto": {title: explanation.chosen for title, explanation in problems.items()},
+    }
+
+
+def show(result: dict[str, Any]) -> None:
+    if "markdown" in result:
+        print(result["markdown"])
+        return
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    machine, console = result["machine"], Console()
+    facts = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    facts.add_row("cpu", f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} torch threads")
+    for gpu in machine["gpus"]:
+        facts.add_row("gpu", ", ".join(f"{value}" if key == "name" else f"{key} {value}" for key, value in gpu.items()))
+    if not machine["gpus"]:
+        facts.add_row("gpu", "none")
+    facts.add_row("system", machine["system"])
+    for name, number in result["versions"].items():
+        facts.add_row(name, number or "[dim]not installed[/]")
+    console.print(facts)
+
+    table = Table(box=box.SIMPLE_HEAD, title_justify="left")
+    for column in ("backend", "runs here", "problem", "why not"):
+        table.add_column(column)
+    for backend in result["backends"]:
+        for i, (title, reasons) in enumerate(backend["problems"].items()):
+            taken = " (auto takes it)" if result["auto"][title] == backend["name"] else ""
+            here = "yes" if backend["available"] else "no"
+            table.add_row(*((backend["name"], here) if i == 0 else ("", "")), title + taken, "; ".join(reasons))
+    console.print(table)
+
+
+def machine() -> dict[str, Any]:
+    """Processor and GPUs; the latter from the driver's own tool, which creates no CUDA context."""
+    import torch
+
+    return {
+        "cpu": _cpu(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "system": platform.platform(),
+        "gpus": _gpus(),
+    }
+
+
+def versions() -> dict[str, str | None]:
+    """Of Python, of this package, of those it works with, and of nvcc; None: not installed."""
+    from .. import __version__
+
+    found: dict[str, str | None] = {"python": platform.python_version(), "vitkernels": __version__}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    release = next((line for line in _output("nvcc", "--version") if "release" in line), None)
+    return found | {"nvcc": release and release.rpartition("V")[2]}
+
+
+def backend_table() -> str:
+    """README's table: the same on every machine."""
+    from ..dispatch import AUTO, MODULES, backend
+
+    places = {"cpu": ("reference",), **AUTO}
+    words = {"cpu": "the CPU", "cuda": "CUDA GPUs"}
+    rows = ["| backend | what it is | `auto` takes it on |", "| --- | --- | --- |"]
+    for name in MODULES:
+        summary = (backend(name).__doc__ or "").strip().partition("\n")[0]
+        ranks = [
+            f"{words.get(place, place)}, {'first' if names[0] == name else 'for what the others cannot take'}"
+            for place, names in places.items()
+            if name in names
+        ]
+        rows.append(f"| `{name}` | {summary} | {'; '.join(ranks) or 'no device: it must be named'} |")
+    return "\n".join(rows)
+
+
+def _problems() -> dict[str, Any]:
+    """Representative problems -> what `explain` says about each, on every kind of device that is here."""
+    import torch
+
+    from .. import explain
+
+    def vit(device: str, patch: int, width: int, images: torch.dtype, weight: torch.dtype):
+        return explain(
+            torch.empty(1, 3, 224, 224, dtype=images, device=device),
+            torch.empty(width, 3, patch, patch, dtype=weight, device=device),
+        )
+
+    found = {"ViT-B/16, fp32, on cpu": vit("cpu", 16, 768, torch.float32, torch.float32)}
+    if torch.cuda.is_available():
+        found["ViT-B/16, uint8 -> bf16, on cuda"] = vit("cuda", 16, 768, torch.uint8, torch.bfloat16)
+        found["ViT-L/14, bf16, on cuda"] = vit("cuda", 14, 1024, torch.bfloat16, torch.bfloat16)
+    return found
+
+
+def _backend(name: str, problems: dict[str, Any]) -> dict[str, Any]:
+    each = {title: explanation[name] for title, explanation in problems.items()}
+    available = not all(each.values())
+    reasons = [] if available else list(dict.fromkeys(reason for reasons in each.values() for reason in reasons))
+    return {"name": name, "available": available, "reasons": reasons, "problems": each}
+
+
+def _cpu() -> str:
+    if sys.platform == "linux":
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    if sys.platform == "darwin" and (brand := _output("sysctl", "-n", "machdep.cpu.brand_string")):
+        return brand[0]
+    return platform.processor() or platform.machine()
+
+
+def _gpus() -> list[dict[str, str]]:
+    keys = ("name", "compute capability", "driver", "memory")
+    lines = _output("nvidia-smi", "--query-gpu=name,compute_cap,driver_version,memory.total", "--format=csv,noheader")
+    return [dict(zip(keys, map(str.strip, line.split(",")), strict=True)) for line in lines if line.count(",") == 3]
+
+
+def _output(*command: str) -> list[str]:
+    if shutil.which(command[0]) is None:
+        return []
+    return subprocess.run(command, capture_output=True, text=True, timeout=30, check=False).stdout.splitlines()

@@ -1,0 +1,140 @@
+"""The demonstration's picture: what a patch embedding does to a photograph, and where its time goes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from .demo import Demonstration
+
+INK, GREY, ACCENT = "#1f2430", "#667080", "#e4572e"
+STEP_COLOURS = ("#cfdae8", "#a9bdd6", "#4f75a3", "#86a3c6", "#bccbe0")
+
+
+def draw(shown: Demonstration, where: str, path: Path) -> None:
+    """Draw to `path`; `where` names the machine that was timed."""
+    figure = Figure(figsize=(16, 8.2), dpi=100, facecolor="white")
+    _, height, width, _ = shown.images.shape
+    _, rows, channels = shown.tokens.shape
+    grid = (height // shown.patch[0], width // shown.patch[1])
+    T = rows - grid[0] * grid[1]
+
+    figure.text(0.03, 0.938, "Pixels in, tokens out", fontsize=23, weight="bold", color=INK)
+    figure.text(
+        0.03, 0.893,
+        f"{shown.model}: a photograph of {height} × {width} uint8 pixels, read where the decoder left it, "
+        f"becomes {rows} tokens of {channels} channels in one call",
+        fontsize=13, color=GREY,
+    )  # fmt: skip
+    columns = figure.add_gridspec(1, 4, left=0.03, right=0.985, top=0.785, bottom=0.335, width_ratios=(1, 1.5, 1, 1))
+    columns.update(wspace=0.09)
+    patches, matrix, colours, positions = (figure.add_subplot(column) for column in columns)
+
+    _title(patches, "Patches", f"{grid[0]} × {grid[1]} of them, {shown.patch[0]} × {shown.patch[1]} pixels each")
+    P_h, P_w = shown.patch
+    pixels = shown.images[0, : grid[0] * P_h, : grid[1] * P_w].reshape(grid[0], P_h, grid[1], P_w, 3).swapaxes(1, 2)
+    patches.imshow(_mosaic(pixels / 255, gap=max(2, P_h // 5)), interpolation="antialiased")
+
+    _title(matrix, "Tokens", "a row is a token, a column a channel; the weights are random")
+    _matrix(matrix, shown.tokens[0], T)
+
+    _title(colours, "Tokens, laid back", "three principal components as red, green, blue")
+    components = _components(shown.tokens[:, T:] - shown.pos_embed)[0].reshape(*grid, 1, 1, 3)
+    colours.imshow(_mosaic(np.repeat(np.repeat(components, P_h, 2), P_w, 3), gap=max(2, P_h // 5)))
+
+    _title(positions, "Positions", "cosine similarity of some with all: 2-D sin-cos table")
+    positions.imshow(_similarities(shown.pos_embed, grid), cmap="magma", interpolation="nearest")
+
+    for axes in (patches, colours, positions):
+        axes.set_axis_off()
+        axes.set_anchor("NW")
+    _times(figure.add_axes((0.135, 0.115, 0.83, 0.125)), shown)
+    figure.text(0.03, 0.272, "Where the front end's time goes", fontsize=14, weight="bold", color=INK)
+    figure.text(
+        0.03, 0.022,
+        f"{len(shown.images)} photographs, {shown.dtype}, backend {shown.backend}, on {where}; medians. "
+        f"The front end is {shown.share:.2%} of the model's operations.",
+        fontsize=10.5, color=GREY,
+    )  # fmt: skip
+    figure.text(0.985, 0.022, f"Photograph: {shown.credits[0]}", fontsize=10.5, color=GREY, ha="right")
+    figure.savefig(path)
+
+
+def _title(axes: Axes, title: str, below: str) -> None:
+    axes.set_title(title, loc="left", fontsize=14, weight="bold", color=INK, pad=25)
+    axes.annotate(below, (0, 1), (0, 7), "axes fraction", "offset points", fontsize=10.5, color=GREY, va="bottom")
+
+
+def _mosaic(tiles: np.ndarray, gap: int) -> np.ndarray:
+    """[rows, columns, h, w, ...] -> one image, tiles apart by `gap` pixels of white (NaN where there is no colour)."""
+    rows, columns, h, w, *colour = tiles.shape
+    canvas = np.full((rows, h + gap, columns, w + gap, *colour), 1.0 if colour else np.nan)
+    canvas[:, :h, :, :w] = tiles.swapaxes(1, 2)
+    return canvas.reshape(rows * (h + gap), columns * (w + gap), *colour)[:-gap, :-gap]
+
+
+def _matrix(axes: Axes, tokens: np.ndarray, T: int) -> None:
+    limit = np.percentile(np.abs(tokens), 99)
+    axes.imshow(tokens, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
+    axes.spines[:].set_visible(False)
+    axes.set_yticks([])
+    axes.set_xticks([0, tokens.shape[1] - 1], ["channel 0", str(tokens.shape[1] - 1)], fontsize=10, color=GREY)
+    axes.tick_params(length=0)
+    for label, side in zip(axes.get_xticklabels(), ("left", "right"), strict=True):
+        label.set_horizontalalignment(side)
+    if T:
+        axes.add_patch(Rectangle((-0.5, -0.5), tokens.shape[1], T, fill=False, ec=ACCENT, lw=1.6, clip_on=False))
+        axes.text(
+            0.5, -0.035, "▲ outlined: class token" if T == 1 else f"outlined: {T} prefix tokens",
+            transform=axes.transAxes, fontsize=10, color=ACCENT, ha="center", va="top",
+        )  # fmt: skip
+
+
+def _components(tokens: np.ndarray) -> np.ndarray:
+    """Tokens [B, N, D] -> their three principal components over all photographs, spread over 0…1."""
+    flat = tokens.reshape(-1, tokens.shape[-1])
+    flat = flat - flat.mean(0)
+    _, vectors = np.linalg.eigh(flat.T @ flat)
+    parts = flat @ vectors[:, -3:]
+    low, high = np.percentile(parts, (2, 98), axis=0)
+    return np.clip((parts - low) / (high - low), 0, 1).reshape(*tokens.shape[:2], 3)
+
+
+def _similarities(pos_embed: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """Every other patch's similarity with all, as one mosaic: the figure 7 of https://arxiv.org/abs/2010.11929."""
+    unit = pos_embed / np.linalg.norm(pos_embed, axis=1, keepdims=True)
+    similarity = (unit @ unit.T).reshape(*grid, *grid)
+    some = [np.linspace(0, G - 1, min(G, 7)).round().astype(int) for G in grid]
+    return _mosaic(similarity[np.ix_(*some)], gap=2)
+
+
+def _times(axes: Axes, shown: Demonstration) -> None:
+    before, after = shown.front_end
+    total = sum(shown.chain.values())
+    start = 0.0
+    for (name, time), colour in zip(shown.chain.items(), STEP_COLOURS, strict=True):
+        axes.barh(1, time, left=start, height=0.72, color=colour, edgecolor="white", linewidth=1.5)
+        if time > 0.035 * max(total, after.median):
+            ink = "white" if colour == STEP_COLOURS[2] else INK
+            axes.text(start + time / 2, 1, f"{name}\n{time:.2f}", ha="center", va="center", fontsize=10, color=ink)
+        start += time
+    axes.barh(0, after.median, height=0.72, color=ACCENT)
+    axes.text(
+        after.median / 2, 0, f"one call\n{after.median:.2f}", ha="center", va="center", fontsize=10, color="white"
+    )
+    for y, spread, end in ((1, before, total), (0, after, after.median)):
+        axes.text(end, y, f"  {spread.median:.2f} ms", va="center", fontsize=12, weight="bold", color=INK)
+    axes.set_yticks([1, 0], ["eager chain", "patch_embed"], fontsize=12.5, color=INK)
+    axes.set_xlim(0, 1.09 * max(total, after.median))
+    axes.set_ylim(-0.45, 1.45)
+    axes.set_xlabel("milliseconds, uint8 pixels → tokens", fontsize=10.5, color=GREY)
+    axes.tick_params(length=0, labelcolor=GREY, axis="x")
+    axes.tick_params(length=0, axis="y")
+    axes.spines[:].set_visible(False)

@@ -1,0 +1,209 @@
+"""The Triton forward, two roads to the same tokens. Letters: problem.py; a tile is BM patches × BN channels of tokens.
+
+gather_kernel      every thread computes the addresses of its pixels: any strides, padding, overlap, keep, video.
+descriptor_kernel  the copy engine cuts the patches out of the image (sm_90 and later), for aligned dense images.
+
+Both read the image where it lies, add bias and position to the sum in registers, and write each token once. The
+programs after the last tile write the prefix tokens. All offsets into images, tables and tokens are 64-bit.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _prefix_tile(pid, prefix, pos, out, B, T, rows, D, prefix_b, prefix_t, pos_b, pos_n, BT: tl.constexpr,
+                 BD: tl.constexpr, HAS_POS: tl.constexpr, SUM: tl.constexpr):  # fmt: skip
+    """out[b, t] = prefix[b, t] (+ pos[b, t]) for BT of the B·T prefix rows and BD channels."""
+    tiles_d = tl.cdiv(D, BD)
+    r = (pid // tiles_d) * BT + tl.arange(0, BT)
+    d = (pid % tiles_d) * BD + tl.arange(0, BD)
+    b = (r // T).to(tl.int64)
+    t = r % T
+    mask = (r < B * T)[:, None] & (d < D)[None, :]
+    value = tl.load(prefix + (b * prefix_b + t * prefix_t)[:, None] + d[None, :], mask=mask, other=0).to(SUM)
+    if HAS_POS:
+        value += tl.load(pos + (b * pos_b + t * pos_n)[:, None] + d[None, :], mask=mask, other=0).to(SUM)
+    row = b * (T + rows) + t
+    tl.store(out + (row * D)[:, None] + d[None, :], value.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _pixels(x, k, affine, K_PAD: tl.constexpr, NORMALISED: tl.constexpr, COMPUTE: tl.constexpr, SUM: tl.constexpr):
+    """Pixels to the product's operands: x·a[k] + b[k] in full precision where channels are normalised, then rounded."""
+    if NORMALISED:
+        x = x.to(SUM) * tl.load(affine + k)[None, :] + tl.load(affine + K_PAD + k)[None, :]
+    elif x.dtype != COMPUTE:
+        x = x.to(SUM)  # the interpreter can't convert uint8 to bf16 in one step
+    return x.to(COMPUTE)
+
+
+@triton.jit
+def gather_kernel(
+    images,  # [B, C, F, H, W]
+    weight,  # [D, WROW], rows in the order (c, t, y, x); WROW is K, or more with zeros after K
+    affine,  # [2, K_PAD]: a and b of y = x·a + b
+    bias,  # [D]
+    pos,  # [1|B, N|T+N, D]
+    prefix,  # [1|B, T, D]
+    keep,  # [B, rows]
+    out,  # [B, T + rows, D]
+    B, F, H, W, T, D, rows,
+    G_t, G_h, G_w,
+    image_b, image_c, image_f, image_h, image_w,  # strides in units of VEC elements; image_w in elements
+    pos_b, pos_n, prefix_b, prefix_t,
+    scale, k_stop,
+    K: tl.constexpr, K_PAD: tl.constexpr,
+    P_t: tl.constexpr, P_h: tl.constexpr, P_w: tl.constexpr,
+    S_t: tl.constexpr, S_h: tl.constexpr, S_w: tl.constexpr,
+    pad_t: tl.constexpr, pad_h: tl.constexpr, pad_w: tl.constexpr,
+    VEC: tl.constexpr, WROW: tl.constexpr,
+    NORMALISED: tl.constexpr, SCALED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_POS: tl.constexpr,
+    POS_PREFIX: tl.constexpr, HAS_KEEP: tl.constexpr,
+    COMPUTE: tl.constexpr, DOT: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    PADDED: tl.constexpr = pad_t > 0 or pad_h > 0 or pad_w > 0
+    pid = tl.program_id(0)
+    M = B * rows
+    tiles_n = tl.cdiv(D, BN)
+    tiles = tl.cdiv(M, BM) * tiles_n
+    if pid >= tiles:
+        _prefix_tile(pid - tiles, prefix, pos, out, B, T, rows, D, prefix_b, prefix_t, pos_b, pos_n, 16, BN,
+                     POS_PREFIX, SUM)  # fmt: skip
+    else:
+        # Neighbouring programs share their patches, not their weights: the weight stays in the L2 cache anyway.
+        m = (pid // tiles_n) * BM + tl.arange(0, BM)
+        d = (pid % tiles_n) * BN + tl.arange(0, BN)
+        row = tl.minimum(m, M - 1)  # rows past the end repeat the last one and are not stored
+        real = (d < D)[None, :]
+        b = (row // rows).to(tl.int64)
+        if HAS_KEEP:
+            n = tl.load(keep + row).to(tl.int64)
+            in_grid = (n >= 0) & (n < G_t * G_h * G_w)
+            n = tl.where(in_grid, n, 0)
+        else:
+            n = row % rows
+        f0 = (n // (G_h * G_w)) * S_t - pad_t
+        h0 = ((n // G_w) % G_h) * S_h - pad_h
+        w0 = (n % G_w) * S_w - pad_w
+        origin = b * image_b + f0.to(tl.int64) * image_f + h0.to(tl.int64) * image_h
+        if VEC > 1:
+            origin = origin * VEC + w0
+        else:
+            origin = origin + w0.to(tl.int64) * image_w
+
+        # Bias and position start the sum: loaded after it they would need registers beside it.
+        acc = tl.zeros((BM, BN), SUM)
+        if HAS_BIAS:
+            acc += tl.load(bias + d, mask=d < D, other=0).to(SUM)[None, :]
+        if HAS_POS:
+            first = T if POS_PREFIX else 0
+            at = b * pos_b + (n + first).to(tl.int64) * pos_n
+            acc += tl.load(pos + at[:, None] + d[None, :], mask=real, other=0).to(SUM)
+        if SCALED:
+            acc *= 1 / scale
+        w_rows = weight + d.to(tl.int64)[None, :] * WROW
+        for k0 in tl.range(0, k_stop, BK):
+            k = k0 + tl.arange(0, BK)
+            px = k % P_w
+            py = (k // P_w) % P_h
+            pt = (k // (P_w * P_h)) % P_t
+            c = k // (P_w * P_h * P_t)
+            inside = c.to(tl.int64) * image_c + pt.to(tl.int64) * image_f + py.to(tl.int64) * image_h
+            if VEC > 1:
+                inside = inside * VEC + px
+            else:
+                inside = inside + px.to(tl.int64) * image_w
+            pixel = images + origin[:, None] + inside[None, :]
+            if PADDED:
+                seen = (
+                    (k < K)[None, :]
+                    & (f0[:, None] + pt[None, :] >= 0) & (f0[:, None] + pt[None, :] < F)
+                    & (h0[:, None] + py[None, :] >= 0) & (h0[:, None] + py[None, :] < H)
+                    & (w0[:, None] + px[None, :] >= 0) & (w0[:, None] + px[None, :] < W)
+                )  # fmt: skip
+                x = _pixels(tl.load(pixel, mask=seen, other=0), k, affine, K_PAD, NORMALISED, COMPUTE, SUM)
+                if NORMALISED:
+                    x = tl.where(seen, x, 0.0).to(COMPUTE)
+            elif K_PAD > K:
+                x = _pixels(tl.load(pixel, mask=(k < K)[None, :], other=0), k, affine, K_PAD, NORMALISED, COMPUTE, SUM)
+            else:
+                x = _pixels(tl.load(pixel), k, affine, K_PAD, NORMALISED, COMPUTE, SUM)
+            if WROW < K_PAD:
+                w = tl.load(w_rows + k[:, None], mask=real & (k < K)[:, None], other=0)
+            else:
+                w = tl.load(w_rows + k[:, None], mask=real, other=0)
+            acc = tl.dot(x.to(DOT), w.to(DOT), acc, input_precision=PRECISION, out_dtype=SUM)
+        if SCALED:
+            acc *= scale
+        if HAS_KEEP:
+            acc = tl.where(in_grid[:, None], acc, float("nan"))
+        token = (b * (T + rows) + T + row % rows) * D
+        tl.store(out + token[:, None] + d[None, :], acc.to(out.dtype.element_ty), mask=(m < M)[:, None] & (d < D)[None, :])
+
+
+@triton.jit
+def descriptor_kernel(
+    image_desc,  # [B, G_h, G_w, C·H, P_w] in blocks [BB, BY, BX, RK, XK]: BM patches, RK rows of XK pixels of each
+    weight_desc,  # [D, K] in blocks [BN, RK·XK], in the order of the loop below
+    out_desc,  # [B, G_h, G_w, D] behind the prefix, in blocks [BB, BY, BX, BN]
+    affine,  # [2, K]: a and b of y = x·a + b, in the weight's order
+    bias,  # [D]
+    pos,  # [1|B, N|T+N, D]
+    prefix,  # [1|B, T, D]
+    out,  # [B, T + N, D]
+    B, H, T, D, G_h, G_w,
+    pos_b, pos_n, prefix_b, prefix_t,
+    scale,
+    C: tl.constexpr, P_h: tl.constexpr, P_w: tl.constexpr,
+    NORMALISED: tl.constexpr, SCALED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_POS: tl.constexpr,
+    POS_PREFIX: tl.constexpr,
+    COMPUTE: tl.constexpr, DOT: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr,
+    BB: tl.constexpr, BY: tl.constexpr, BX: tl.constexpr, BN: tl.constexpr, RK: tl.constexpr, XK: tl.constexpr,
+):  # fmt: skip
+    BM: tl.constexpr = BB * BY * BX
+    BK: tl.constexpr = RK * XK
+    K: tl.constexpr = C * P_h * P_w
+    STEPS_X: tl.constexpr = P_w // XK
+    STEPS_Y: tl.constexpr = P_h // RK
+    pid = tl.program_id(0)
+    tiles_n = tl.cdiv(D, BN)
+    tiles_y = tl.cdiv(G_h, BY)
+    tiles_x = tl.cdiv(G_w, BX)
+    tiles = tl.cdiv(B, BB) * tiles_y * tiles_x * tiles_n
+    if pid >= tiles:
+        _prefix_tile(pid - tiles, prefix, pos, out, B, T, G_h * G_w, D, prefix_b, prefix_t, pos_b, pos_n, 16, BN,
+                     POS_PREFIX, SUM)  # fmt: skip
+    else:
+        d0 = (pid % tiles_n) * BN
+        tile = pid // tiles_n
+        x0 = (tile % tiles_x) * BX
+        y0 = ((tile // tiles_x) % tiles_y) * BY
+        b0 = (tile // (tiles_x * tiles_y)) * BB
+
+        d = d0 + tl.arange(0, BN)
+        acc = tl.zeros((BM, BN), SUM)
+        if HAS_BIAS:
+            acc += tl.load(bias + d, mask=d < D, other=0).to(SUM)[None, :]
+        if HAS_POS:
+            row = tl.arange(0, BM)
+            b = tl.minimum(b0 + row // (BY * BX), B - 1).to(tl.int64)
+            y = tl.minimum(y0 + (row // BX) % BY, G_h - 1)
+            x = tl.minimum(x0 + row % BX, G_w - 1)
+            first = T if POS_PREFIX else 0
+            at = b * pos_b + (y * G_w + x + first).to(tl.int64) * pos_n
+            acc += tl.load(pos + at[:, None] + d[None, :], mask=(d < D)[None, :], other=0).to(SUM)
+        if SCALED:
+            acc *= 1 / scale
+        for step in tl.range(0, C * STEPS_Y * STEPS_X):
+            kx = (step % STEPS_X) * XK
+            ky = (step // STEPS_X) % STEPS_Y * RK
+            c = step // (STEPS_X * STEPS_Y)
+            patches = image_desc.load([b0, y0, x0, c * H + ky, kx])
+            pixels = _pixels(patches.reshape(BM, BK), step * BK + tl.arange(0, BK), affine, K, NORMALISED, COMPUTE, SUM)
+            weights = weight_desc.load([d0, step * BK])
+            acc = tl.dot(pixels.to(DOT), weights.to(DOT).T, acc, input_precision=PRECISION, out_dtype=SUM)
+        if SCALED:
+            acc *= scale
+        out_desc.store([b0, y0, x0, d0], acc.to(out.dtype.element_ty).reshape(BB, BY, BX, BN))

@@ -1,0 +1,185 @@
+"""How a problem becomes a launch: the road, the tile, and every argument of the kernel but the data.
+
+Pure arithmetic on a problem and a GPU's figures: the launcher (__init__.py) and the offline compiler (compiled.py)
+read the same plan, so what is inspected without a GPU is what runs on one.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from math import gcd, prod
+from typing import NamedTuple
+
+import torch
+
+from .. import tuning
+from ..problem import PatchProblem, Triple
+from ..tuning import Config, Gpu
+
+PREFIX_ROWS = 16  # of a program that writes prefix tokens; kernels.py's _prefix_tile
+
+
+class View(NamedTuple):
+    """The image as a kernel walks it. A channels-last image is one channel of rows W·C wide: (y, x, c) in memory
+    order is (y, x') with x' = x·C + c, so its pixels are read as wide as those of a planar image."""
+
+    C: int
+    W: int
+    P: Triple
+    S: Triple
+    pad: Triple
+    strides: tuple[int, int, int, int, int]  # b, c, f, h, w
+    channels_last: bool
+
+
+class Plan(NamedTuple):
+    road: str  # "gather" or "descriptor"
+    config: Config
+    grid: int
+    scalars: dict[str, int | float]
+    constants: dict[str, object]  # dtypes as torch's
+    descriptors: dict[str, tuple[list[int], list[int], list[int]]]  # name -> shape, strides, block
+    channels_last: bool
+    steps: tuple[int, int] | None  # (RK, XK) where K is cut into rows × pixels, and the weight must follow
+    weight_columns: int  # of the packed weight; K: it may be read where it lies
+
+
+def view_of(p: PatchProblem) -> View:
+    b, c, f, h, w = p.image_strides
+    if p.C > 1 and c == 1 and w == p.C:
+        wide = lambda v: (v[0], v[1], v[2] * p.C)  # noqa: E731
+        return View(1, p.W * p.C, wide(p.P), wide(p.S), wide(p.pad), (b, 0, f, h, 1), True)
+    return View(p.C, p.W, p.P, p.S, p.pad, p.image_strides, False)
+
+
+def product_of(p: PatchProblem, tf32: bool) -> str:
+    if p.compute_dtype == torch.float32:
+        return "tf32" if tf32 else "fp32"
+    return "fp64" if p.compute_dtype == torch.float64 else "half"
+
+
+def no_descriptor(p: PatchProblem, gpu: Gpu, product: str, aligned: bool) -> list[str]:
+    """Why the copy engine can't cut this image into patches; none: it can."""
+    v = view_of(p)
+    size, out = p.image_dtype.itemsize, p.out_dtype.itemsize
+    b, c, _f, h, w = v.strides
+    steps = _steps(p, v)
+    reasons = [
+        (not tuning.rows(gpu.arch, "descriptor", product), f"no descriptor kernel for {product} on sm_{gpu.arch}"),
+        (p.F != 1, f"{p.F} frames"),
+        (p.n_keep is not None, "a keep list"),
+        (any(p.pad), f"padding {p.pad[1:]}"),
+        (w != 1, f"pixels of a row are {w} apart"),
+        (v.C > 1 and c != p.H * h, f"channels are {c} apart, not H·row = {p.H * h}"),
+        (not aligned, "images do not start on 16 bytes"),
+        (p.B > 1 and (b == 0 or b * size % 16 != 0), f"images are {b * size} bytes apart, no multiple of 16"),
+        (h * size % 16 != 0, f"rows are {h * size} bytes apart, no multiple of 16"),
+        (v.S[2] * size % 16 != 0, f"patches are {v.S[2] * size} bytes apart, no multiple of 16"),
+        (p.D * out % 16 != 0, f"a token has {p.D * out} bytes, no multiple of 16"),
+        (steps is None, f"patch rows of {v.P[2] * size} bytes do not split into blocks of 16 bytes or more"),
+    ]
+    return [text for wrong, text in reasons if wrong]
+
+
+def _steps(p: PatchProblem, v: View) -> tuple[int, int] | None:
+    """(RK, XK): a step takes RK rows of XK pixels of each patch, 128 bytes of the product's operands."""
+    BK = 128 // p.compute_dtype.itemsize
+    XK = min(gcd(v.P[2], BK), BK)
+    RK = min(gcd(v.P[1], BK), BK // XK)
+    return (RK, XK) if XK * p.image_dtype.itemsize >= 16 and RK * XK >= 16 else None
+
+
+def blocks_of(p: PatchProblem, BM: int) -> tuple[int, int, int]:
+    """BM patches as images × grid rows × grid columns: the block that leaves the fewest patches empty."""
+    sides = [1 << i for i in range(BM.bit_length())]
+    shapes = [(BM // (y * x), y, x) for y in sides for x in sides if y * x <= BM]
+    _, gh, gw = p.G
+
+    def covered(shape: tuple[int, int, int]) -> tuple[int, int]:
+        total = prod(-(-n // s) * s for n, s in zip((p.B, gh, gw), shape, strict=True))
+        return total, -shape[2]  # among equals the widest: neighbouring patches share their rows' cache lines
+
+    return min(shapes, key=covered)
+
+
+@lru_cache(maxsize=1024)
+def make_plan(
+    p: PatchProblem, gpu: Gpu, aligned: bool, tf32: bool, interpreted: bool = False,
+    choice: tuple[str, Config] | None = None,
+) -> Plan:  # fmt: skip
+    """The launch of this problem; `choice` names a road and a tile instead of the tables."""
+    product = product_of(p, tf32)
+    descriptor = not no_descriptor(p, gpu, product, aligned)
+    if choice is None:
+        road = "descriptor" if descriptor else "gather"
+        entry = tuning.measured(gpu.name).get(tuning.key(p))
+        if entry and (entry["road"] == "gather" or descriptor):
+            choice = entry["road"], Config(*entry["config"])
+        else:
+            choice = road, tuning.default(p, road, product, gpu)
+    road, c = choice
+    v = view_of(p)
+    # The scale of all channels is a factor of the sum. One that differs by channel, or that leaves fp32's range
+    # (or its precision, in an fp64 problem), is applied to the pixels.
+    normalised = p.normalised or (p.scale != 1 and (product == "fp64" or not 1e-4 <= abs(p.scale) <= 1e4))
+    constants: dict[str, object] = {
+        "NORMALISED": normalised,
+        "SCALED": not normalised and p.scale != 1,
+        "HAS_BIAS": p.has_bias,
+        "HAS_POS": p.pos_rows > 0,
+        "POS_PREFIX": p.pos_rows > p.N,
+        "COMPUTE": p.compute_dtype,
+        # The interpreter multiplies bf16 as the integers that hold it.
+        "DOT": torch.float32 if interpreted and product == "half" else p.compute_dtype,
+        "SUM": torch.float64 if product == "fp64" else torch.float32,
+        "PRECISION": "tf32" if product == "tf32" else "ieee",
+        "BN": c.BN,
+    }
+    prefix_programs = -(-p.B * p.T // PREFIX_ROWS) * -(-p.D // c.BN)
+    scalars: dict[str, int | float] = {"B": p.B, "T": p.T, "D": p.D, "scale": p.scale}
+    if road == "descriptor":
+        RK, XK = steps = _steps(p, v)  # type: ignore[misc]
+        block = blocks_of(p, c.BM)
+        _, gh, gw = p.G
+        b, _c, _f, h, _w = v.strides
+        columns = v.C * v.P[1] * v.P[2]
+        row = p.T + p.N
+        return Plan(
+            road, c,
+            grid=prod(-(-n // s) for n, s in zip((p.B, gh, gw), block, strict=True)) * -(-p.D // c.BN) + prefix_programs,
+            scalars={**scalars, "H": p.H, "G_h": gh, "G_w": gw},
+            constants={
+                **constants, "C": v.C, "P_h": v.P[1], "P_w": v.P[2],
+                "BB": block[0], "BY": block[1], "BX": block[2], "RK": RK, "XK": XK,
+            },
+            descriptors={
+                "image_desc": ([p.B, gh, gw, v.C * p.H, v.P[2]], [b if p.B > 1 else gh * v.S[1] * h, v.S[1] * h, v.S[2], h, 1],
+                               [*block, RK, XK]),
+                "weight_desc": ([p.D, columns], [columns, 1], [c.BN, RK * XK]),
+                "out_desc": ([p.B, gh, gw, p.D], [row * p.D, gw * p.D, p.D, 1], [*block, c.BN]),
+            },
+            channels_last=v.channels_last, steps=None if XK == v.P[2] else steps, weight_columns=columns,
+        )  # fmt: skip
+    vec = 1
+    if v.strides[4] == 1:
+        vec = gcd(16, *(s for s, n in zip(v.strides[:4], (p.B, v.C, p.F, p.H), strict=True) if n > 1))
+    b, ch, f, h = (s // vec for s in v.strides[:4])
+    padded_K = -(-p.K // c.BK) * c.BK
+    # Rows of the weight that are no multiple of 16 bytes (P = 14: 1176) are repacked with zeros behind them, so that
+    # they are loaded 16 bytes at a time; below this much work the copy would cost more than narrow loads.
+    repack = p.K * p.compute_dtype.itemsize % 16 != 0 and p.B * p.rows >= 4096
+    return Plan(
+        road, c,
+        grid=-(-p.B * p.rows // c.BM) * -(-p.D // c.BN) + prefix_programs,
+        scalars={
+            **scalars, "rows": p.rows, "F": p.F, "H": p.H, "W": v.W, "G_t": p.G[0], "G_h": p.G[1], "G_w": p.G[2],
+            "image_b": b, "image_c": ch, "image_f": f, "image_h": h, "image_w": v.strides[4], "k_stop": padded_K,
+        },
+        constants={
+            **constants, "HAS_KEEP": p.n_keep is not None, "K": p.K, "K_PAD": padded_K, "VEC": vec,
+            "WROW": padded_K if repack else p.K, "BM": c.BM, "BK": c.BK,
+            **{f"{letter}_{axis}": n for letter, values in (("P", v.P), ("S", v.S), ("pad", v.pad))
+               for axis, n in zip("thw", values, strict=True)},
+        },
+        descriptors={}, channels_last=v.channels_last, steps=None, weight_columns=padded_K if repack else p.K,
+    )  # fmt: skip
