@@ -100,15 +100,15 @@ def demonstrate(
     pixels = torch.from_numpy(images).to(device).permute(0, 3, 1, 2)  # the decoder's memory, seen as [B, C, H, W]
     projection, pos_embed, N = model.patch_embed.proj, model.pos_embed, model.patch_embed.num_patches
     prefix = torch.cat([pos_embed[:, :0], *(t for t in (model.cls_token, model.reg_token) if t is not None)], 1)
-    rows = prefix.shape[1] + N
-    parameters = (projection.weight, projection.bias, pos_embed, prefix)
+    table = functional.pad(pos_embed, (0, 0, prefix.shape[1] + N - pos_embed.shape[1], 0))  # zeros for the prefix
+    parameters = (projection.weight, projection.bias, table, prefix)
 
     def call(x: torch.Tensor) -> torch.Tensor:
         return patch_embed(x, projection.weight, projection.bias, **options)
 
     options = {"pos_embed": pos_embed, "prefix": prefix, "mean": mean, "std": std}
-    chain = EagerChain(*parameters, rows, mean, std)
-    exact = EagerChain(*(t if t is None else t.double() for t in parameters), rows, mean, std)(pixels)
+    chain = EagerChain(*parameters, mean, std)
+    exact = EagerChain(*(t if t is None else t.double() for t in parameters), mean, std)(pixels)
     before, after = chain(pixels), call(pixels)
     normalised = chain.normalise(chain.convert(pixels))
     if not torch.allclose(before, model._pos_embed(model.patch_embed(normalised)), rtol=1e-2, atol=1e-2):
@@ -152,11 +152,10 @@ def demonstrate(
 class EagerChain:
     """The front end as it is usually written, one pass over memory a step; normalised as timm's loader does it."""
 
-    STEPS = ("convert", "normalise", "convolve", "concatenate", "add")
+    STEPS = ("convert", "normalise", "convolve", "cat", "add")
 
-    def __init__(self, weight, bias, pos_embed, prefix, rows, mean, std):
-        self.weight, self.bias, self.prefix = weight, bias, prefix
-        self.pos_embed = functional.pad(pos_embed, (0, 0, rows - pos_embed.shape[1], 0))
+    def __init__(self, weight, bias, pos_embed, prefix, mean, std):
+        self.weight, self.bias, self.pos_embed, self.prefix = weight, bias, pos_embed, prefix
         like = {"dtype": weight.dtype, "device": weight.device}
         self.mean, self.std = (255 * torch.tensor(v, **like).view(1, -1, 1, 1) for v in (mean, std))
 
@@ -178,7 +177,7 @@ class EagerChain:
     def convolve(self, x):
         return functional.conv2d(x, self.weight, self.bias, self.weight.shape[2:])
 
-    def concatenate(self, x):
+    def cat(self, x):
         return torch.cat([self.prefix.expand(len(x), -1, -1), x.flatten(2).transpose(1, 2)], 1)
 
     def add(self, x):
@@ -194,7 +193,7 @@ def _model(name: str) -> tuple[Any, tuple[float, ...], tuple[float, ...]]:
     if not timm.is_model(name):
         raise ValueError(f"timm has no model {name!r}; see timm.list_models('vit_*')")
     torch.manual_seed(0)
-    model = timm.create_model(name, pretrained=False).eval().requires_grad_(False)
+    model: Any = timm.create_model(name, pretrained=False).eval().requires_grad_(False)
     if not isinstance(model, VisionTransformer) or model.pos_embed is None:
         raise ValueError(f"the demo takes timm's VisionTransformer with a position table; {name} is none")
     grid, width = model.patch_embed.grid_size, model.embed_dim

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -26,50 +26,54 @@ def draw(shown: Demonstration, where: str, path: Path) -> None:
     grid = (height // shown.patch[0], width // shown.patch[1])
     T = rows - grid[0] * grid[1]
 
-    figure.text(0.03, 0.938, "Pixels in, tokens out", fontsize=23, weight="bold", color=INK)
+    figure.text(0.03, 0.93, "Pixels in, tokens out", fontsize=23, weight="bold", color=INK)
     figure.text(
-        0.03, 0.893,
+        0.03, 0.884,
         f"{shown.model}: a photograph of {height} × {width} uint8 pixels, read where the decoder left it, "
         f"becomes {rows} tokens of {channels} channels in one call",
         fontsize=13, color=GREY,
     )  # fmt: skip
-    columns = figure.add_gridspec(1, 4, left=0.03, right=0.985, top=0.785, bottom=0.335, width_ratios=(1, 1.5, 1, 1))
-    columns.update(wspace=0.09)
-    patches, matrix, colours, positions = (figure.add_subplot(column) for column in columns)
+    left, panels = 0.48, []  # inches, as all panels are as high as the square ones
+    for inches in (3.27, 4.37, 3.27, 3.27):
+        panels.append(figure.add_axes((left / 16, 2.98 / 8.2, inches / 16, 3.27 / 8.2), anchor="NW"))
+        left += inches + 0.36
+    patches, matrix, colours, positions = panels
 
     _title(patches, "Patches", f"{grid[0]} × {grid[1]} of them, {shown.patch[0]} × {shown.patch[1]} pixels each")
     P_h, P_w = shown.patch
     pixels = shown.images[0, : grid[0] * P_h, : grid[1] * P_w].reshape(grid[0], P_h, grid[1], P_w, 3).swapaxes(1, 2)
     patches.imshow(_mosaic(pixels / 255, gap=max(2, P_h // 5)), interpolation="antialiased")
 
-    _title(matrix, "Tokens", "a row is a token, a column a channel; the weights are random")
+    _title(matrix, "Tokens", "a row is a token, a column a channel")
     _matrix(matrix, shown.tokens[0], T)
 
-    _title(colours, "Tokens, laid back", "three principal components as red, green, blue")
+    _title(colours, "Tokens on the grid", "their principal components as colours")
     components = _components(shown.tokens[:, T:] - shown.pos_embed)[0].reshape(*grid, 1, 1, 3)
     colours.imshow(_mosaic(np.repeat(np.repeat(components, P_h, 2), P_w, 3), gap=max(2, P_h // 5)))
 
-    _title(positions, "Positions", "cosine similarity of some with all: 2-D sin-cos table")
+    _title(positions, "Positions", "cosine similarity; a 2-D sin-cos table")
     positions.imshow(_similarities(shown.pos_embed, grid), cmap="magma", interpolation="nearest")
 
     for axes in (patches, colours, positions):
         axes.set_axis_off()
-        axes.set_anchor("NW")
-    _times(figure.add_axes((0.135, 0.115, 0.83, 0.125)), shown)
-    figure.text(0.03, 0.272, "Where the front end's time goes", fontsize=14, weight="bold", color=INK)
-    figure.text(
-        0.03, 0.022,
-        f"{len(shown.images)} photographs, {shown.dtype}, backend {shown.backend}, on {where}; medians. "
-        f"The front end is {shown.share:.2%} of the model's operations.",
-        fontsize=10.5, color=GREY,
-    )  # fmt: skip
-    figure.text(0.985, 0.022, f"Photograph: {shown.credits[0]}", fontsize=10.5, color=GREY, ha="right")
+    _times(figure.add_axes((0.125, 0.138, 0.86, 0.135)), shown)
+    figure.text(0.03, 0.291, "Where the front end's time goes", fontsize=14, weight="bold", color=INK)
+    foot = (
+        f"Medians; {len(shown.images)} photographs in one batch, {shown.dtype}, backend {shown.backend}, on {where}.\n"
+        f"The weights are random. The front end is {shown.share:.2%} of the model's operations. "
+        f"Photograph: {shown.credits[0]}."
+    )
+    figure.text(0.03, 0.022, foot, fontsize=10.5, color=GREY, linespacing=1.5)
     figure.savefig(path)
 
 
 def _title(axes: Axes, title: str, below: str) -> None:
-    axes.set_title(title, loc="left", fontsize=14, weight="bold", color=INK, pad=25)
-    axes.annotate(below, (0, 1), (0, 7), "axes fraction", "offset points", fontsize=10.5, color=GREY, va="bottom")
+    axes.set_title(title, loc="left", fontsize=14, weight="bold", color=INK, pad=26)
+    _above(axes, 0, below, color=GREY)
+
+
+def _above(axes: Axes, x: float, text: str, **options: Any) -> None:
+    axes.annotate(text, (x, 1), (0, 7), "axes fraction", "offset points", fontsize=10.5, va="bottom", **options)
 
 
 def _mosaic(tiles: np.ndarray, gap: int) -> np.ndarray:
@@ -87,14 +91,13 @@ def _matrix(axes: Axes, tokens: np.ndarray, T: int) -> None:
     axes.set_yticks([])
     axes.set_xticks([0, tokens.shape[1] - 1], ["channel 0", str(tokens.shape[1] - 1)], fontsize=10, color=GREY)
     axes.tick_params(length=0)
-    for label, side in zip(axes.get_xticklabels(), ("left", "right"), strict=True):
-        label.set_horizontalalignment(side)
+    first, last = axes.get_xticklabels()
+    first.set_horizontalalignment("left")
+    last.set_horizontalalignment("right")
     if T:
-        axes.add_patch(Rectangle((-0.5, -0.5), tokens.shape[1], T, fill=False, ec=ACCENT, lw=1.6, clip_on=False))
-        axes.text(
-            0.5, -0.035, "▲ outlined: class token" if T == 1 else f"outlined: {T} prefix tokens",
-            transform=axes.transAxes, fontsize=10, color=ACCENT, ha="center", va="top",
-        )  # fmt: skip
+        axes.add_patch(Rectangle((-0.5, -0.5), tokens.shape[1], T, fill=False, ec=ACCENT, lw=1.5, clip_on=False))
+        text = "class token ▾" if T == 1 else f"{T} prefix tokens ▾"
+        _above(axes, 1, text, color=ACCENT, ha="right")
 
 
 def _components(tokens: np.ndarray) -> np.ndarray:
@@ -121,14 +124,12 @@ def _times(axes: Axes, shown: Demonstration) -> None:
     start = 0.0
     for (name, time), colour in zip(shown.chain.items(), STEP_COLOURS, strict=True):
         axes.barh(1, time, left=start, height=0.72, color=colour, edgecolor="white", linewidth=1.5)
-        if time > 0.035 * max(total, after.median):
+        if time > 0.042 * max(total, after.median):
             ink = "white" if colour == STEP_COLOURS[2] else INK
             axes.text(start + time / 2, 1, f"{name}\n{time:.2f}", ha="center", va="center", fontsize=10, color=ink)
         start += time
     axes.barh(0, after.median, height=0.72, color=ACCENT)
-    axes.text(
-        after.median / 2, 0, f"one call\n{after.median:.2f}", ha="center", va="center", fontsize=10, color="white"
-    )
+    axes.text(after.median / 2, 0, "one call", ha="center", va="center", fontsize=10, color="white")
     for y, spread, end in ((1, before, total), (0, after, after.median)):
         axes.text(end, y, f"  {spread.median:.2f} ms", va="center", fontsize=12, weight="bold", color=INK)
     axes.set_yticks([1, 0], ["eager chain", "patch_embed"], fontsize=12.5, color=INK)

@@ -54,7 +54,7 @@ TABLE: dict[tuple[int, str, str], tuple[Config, ...]] = {
     (80, "gather", "fp32"): (Config(64, 64, 32, 4, 3), Config(32, 32, 32, 4, 3, 0.6)),
     (80, "gather", "fp64"): (Config(64, 64, 16, 4, 3), Config(32, 32, 16, 4, 3, 0.8)),
     (90, "gather", "half"): (
-        Config(128, 128, 64, 8, 3, 0.85), Config(64, 256, 64, 8, 3, 0.8), Config(64, 64, 64, 4, 3, 0.5),
+        Config(128, 128, 32, 8, 4, 0.85), Config(64, 256, 32, 8, 4, 0.8), Config(64, 64, 64, 4, 3, 0.5),
     ),
     (90, "gather", "tf32"): (Config(128, 128, 32, 8, 3), Config(64, 64, 32, 4, 3, 0.6)),
     (90, "descriptor", "half"): (

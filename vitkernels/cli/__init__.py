@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = Parser(prog="vitkernels", description="Pixels in, tokens out: fused patch embedding.")
     parser.add_argument("--version", action="version", version=f"vitkernels {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{" + ",".join(COMMANDS) + "}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     named = next((word for word in argv if not word.startswith("-")), None)
     for name in COMMANDS if named not in COMMANDS else (named,):  # import only what is asked for
         try:

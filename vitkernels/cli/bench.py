@@ -81,15 +81,15 @@ def show(result: dict[str, Any]) -> None:
     head = result["header"]
     console.print(" · ".join(str(head[k]) for k in ("gpu", "cpu") if head[k]), style="bold")
     console.print(f"torch {head['torch']}, triton {head['triton']}, vitkernels {head['vitkernels']} {head['commit'] or ''}")
+    timings = {row["timing"] for row in rows}
     for case, mode in dict.fromkeys((row["case"], row["mode"]) for row in rows):
         table = Table(title=f"{case}, {mode}", title_justify="left", box=box.SIMPLE_HEAD)
-        table.add_column("implementation")
-        table.add_column("timing")
-        for column in ("ms", "p20 – p80", "images/s", "its time / ours", "of the roofline"):
-            table.add_column(column, justify="right")
+        table.add_column("implementation", no_wrap=True)
+        for column in ("ms", "p20 – p80", "images/s", "× ours", "roofline"):
+            table.add_column(column, justify="right", no_wrap=True)
         for row in rows:
             if (row["case"], row["mode"]) == (case, mode):
-                table.add_row(*_cells(row))
+                table.add_row(*_cells(row, name_timing=len(timings) > 1))
         console.print(table)
     for row in rows:
         if row.get("error"):
@@ -101,14 +101,14 @@ def show(result: dict[str, Any]) -> None:
         console.print("The front end is about 1 % of a model's arithmetic: expect little of a large model.", style="dim")
 
 
-def _cells(row: dict[str, Any]) -> list[str]:
+def _cells(row: dict[str, Any], name_timing: bool) -> list[str]:
+    name = f"{row['impl']} = {row['backend']}" if "backend" in row else row["impl"]
+    name += f", {row['timing']}" * name_timing
     if row["ms"] is None:
-        return [row["impl"], row["timing"], "–", "", "", "", ""]
+        return [name, "–", "", "", "", ""]
     ms = row["ms"]
-    name = f"{row['impl']} ({row['backend']})" if "backend" in row else row["impl"]
     return [
         name,
-        row["timing"],
         f"{ms['median']:.4g}",
         f"{ms['p20']:.4g} – {ms['p80']:.4g}",
         f"{row['images_per_s']:,.0f}" if "images_per_s" in row else "",

@@ -97,10 +97,10 @@ def show(result: dict[str, Any]) -> None:
     before, after = result["token_errors"]
     verdict = "[green]They agree.[/]" if result["ok"] else "[bold red]They do not agree.[/]"
     console.print(
-        f"{verdict} Tokens against float64: {before:.1e} before, {after:.1e} after, {result['token_error_allowed']:.1e} "
-        f"allowed; logits may differ by {result['logit_difference_allowed']:.1e}.\n"
+        f"{verdict} Tokens against float64: {before:.1e} before, {after:.1e} after; allowed: "
+        f"{result['token_error_allowed']:.1e}. Logits may differ by {result['logit_difference_allowed']:.1e}.\n"
         f"The front end is {result['share']:.2%} of this model's operations, so the model's time barely changes: what "
-        f"changes is the front end's own time, its memory traffic and its exactness.\n"
+        "changes is the front end's own time, its memory traffic and its exactness.\n"
         f"Medians, with quartiles in grey. Picture: [bold]{result['picture']}[/]"
     )
 

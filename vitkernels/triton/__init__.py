@@ -95,7 +95,7 @@ def forward(
     pos_embed, prefix, bias = (_rows_dense(t) for t in (pos_embed, prefix, bias))
     tensors = {
         "bias": bias, "pos": pos_embed, "prefix": prefix, "out": out,
-        "affine": _affine(p, plan) if plan.constants["NORMALISED"] else None,
+        "centred": _centred(p, plan) if plan.constants["NORMALISED"] else None,
     }  # fmt: skip
     weight = packed(p, plan, weight)
     if plan.road == "descriptor":
@@ -136,11 +136,11 @@ def packed(p: PatchProblem, plan: Plan, weight: torch.Tensor) -> torch.Tensor:
     return _in_order(p, plan, weight.to(p.compute_dtype))
 
 
-def _affine(p: PatchProblem, plan: Plan) -> torch.Tensor:
-    """[2, K or K_PAD]: a and b of y = x·a + b for each element of a patch, in the weight's order."""
+def _centred(p: PatchProblem, plan: Plan) -> torch.Tensor:
+    """[2, K or K_PAD]: m and a of y = (x − m)·a for each element of a patch, in the weight's order."""
     sums = plan.constants["SUM"]
-    a_b = reference.affine(p, sums)  # type: ignore[arg-type]
-    each = a_b.view(2, p.C, 1, 1, 1).expand(2, p.C, *p.P)
+    m_a = reference.centred(p, sums)  # type: ignore[arg-type]
+    each = m_a.view(2, p.C, 1, 1, 1).expand(2, p.C, *p.P)
     width = plan.constants.get("K_PAD", plan.weight_columns)
     return _padded(_in_order(p, plan, each, pad=False), width)  # type: ignore[arg-type]
 

@@ -29,10 +29,10 @@ def _prefix_tile(pid, prefix, pos, out, B, T, rows, D, prefix_b, prefix_t, pos_b
 
 
 @triton.jit
-def _pixels(x, k, affine, K_PAD: tl.constexpr, NORMALISED: tl.constexpr, COMPUTE: tl.constexpr, SUM: tl.constexpr):
-    """Pixels to the product's operands: x·a[k] + b[k] in full precision where channels are normalised, then rounded."""
+def _pixels(x, k, centred, K_PAD: tl.constexpr, NORMALISED: tl.constexpr, COMPUTE: tl.constexpr, SUM: tl.constexpr):
+    """Pixels to the product's operands: (x − m[k])·a[k] in full precision where channels are normalised, then rounded."""
     if NORMALISED:
-        x = x.to(SUM) * tl.load(affine + k)[None, :] + tl.load(affine + K_PAD + k)[None, :]
+        x = (x.to(SUM) - tl.load(centred + k)[None, :]) * tl.load(centred + K_PAD + k)[None, :]
     elif x.dtype != COMPUTE:
         x = x.to(SUM)  # the interpreter can't convert uint8 to bf16 in one step
     return x.to(COMPUTE)
@@ -42,7 +42,7 @@ def _pixels(x, k, affine, K_PAD: tl.constexpr, NORMALISED: tl.constexpr, COMPUTE
 def gather_kernel(
     images,  # [B, C, F, H, W]
     weight,  # [D, WROW], rows in the order (c, t, y, x); WROW is K, or more with zeros after K
-    affine,  # [2, K_PAD]: a and b of y = x·a + b
+    centred,  # [2, K_PAD]: m and a of y = (x − m)·a
     bias,  # [D]
     pos,  # [1|B, N|T+N, D]
     prefix,  # [1|B, T, D]
@@ -123,13 +123,13 @@ def gather_kernel(
                     & (h0[:, None] + py[None, :] >= 0) & (h0[:, None] + py[None, :] < H)
                     & (w0[:, None] + px[None, :] >= 0) & (w0[:, None] + px[None, :] < W)
                 )  # fmt: skip
-                x = _pixels(tl.load(pixel, mask=seen, other=0), k, affine, K_PAD, NORMALISED, COMPUTE, SUM)
+                x = _pixels(tl.load(pixel, mask=seen, other=0), k, centred, K_PAD, NORMALISED, COMPUTE, SUM)
                 if NORMALISED:
                     x = tl.where(seen, x, 0.0).to(COMPUTE)
             elif K_PAD > K:
-                x = _pixels(tl.load(pixel, mask=(k < K)[None, :], other=0), k, affine, K_PAD, NORMALISED, COMPUTE, SUM)
+                x = _pixels(tl.load(pixel, mask=(k < K)[None, :], other=0), k, centred, K_PAD, NORMALISED, COMPUTE, SUM)
             else:
-                x = _pixels(tl.load(pixel), k, affine, K_PAD, NORMALISED, COMPUTE, SUM)
+                x = _pixels(tl.load(pixel), k, centred, K_PAD, NORMALISED, COMPUTE, SUM)
             if WROW < K_PAD:
                 w = tl.load(w_rows + k[:, None], mask=real & (k < K)[:, None], other=0)
             else:
@@ -148,7 +148,7 @@ def descriptor_kernel(
     image_desc,  # [B, G_h, G_w, C·H, P_w] in blocks [BB, BY, BX, RK, XK]: BM patches, RK rows of XK pixels of each
     weight_desc,  # [D, K] in blocks [BN, RK·XK], in the order of the loop below
     out_desc,  # [B, G_h, G_w, D] behind the prefix, in blocks [BB, BY, BX, BN]
-    affine,  # [2, K]: a and b of y = x·a + b, in the weight's order
+    centred,  # [2, K]: m and a of y = (x − m)·a, in the weight's order
     bias,  # [D]
     pos,  # [1|B, N|T+N, D]
     prefix,  # [1|B, T, D]
@@ -201,7 +201,7 @@ def descriptor_kernel(
             ky = (step // STEPS_X) % STEPS_Y * RK
             c = step // (STEPS_X * STEPS_Y)
             patches = image_desc.load([b0, y0, x0, c * H + ky, kx])
-            pixels = _pixels(patches.reshape(BM, BK), step * BK + tl.arange(0, BK), affine, K, NORMALISED, COMPUTE, SUM)
+            pixels = _pixels(patches.reshape(BM, BK), step * BK + tl.arange(0, BK), centred, K, NORMALISED, COMPUTE, SUM)
             weights = weight_desc.load([d0, step * BK])
             acc = tl.dot(pixels.to(DOT), weights.to(DOT).T, acc, input_precision=PRECISION, out_dtype=SUM)
         if SCALED:

@@ -1,0 +1,102 @@
+"""timm: tokens are finished in `forward_features` and handed on through the calls that would have made them.
+
+Images are always 4-D, so 5-D means finished tokens [1,1,B,T+N,D]: `patch_embed` lets them pass, `_pos_embed` unpacks.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from timm.layers import resample_abs_pos_embed
+from torch import nn
+
+from ..layers import in_layout, touched, why_not_plain
+from .swapping import Fused, Row, embed, takes
+
+
+class PatchEmbed(Fused):
+    def forward(self, x):
+        if x.ndim == 5:
+            return x
+        images = _images(self, x)
+        if images is None:
+            return super().forward(x)
+        grid = [s // P for s, P in zip(images.shape[-2:], self.patch_size, strict=True)]
+        return self.norm(in_layout(embed(self.proj, images, self._vk_backend), _layout(self), grid))
+
+
+class VisionTransformer(Fused):
+    def forward_features(self, x, *args, **kwargs):
+        patches = self.patch_embed
+        images = _images(patches, x) if isinstance(patches, PatchEmbed) and _why_not(self) is None else None
+        if images is not None:
+            pos = _position(self, images)
+            x = embed(patches.proj, images, self._vk_backend, pos_embed=pos, prefix=_prefix(self))[None, None]
+        return super().forward_features(x, *args, **kwargs)
+
+    def _pos_embed(self, x):
+        if x.ndim != 5:
+            return super()._pos_embed(x)
+        x = x.squeeze((0, 1))  # not x[0, 0], whose gradient would be a copy
+        return x if self.pos_embed is None else self.pos_drop(x)
+
+
+def _why_not(model: nn.Module) -> str | None:
+    patches = model.patch_embed
+    if not isinstance(patches.norm, nn.Identity):
+        return f"patch_embed.norm is a {type(patches.norm).__name__}"
+    layout, wanted = _layout(patches), "NHWC" if model.dynamic_img_size else "NLC"
+    if layout != wanted:
+        return f"patch_embed gives {layout}, where {wanted} is what the position is added to"
+    return (
+        touched("patch_embed", patches)
+        or touched("patch_embed.norm", patches.norm)
+        or why_not_plain("patch_embed.proj", patches.proj)
+    )
+
+
+def _layout(patches: nn.Module) -> str:
+    return "NLC" if patches.flatten else patches.output_fmt.value
+
+
+def _images(patches: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
+    """x, padded as timm would; None where timm itself has to run, or to refuse."""
+    if not takes(patches.proj, x):
+        return None
+    size, lacking = x.shape[-2:], [-s % P for s, P in zip(x.shape[-2:], patches.patch_size, strict=True)]
+    if patches.img_size is not None:
+        if patches.strict_img_size and tuple(size) != tuple(patches.img_size):
+            return None
+        if not patches.strict_img_size and not patches.dynamic_img_pad and any(lacking):
+            return None
+    if patches.dynamic_img_pad and any(lacking):
+        x = F.pad(x, (0, lacking[1], 0, lacking[0]))
+    return x
+
+
+def _position(model: nn.Module, images: torch.Tensor) -> torch.Tensor | None:
+    if model.pos_embed is None or not model.dynamic_img_size:
+        return model.pos_embed
+    return resample_abs_pos_embed(
+        model.pos_embed,
+        new_size=[s // P for s, P in zip(images.shape[-2:], model.patch_embed.patch_size, strict=True)],
+        old_size=model.patch_embed.grid_size,
+        num_prefix_tokens=0 if model.no_embed_class else model.num_prefix_tokens,
+    )
+
+
+def _prefix(model: nn.Module) -> torch.Tensor | None:
+    tokens = [t for t in (model.cls_token, model.reg_token) if t is not None]
+    return torch.cat(tokens, 1) if len(tokens) > 1 else tokens[0] if tokens else None
+
+
+TABLE = {
+    "timm.models.vision_transformer.VisionTransformer": Row(
+        {
+            "": (VisionTransformer, "timm.models.vision_transformer.VisionTransformer"),
+            "patch_embed": (PatchEmbed, "timm.layers.patch_embed.PatchEmbed"),
+        },
+        _why_not,
+        "projection, position and prefix tokens",
+    ),
+}

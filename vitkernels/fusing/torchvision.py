@@ -1,0 +1,46 @@
+"""torchvision: the model makes the tokens, its encoder adds the position; finished tokens go in as [1,B,T+N,D]."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ..layers import touched, why_not_plain
+from .swapping import Fused, Row, embed, takes
+
+VIT = "torchvision.models.vision_transformer."
+
+
+class VisionTransformer(Fused):
+    def forward(self, x):
+        encoder = self.encoder
+        if not isinstance(encoder, Encoder) or touched("", encoder) or not _takes(self, x):
+            return super().forward(x)
+        tokens = embed(self.conv_proj, x, self._vk_backend, pos_embed=encoder.pos_embedding, prefix=self.class_token)
+        return self.heads(encoder(tokens[None])[:, 0])
+
+    def _process_input(self, x):
+        return embed(self.conv_proj, x, self._vk_backend) if _takes(self, x) else super()._process_input(x)
+
+
+class Encoder(Fused):
+    def forward(self, input):
+        if input.ndim != 4:
+            return super().forward(input)
+        return self.ln(self.layers(self.dropout(input.squeeze(0))))
+
+
+def _takes(model: nn.Module, x) -> bool:
+    return takes(model.conv_proj, x) and tuple(x.shape[-2:]) == (model.image_size, model.image_size)
+
+
+def _why_not(model: nn.Module) -> str | None:
+    return why_not_plain("conv_proj", model.conv_proj) or touched("encoder", model.encoder)
+
+
+TABLE = {
+    VIT + "VisionTransformer": Row(
+        {"": (VisionTransformer, VIT + "VisionTransformer"), "encoder": (Encoder, VIT + "Encoder")},
+        _why_not,
+        "projection, position and class token",
+    ),
+}
