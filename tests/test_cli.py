@@ -80,7 +80,7 @@ def test_demo(tmp_path, capsys):
         assert len(picture.convert("RGB").getcolors(1 << 24)) > 1000
 
 
-@pytest.mark.parametrize("model", ["vit_tiny_patch16_224", "vit_small_patch14_reg4_dinov2"])
+@pytest.mark.parametrize("model", ["vit_tiny_patch16_224", "vit_wee_patch16_reg1_gap_256"])
 def test_demo_for_people(model, tmp_path, photograph, capsys):
     pytest.importorskip("timm")
     assert cli.main([*SMALL, "--model", model, "--image", photograph, "--out", str(tmp_path)]) == 0

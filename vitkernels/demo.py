@@ -54,7 +54,7 @@ class Demonstration:
     device: str
     dtype: str
     backend: str
-    fused: str
+    fused: list[dict[str, Any]]  # the report of `fuse`
     images: np.ndarray  # [B, H, W, 3], uint8
     credits: list[str]
     patch: tuple[int, int]
@@ -72,10 +72,10 @@ class Demonstration:
 
     @property
     def ok(self) -> bool:
-        """Tokens as exact as the library promises, and logits that agree; a NaN is neither."""
-        return (
-            self.token_errors[1] <= self.token_error_allowed and self.logit_difference <= self.logit_difference_allowed
-        )
+        """Something was fused, tokens are as exact as the library promises, and logits agree; a NaN never does."""
+        tokens_agree = self.token_errors[1] <= self.token_error_allowed
+        logits_agree = self.logit_difference <= self.logit_difference_allowed
+        return any(front_end["fused"] for front_end in self.fused) and tokens_agree and logits_agree
 
 
 def demonstrate(
@@ -129,7 +129,7 @@ def demonstrate(
         device=str(device),
         dtype=str(dtype).removeprefix("torch."),
         backend=explain(pixels, projection.weight, projection.bias, **options).chosen,
-        fused=str(report),
+        fused=report.to_dicts(),
         images=images,
         credits=credits,
         patch=tuple(projection.kernel_size),
@@ -201,7 +201,7 @@ def _model(name: str) -> tuple[Any, tuple[float, ...], tuple[float, ...]]:
     for token in (model.cls_token, model.reg_token):
         if token is not None:
             token.normal_()
-    return model, model.default_cfg["mean"], model.default_cfg["std"]
+    return model, *(tuple(model.pretrained_cfg[key]) for key in ("mean", "std"))
 
 
 def _photographs(size: tuple[int, int], files: Sequence[str], batch: int | None) -> tuple[np.ndarray, list[str]]:

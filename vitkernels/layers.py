@@ -153,8 +153,10 @@ class PatchEmbed(nn.Module):
             pos_embed=pos_embed if fused else None, prefix=prefix if fused else None, backend=self.backend, **affine,
         )  # fmt: skip
         grid = self._grid(images.shape[-2:])
-        x = in_layout(x, layout, grid)
-        return x if fused else with_position(self.norm(x), pos_embed, prefix, keep, grid[0] * grid[1])
+        x = self.norm(in_layout(x, layout, grid))
+        if fused or layout != "NLC":
+            return x
+        return with_position(x, pos_embed, prefix, keep, grid[0] * grid[1])
 
     def _fitted(self, images: torch.Tensor) -> tuple[torch.Tensor, dict[str, object]]:
         """The images, padded where asked, and the normalisation that is still to be done."""

@@ -216,10 +216,10 @@ def problem_of(
     except TypeError as error:
         if "unhashable" not in str(error):
             raise
-    return _build(*metas, arguments)  # symbolic sizes, under torch.compile or torch.export
+    return build(*metas, arguments)  # symbolic sizes, under torch.compile or torch.export
 
 
-def _build(
+def build(
     images: Meta,
     weight: Meta,
     bias: Meta | None,
@@ -297,7 +297,7 @@ def _build(
     return problem
 
 
-_cached = lru_cache(maxsize=1024)(_build)
+_cached = lru_cache(maxsize=1024)(build)
 
 
 def check_keep(problem: PatchProblem, keep: torch.Tensor | None) -> None:

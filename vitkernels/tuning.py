@@ -183,4 +183,5 @@ def tune(
     if not best:
         raise RuntimeError(f"none of {tried} candidates ran for {p}")
     file = remember(gpu.name, key(p), best)
+    triton.forget_plans()
     return {"key": key(p), **best, "default_ms": default_ms, "tried": tried, "candidates": len(candidates), "file": str(file)}

@@ -78,14 +78,17 @@ def show(result: dict[str, Any]) -> None:
         f"[bold]{result['model']}[/], {result['batch']} photographs, {result['dtype']}, on {result['ran_on']}; "
         f"backend [bold]{result['backend']}[/]"
     )
-    console.print(result["fused"], style="dim", markup=False)
+    for found in result["fused"]:
+        console.print(
+            f"{'fused' if found['fused'] else 'left alone'}: {found['cls']}, {found['note']}", highlight=False
+        )
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("step")
-    for column in ("before, ms", "after, ms", "before / after", "max |difference|"):
+    for column in ("before, ms", "after, ms", "ratio", "max |difference|"):
         table.add_column(column, justify="right")
     for step, key, difference in (
-        ("front end: uint8 pixels → tokens", "front_end", "token_difference"),
-        ("whole model: normalised pixels → logits", "whole_model", "logit_difference"),
+        ("front end", "front_end", "token_difference"),
+        ("whole model", "whole_model", "logit_difference"),
     ):
         times = result[key]
         spreads = (
@@ -101,7 +104,9 @@ def show(result: dict[str, Any]) -> None:
         f"{result['token_error_allowed']:.1e}. Logits may differ by {result['logit_difference_allowed']:.1e}.\n"
         f"The front end is {result['share']:.2%} of this model's operations, so the model's time barely changes: what "
         "changes is the front end's own time, its memory traffic and its exactness.\n"
-        f"Medians, with quartiles in grey. Picture: [bold]{result['picture']}[/]"
+        "Front end: uint8 pixels to tokens, an eager chain of five passes against one call. Whole model: normalised "
+        "pixels to logits, before and after fuse. Medians, with quartiles in grey.\n"
+        f"Picture: [bold]{result['picture']}[/]"
     )
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from functools import lru_cache
+import warnings
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from .. import reference, tuning
 from ..problem import PatchProblem
 from ..tuning import Config, Gpu
-from .plan import Plan, make_plan, no_descriptor, product_of
+from .plan import Order, Plan, make_plan, no_descriptor, product_of
 
 INT32 = 2**31
 
@@ -89,34 +90,66 @@ def forward(
     out = images.new_empty(p.out_shape, dtype=p.out_dtype)
     if out.numel() == 0:
         return out
-    interpret = interpreted()
-    # A picture that is only written as prefix tokens (an empty keep list) has no tile and needs no road.
-    plan = make_plan(p, gpu_of(p.device), images.data_ptr() % 16 == 0, tf32(), interpret, choice)
-    pos_embed, prefix, bias = (_rows_dense(t) for t in (pos_embed, prefix, bias))
-    tensors = {
-        "bias": bias, "pos": pos_embed, "prefix": prefix, "out": out,
-        "centred": _centred(p, plan) if plan.constants["NORMALISED"] else None,
-    }  # fmt: skip
-    weight = packed(p, plan, weight)
-    if plan.road == "descriptor":
-        tensors |= _descriptors(plan, images, weight, out[:, p.T :])
-    else:
-        tensors |= {"images": images, "weight": weight, "keep": None if keep is None else keep.contiguous()}
-    strides = {
-        f"{name}_{axis}": stride
-        for name, axes, t in (("pos", "bn", pos_embed), ("prefix", "bt", prefix))
-        for axis, stride in zip(axes, _batch_strides(t), strict=True)
-    }
-    kernel, constants = _kernel(plan)
-    with torch.cuda.device_of(images):
-        kernel[(plan.grid,)](
-            **tensors, **plan.scalars, **strides, **constants,
-            num_warps=plan.config.warps, num_stages=plan.config.stages, enable_fp_fusion=True,
-        )  # fmt: skip
+    pos_embed, prefix, bias = (t if t is None or t.stride(-1) == 1 else t.contiguous() for t in (pos_embed, prefix, bias))
+    keep = None if keep is None else keep.contiguous()
+    aligned = images.data_ptr() % 16 == 0 and p not in _refused
+    plan, kernel = _prepared(p, aligned, tf32(), interpreted(), choice)
+    try:
+        _launch(p, plan, kernel, images, weight, bias, pos_embed, prefix, keep, out)
+    except RuntimeError as error:
+        if plan.road != "descriptor" or choice is not None or "invalid argument" not in str(error):
+            raise
+        # The driver checks a descriptor when it is launched; what it refuses, threads can still gather.
+        warnings.warn(f"the driver refused the tensor descriptors of {p}: {error}; pixels are gathered", stacklevel=2)
+        _refused.add(p)
+        return forward(p, images, weight, bias, pos_embed, prefix, keep)
     return out
 
 
-def _kernel(plan: Plan):
+_refused: set[PatchProblem] = set()
+
+
+def _launch(p, plan: Plan, kernel, images, weight, bias, pos_embed, prefix, keep, out) -> None:
+    weight = packed(p, plan, weight)
+    tensors: dict[str, object] = {
+        "bias": bias, "pos": pos_embed, "prefix": prefix, "out": out,
+        "centred": _centred(p, plan) if plan.constants["NORMALISED"] else None,
+    }  # fmt: skip
+    if plan.road == "descriptor":
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        bases = {"image_desc": images, "weight_desc": weight, "out_desc": out[:, p.T :]}
+        tensors |= {name: TensorDescriptor(bases[name], *shape) for name, shape in plan.descriptors.items()}
+    else:
+        tensors |= {"images": images, "weight": weight, "keep": keep}
+    strides = {  # between images (0 where all share one table) and between rows
+        f"{name}_{axis}": 0 if t is None or (dim == 0 and t.shape[0] == 1) else t.stride(dim)
+        for name, t in (("pos", pos_embed), ("prefix", prefix))
+        for dim, axis in enumerate("bn" if name == "pos" else "bt")
+    }
+    with torch.cuda.device_of(images):
+        kernel(**tensors, **strides)
+
+
+@lru_cache(maxsize=1024)
+def _prepared(p: PatchProblem, aligned: bool, tf32: bool, interpreted: bool, choice) -> tuple[Plan, partial]:
+    """The plan, and its kernel with every argument that is no tensor's."""
+    plan = make_plan(p, gpu_of(p.device), aligned, tf32, interpreted, choice)
+    kernel, constants = kernel_of(plan)
+    return plan, partial(kernel[(plan.grid,)], **plan.scalars, **constants, **options(plan))
+
+
+def forget_plans() -> None:
+    """Plan again at the next call: the measured tiles have changed."""
+    make_plan.cache_clear()
+    _prepared.cache_clear()
+
+
+def options(plan: Plan) -> dict[str, object]:
+    return {"num_warps": plan.config.warps, "num_stages": plan.config.stages, "enable_fp_fusion": True}
+
+
+def kernel_of(plan: Plan):
     """The plan's kernel and its constants, dtypes as Triton names them."""
     import triton.language as tl
 
@@ -130,48 +163,33 @@ def _kernel(plan: Plan):
 def packed(p: PatchProblem, plan: Plan, weight: torch.Tensor) -> torch.Tensor:
     """The weight [D, weight_columns] in the kernel's order and dtype: the parameter itself where it is that already.
 
-    Never cached. A copy is a few microseconds of a launch that is worth it; a cache would have to notice every write,
-    and FSDP2 refills a parameter's storage without raising its version, as `.data` does.
+    Never cached. A copy is a few microseconds before a launch that is worth it; a cache would have to notice every
+    write, and neither `.data` nor FSDP2, which refills a parameter's storage, raises the parameter's version.
     """
-    return _in_order(p, plan, weight.to(p.compute_dtype))
+    rows = _in_order(p, plan.order, weight.to(p.compute_dtype), plan.weight_columns)
+    return rows.clone() if plan.road == "descriptor" and rows.data_ptr() % 16 else rows
 
 
 def _centred(p: PatchProblem, plan: Plan) -> torch.Tensor:
-    """[2, K or K_PAD]: m and a of y = (x − m)·a for each element of a patch, in the weight's order."""
-    sums = plan.constants["SUM"]
-    m_a = reference.centred(p, sums)  # type: ignore[arg-type]
-    each = m_a.view(2, p.C, 1, 1, 1).expand(2, p.C, *p.P)
-    width = plan.constants.get("K_PAD", plan.weight_columns)
-    return _padded(_in_order(p, plan, each, pad=False), width)  # type: ignore[arg-type]
+    """[2, padded_K]: m and a of y = (x − m)·a for each element of a patch, in the weight's order."""
+    constant = _centred_in_order
+    if p.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        constant = constant.__wrapped__  # memory of a graph's pool must not outlive it in our cache
+    return constant(p, plan.order, plan.padded_K, plan.constants["SUM"])
 
 
-def _in_order(p: PatchProblem, plan: Plan, x: torch.Tensor, pad: bool = True) -> torch.Tensor:
-    """[n, C, P_t, P_h, P_w] -> [n, columns], in the order in which the kernel meets the pixels."""
-    if plan.channels_last:
+@lru_cache(maxsize=256)
+def _centred_in_order(p: PatchProblem, order: Order, columns: int, dtype: torch.dtype) -> torch.Tensor:
+    each = reference.centred(p, dtype).view(2, p.C, 1, 1, 1).expand(2, p.C, *p.P)
+    return _in_order(p, order, each, columns)
+
+
+def _in_order(p: PatchProblem, order: Order, x: torch.Tensor, columns: int) -> torch.Tensor:
+    """[n, C, P_t, P_h, P_w] -> [n, columns], in the order in which the kernel meets the pixels, zeros behind them."""
+    if order.channels_last:
         x = x.permute(0, 2, 3, 4, 1)
-    if plan.steps is not None:
-        RK, XK = plan.steps
-        C, P_h, P_w = (plan.constants[n] for n in ("C", "P_h", "P_w"))
-        x = x.reshape(-1, C, P_h // RK, RK, P_w // XK, XK).transpose(3, 4)  # type: ignore[operator,arg-type]
+    if order.steps is not None:
+        C, P_h, P_w, RK, XK = order.steps
+        x = x.reshape(-1, C, P_h // RK, RK, P_w // XK, XK).transpose(3, 4)
     x = x.reshape(x.shape[0], p.K)
-    return _padded(x, plan.weight_columns) if pad else x
-
-
-def _padded(x: torch.Tensor, columns: int) -> torch.Tensor:
-    return F.pad(x, (0, columns - x.shape[1])) if columns > x.shape[1] else x.contiguous()
-
-
-def _rows_dense(t: torch.Tensor | None) -> torch.Tensor | None:
-    return t if t is None or t.stride(-1) == 1 else t.contiguous()
-
-
-def _batch_strides(t: torch.Tensor | None) -> tuple[int, int]:
-    """(between images, between rows) of a [1|B, rows, D] table; 0 where all images share it."""
-    return (0, 0) if t is None else (t.stride(0) if t.shape[0] > 1 else 0, t.stride(1))
-
-
-def _descriptors(plan: Plan, images: torch.Tensor, weight: torch.Tensor, tokens: torch.Tensor) -> dict[str, object]:
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    bases = {"image_desc": images, "weight_desc": weight, "out_desc": tokens}
-    return {name: TensorDescriptor(bases[name], *geometry) for name, geometry in plan.descriptors.items()}
+    return F.pad(x, (0, columns - p.K)) if columns > p.K else x.contiguous()

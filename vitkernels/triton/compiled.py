@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from .. import tuning
-from ..problem import Arguments, Meta, PatchProblem, _build
+from ..problem import Arguments, Meta, PatchProblem, build
 from ..tuning import Config, Gpu
 from .plan import Plan, make_plan, no_descriptor, product_of
 
@@ -48,7 +48,7 @@ def problem(patch: int, dtype: str, *, B: int = 256, D: int = 768, keep: bool = 
         return Meta(shape, torch.empty(shape, device="meta").stride(), dtype, cpu)
 
     mean, std = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)) if pixels == torch.uint8 else (None, None)
-    return _build(
+    return build(
         meta(pixels, B, 3, 224, 224), meta(weights, D, 3, patch, patch), meta(weights, D),
         meta(weights, 1 + side * side, D), meta(weights, 1, D), meta(torch.int64, B, side * side // 4) if keep else None,
         Arguments((patch, patch), (0, 0), mean, std, 1 / 255 if pixels == torch.uint8 else 1.0, weights, weights),
@@ -98,9 +98,9 @@ def compile_plan(p: PatchProblem, plan: Plan, arch: int):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from . import _kernel
+    from . import kernel_of, options
 
-    kernel, constants = _kernel(plan)
+    kernel, constants = kernel_of(plan)
     if not hasattr(kernel, "cache_key"):
         raise RuntimeError("kernels were imported for Triton's interpreter; compile in a process without TRITON_INTERPRET")
     weights, images = NAMES[p.weight_dtype], NAMES[p.image_dtype]
@@ -131,8 +131,7 @@ def compile_plan(p: PatchProblem, plan: Plan, arch: int):
         if signature[name] not in ("constexpr", "fp32") and "desc" not in name and divisible % 16 == 0:
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": plan.config.warps, "num_stages": plan.config.stages, "enable_fp_fusion": True}
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options(plan))
 
 
 def _disassemble(cubin: bytes) -> tuple[str, str]:

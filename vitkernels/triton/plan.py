@@ -32,6 +32,13 @@ class View(NamedTuple):
     channels_last: bool
 
 
+class Order(NamedTuple):
+    """The order in which a kernel meets the elements of a patch, other than the weight's own (c, t, y, x)."""
+
+    channels_last: bool  # (t, y, x, c)
+    steps: tuple[int, int, int, int, int] | None  # C, P_h, P_w cut into blocks of RK rows × XK pixels
+
+
 class Plan(NamedTuple):
     road: str  # "gather" or "descriptor"
     config: Config
@@ -39,9 +46,9 @@ class Plan(NamedTuple):
     scalars: dict[str, int | float]
     constants: dict[str, object]  # dtypes as torch's
     descriptors: dict[str, tuple[list[int], list[int], list[int]]]  # name -> shape, strides, block
-    channels_last: bool
-    steps: tuple[int, int] | None  # (RK, XK) where K is cut into rows × pixels, and the weight must follow
-    weight_columns: int  # of the packed weight; K: it may be read where it lies
+    order: Order
+    weight_columns: int  # of the weight's rows; K: it may be read where it lies
+    padded_K: int
 
 
 def view_of(p: PatchProblem) -> View:
@@ -95,9 +102,9 @@ def blocks_of(p: PatchProblem, BM: int) -> tuple[int, int, int]:
     shapes = [(BM // (y * x), y, x) for y in sides for x in sides if y * x <= BM]
     _, gh, gw = p.G
 
-    def covered(shape: tuple[int, int, int]) -> tuple[int, int]:
+    def covered(shape: tuple[int, int, int]) -> tuple[int, int, int]:
         total = prod(-(-n // s) * s for n, s in zip((p.B, gh, gw), shape, strict=True))
-        return total, -shape[2]  # among equals the widest: neighbouring patches share their rows' cache lines
+        return total, -shape[2], -shape[1]  # among equals the widest: neighbours share the cache lines of their rows
 
     return min(shapes, key=covered)
 
@@ -138,7 +145,7 @@ def make_plan(
     prefix_programs = -(-p.B * p.T // PREFIX_ROWS) * -(-p.D // c.BN)
     scalars: dict[str, int | float] = {"B": p.B, "T": p.T, "D": p.D, "scale": p.scale}
     if road == "descriptor":
-        RK, XK = steps = _steps(p, v)  # type: ignore[misc]
+        RK, XK = _steps(p, v)  # type: ignore[misc]
         block = blocks_of(p, c.BM)
         _, gh, gw = p.G
         b, _c, _f, h, _w = v.strides
@@ -158,7 +165,8 @@ def make_plan(
                 "weight_desc": ([p.D, columns], [columns, 1], [c.BN, RK * XK]),
                 "out_desc": ([p.B, gh, gw, p.D], [row * p.D, gw * p.D, p.D, 1], [*block, c.BN]),
             },
-            channels_last=v.channels_last, steps=None if XK == v.P[2] else steps, weight_columns=columns,
+            order=Order(v.channels_last, None if XK == v.P[2] else (v.C, v.P[1], v.P[2], RK, XK)),
+            weight_columns=columns, padded_K=columns,
         )  # fmt: skip
     vec = 1
     if v.strides[4] == 1:
@@ -181,5 +189,6 @@ def make_plan(
             **{f"{letter}_{axis}": n for letter, values in (("P", v.P), ("S", v.S), ("pad", v.pad))
                for axis, n in zip("thw", values, strict=True)},
         },
-        descriptors={}, channels_last=v.channels_last, steps=None, weight_columns=padded_K if repack else p.K,
+        descriptors={}, order=Order(v.channels_last, None),
+        weight_columns=padded_K if repack else p.K, padded_K=padded_K,
     )  # fmt: skip

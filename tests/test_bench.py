@@ -1,0 +1,195 @@
+"""The clock, the gate in front of it, the peers, the command line and the suite's dry run."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from vitkernels import bench, cli, dispatch, reference, roofline
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+from shapes import CASES, CPU, HEADLINE, SMOKE, TINY  # noqa: E402
+
+ROW = {"case", "mode", "dtype", "impl", "ms", "timing", "bytes", "flops", "roofline_share"}
+EAGER_PEERS = ("timm_eager", "conv_channels_last", "reshape_linear")
+
+
+def check_row(row):
+    assert row.keys() >= ROW
+    assert row["mode"] in bench.MODES
+    assert row["timing"] in ("eager", "graph")
+    assert row["bytes"] > 0
+    assert row["flops"] > 0
+    if row["ms"] is None:
+        assert row["error"]
+    else:
+        assert 0 < row["ms"]["p20"] <= row["ms"]["median"] <= row["ms"]["p80"]
+
+
+def test_every_listed_case_is_a_right_problem_with_a_name_of_its_own():
+    listed = [*CASES, *SMOKE, *TINY, *CPU]
+    assert len({case.name for case in listed}) == len(set(listed))
+    assert CASES[: len(HEADLINE)] == HEADLINE
+    for case in listed:
+        p = bench.problem(case.call("meta"))
+        assert (p.B, p.D) == (case.batch, case.dim)
+        assert roofline.work(p, "both") == (2 * p.flops, 2 * p.bytes)
+
+
+@pytest.mark.parametrize("mode", ["forward", "backward"])
+@pytest.mark.parametrize("case", TINY, ids=lambda case: case.name)
+@pytest.mark.parametrize("impl", ["auto", *EAGER_PEERS])
+def test_all_implementations_are_the_same_function(case, impl, mode):
+    assert bench.gate(impl, case.call("cpu"), mode) is None
+
+
+def test_compiled_peers_are_the_same_function_too():
+    for impl in ("compile_conv", "compile_linear"):
+        assert bench.gate(impl, TINY[0].call("cpu")) is None
+
+
+@pytest.mark.parametrize("mode", bench.MODES)
+def test_rows(mode):
+    impls = ("auto", *EAGER_PEERS, *bench.CEILINGS)
+    rows = bench.bench(TINY[1], mode=mode, impls=impls, seconds=0.01)
+    assert [row["impl"] for row in rows] == list(impls)
+    for row in rows:
+        check_row(row)
+        assert "error" not in row
+        assert row["ratio"] > 0
+        assert row["roofline_share"] is None  # a CPU has no roofline here
+    assert json.loads(json.dumps(rows)) == rows
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda out: out * 1.01, "tokens: error"),
+        (lambda out: out.index_fill(1, torch.tensor([0]), math.nan), "not finite"),
+        (lambda out: out.roll(1, dims=1), "tokens: error"),
+        (lambda out: out[:, 1:], "wanted"),
+    ],
+    ids=["scaled", "unwritten", "moved", "short"],
+)
+def test_a_wrong_backend_gets_no_time(monkeypatch, spoil, message):
+    right = reference.forward
+    monkeypatch.setattr(reference, "forward", lambda p, *tensors: spoil(right(p, *tensors)))
+    dispatch.choose.cache_clear()
+    rows = bench.bench(TINY[0], impls=("reference", "timm_eager"), seconds=0.01)
+    assert rows[0]["ms"] is None
+    assert message in rows[0]["error"]
+    assert rows[1]["ms"]["median"] > 0
+    assert "ratio" not in rows[1]
+
+
+def test_a_wrong_gradient_gets_no_time(monkeypatch):
+    from vitkernels import ops
+
+    right = ops.backward
+
+    def wrong(*args, **kwargs):
+        grads = list(right(*args, **kwargs))
+        grads[1] = grads[1] * 1.01
+        return grads
+
+    monkeypatch.setattr(ops, "backward", wrong)
+    [row] = bench.bench(TINY[0], mode="backward", impls=("reference",), seconds=0.01)
+    assert row["ms"] is None
+    assert "gradient of weight" in row["error"]
+
+
+def test_a_backend_that_declines_says_why_in_its_row():
+    [row] = bench.bench(TINY[0], impls=("cuda",), seconds=0.01)
+    assert row["ms"] is None
+    assert "NotImplementedError" in row["error"]
+
+
+def test_settings_come_back():
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark
+    with bench.settings(bench.Case(dtype="tf32")):
+        assert torch.backends.cuda.matmul.allow_tf32
+        assert torch.backends.cudnn.allow_tf32
+    after = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark
+    assert before == after
+
+
+def test_command_line_prints_one_json_object(capsys):
+    words = "bench --image 32x48 --patch 16 --dim 32 --batch 2 --pixels uint8 --channels-last --keep 0.5 --device cpu"
+    assert cli.main([*words.split(), "--seconds", "0.01", "--mode", "both", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["header"].keys() >= {"gpu", "cpu", "driver", "torch", "triton", "commit", "command"}
+    assert [row["impl"] for row in result["rows"]] == ["auto", *EAGER_PEERS, *bench.CEILINGS]
+    for row in result["rows"]:
+        check_row(row)
+
+
+def test_command_line_for_people(capsys):
+    words = "bench --image 32 --dim 32 --batch 2 --device cpu --seconds 0.01 --impl auto,timm_eager,cuda"
+    assert cli.main(words.split()) == 1  # cuda was named and has no time
+    shown = capsys.readouterr().out
+    assert "auto = reference" in shown
+    assert "cuda (eager) has no time" in shown
+    assert cli.main(["bench", "--impl", "nobody", "--image", "32", "--dim", "8"]) == 2
+    assert "nobody" in capsys.readouterr().err
+
+
+def test_a_model_before_and_after(capsys):
+    pytest.importorskip("timm")
+    words = "bench --model timm:test_vit --batch 1 --seconds 0.05 --device cpu --json"
+    assert cli.main(words.split()) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert [row["impl"] for row in result["rows"]] == ["before", "fused"]
+    assert result["difference"] < 1e-5
+    assert result["verdict"]
+    assert cli.main(["bench", "--model", "nobody:x"]) == 2
+
+
+def test_dry_run_of_the_gpu_suite(tmp_path):
+    stages = "build,smoke,headline,tune,table,backward,profile,sanitize"
+    script = [sys.executable, str(ROOT / "benchmarks" / "gpu_suite.py"), "--out", str(tmp_path), "--dry-run"]
+    subprocess.run([*script, "--stages", stages], check=True, timeout=240, capture_output=True)
+    result = json.loads((tmp_path / "results.json").read_text())
+    assert {stage["stage"]: stage["status"] for stage in result["stages"]} == dict.fromkeys(stages.split(","), "done")
+    for row in result["rows"]:
+        check_row(row)
+        assert row["ms"], row
+    assert {row["stage"] for row in result["rows"]} == {"headline", "tune", "table", "backward"}
+    assert "| headline |" in (tmp_path / "summary.md").read_text()
+
+    rows = len(result["rows"])
+    subprocess.run([*script, "--stages", "headline", "--resume"], check=True, timeout=120, capture_output=True)
+    assert len(json.loads((tmp_path / "results.json").read_text())["rows"]) == rows
+
+
+def test_the_suite_survives_a_stage_that_dies_and_one_that_hangs(tmp_path):
+    code = f"""
+import os, sys, time
+sys.path.insert(0, {str(ROOT / "benchmarks")!r})
+import gpu_suite
+def dies(args, out, deadline):
+    for what in ("first", "second"):
+        if out.once(what):
+            out.write({{"note": what}})
+            os.abort()
+def hangs(args, out, deadline):
+    time.sleep(600)
+gpu_suite.dies, gpu_suite.hangs = dies, hangs
+gpu_suite.STAGES = {{"dies": (60, ""), "hangs": (9, "")}}
+gpu_suite.DRY_SECONDS = 9
+gpu_suite.__file__ = {str(tmp_path / "suite.py")!r}
+if __name__ == "__main__":
+    gpu_suite.main()
+"""
+    (tmp_path / "suite.py").write_text(code)
+    subprocess.run(
+        [sys.executable, str(tmp_path / "suite.py"), "--out", str(tmp_path), "--dry-run"],
+        check=True, timeout=120, capture_output=True,
+    )  # fmt: skip
+    result = json.loads((tmp_path / "results.json").read_text())
+    assert {s["stage"]: s["status"] for s in result["stages"]} == {"dies": "done", "hangs": "cut off"}
+    assert [note["note"] for note in result["notes"]] == ["first", "second"]
