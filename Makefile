@@ -10,7 +10,7 @@ WORKERS ?= auto
 
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench picture clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.has-demo
@@ -31,6 +31,10 @@ $(VENV)/.has-%: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check --editable ".[$*]" $(EXTRA)
 	touch $@
+
+# README's picture: worth making on a machine that does nothing else.
+picture: demo
+	cp demo-output/vitkernels-demo.png docs/demo.png
 
 clean:
 	rm -rf build dist *.egg-info .venv .pytest_cache .ruff_cache .mypy_cache .benchmarks demo-output

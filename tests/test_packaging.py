@@ -86,11 +86,12 @@ def test_version_is_in_the_changelog():
     assert f"## [{vitkernels.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
 
 
-def test_readme_has_the_table_of_backends():
+@pytest.mark.parametrize("name", info.TABLES)
+def test_readme_tables(name):
     readme = (ROOT / "README.md").read_text()
-    table = re.search(r"<!-- backends[^>]*-->\n(.*?)\n<!-- /backends -->", readme, re.DOTALL)
+    table = re.search(rf"<!-- {name}\b[^>]*-->\n(.*?)\n<!-- /{name} -->", readme, re.DOTALL)
     assert table
-    assert table[1] == info.backend_table(), "put what `vitkernels info --markdown` prints between the markers"
+    assert table[1] == info.TABLES[name](), f"`vitkernels info --markdown {name}` prints what goes between the markers"
 
 
 def test_readme_names_every_command():

@@ -58,6 +58,7 @@ class Demonstration:
     images: np.ndarray  # [B, H, W, 3], uint8
     credits: list[str]
     patch: tuple[int, int]
+    prefix: str  # what stands in front of the patches, in words
     tokens: np.ndarray  # [B, T+N, D], fp32, of the one call
     pos_embed: np.ndarray  # [N, D]
     share: float  # of the front end, in the model's operations
@@ -99,7 +100,9 @@ def demonstrate(
 
     pixels = torch.from_numpy(images).to(device).permute(0, 3, 1, 2)  # the decoder's memory, seen as [B, C, H, W]
     projection, pos_embed, N = model.patch_embed.proj, model.pos_embed, model.patch_embed.num_patches
-    prefix = torch.cat([pos_embed[:, :0], *(t for t in (model.cls_token, model.reg_token) if t is not None)], 1)
+    extras = {"class": model.cls_token, "register": model.reg_token}
+    extras = {name: token for name, token in extras.items() if token is not None}
+    prefix = torch.cat([pos_embed[:, :0], *extras.values()], 1)
     table = functional.pad(pos_embed, (0, 0, prefix.shape[1] + N - pos_embed.shape[1], 0))  # zeros for the prefix
     parameters = (projection.weight, projection.bias, table, prefix)
 
@@ -133,6 +136,7 @@ def demonstrate(
         images=images,
         credits=credits,
         patch=tuple(projection.kernel_size),
+        prefix=" and ".join(f"{name} token{'s'[: t.shape[1] > 1]}" for name, t in extras.items()),
         tokens=after.float().cpu().numpy(),
         pos_embed=pos_embed[0, -N:].float().cpu().numpy(),
         share=share,

@@ -301,10 +301,10 @@ def eager_dtype(weight: torch.Tensor, *added: torch.Tensor | None) -> torch.dtyp
 def resized_weight(weight: torch.Tensor, patch_size: Pair) -> torch.Tensor:
     """weight [D,C,P_h,P_w] for another patch size; see `PatchEmbed.set_input_size`."""
     old = weight.shape[-2:]
-    basis = torch.eye(old[0] * old[1], device=weight.device).unflatten(1, (1, *old))
+    basis = torch.eye(old[0] * old[1], dtype=torch.float64, device=weight.device).unflatten(1, (1, *old))
     resize = F.interpolate(basis, patch_size, mode="bicubic", antialias=True).flatten(1)  # [old pixels, new pixels]
-    W = weight.flatten(2).to(torch.promote_types(weight.dtype, torch.float32))
-    return (W @ torch.linalg.pinv(resize.double()).T.to(W.dtype)).unflatten(2, patch_size).to(weight.dtype)
+    W = weight.flatten(2).double() @ torch.linalg.pinv(resize).T
+    return W.unflatten(2, patch_size).to(weight.dtype)
 
 
 def touched(name: str, module: nn.Module) -> str | None:

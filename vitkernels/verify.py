@@ -39,6 +39,8 @@ def eager(
     weight, bias, pos_embed, prefix = (t if t is None else t.to(dtype) for t in (weight, bias, pos_embed, prefix))
     D, _, *patch = weight.shape
     convolution = F.conv2d if len(patch) == 2 else F.conv3d
+    if len(patch) == 3:  # conv3d with 16-bit channels-last operands writes past its buffers on a CPU (torch 2.11 to 2.15)
+        x, weight = x.contiguous(), weight.contiguous()
     tokens = convolution(x, weight, bias, patch if stride is None else stride, padding).flatten(2).transpose(1, 2)
     B, N, _ = tokens.shape
     if keep is not None:

@@ -36,7 +36,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         from ..demo import demonstrate
         from ..pictures import draw
 
-        console = Console(stderr=True, quiet=args.json)
+        console = Console(stderr=True)
+        hidden = args.json or not console.is_terminal
         shown = demonstrate(
             args.model,
             device=device,
@@ -44,7 +45,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             batch=args.batch or (64 if on_gpu else None),
             files=args.image,
             repeats=args.repeats,
-            track=lambda loop, what: track(loop, f"{what:<12}", console=console, transient=True),
+            track=lambda loop, what: track(loop, f"{what:<12}", console=console, transient=True, disable=hidden),
         )
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"{error}; the demo needs pip install 'vitkernels[demo]'") from error
@@ -75,7 +76,7 @@ def show(result: dict[str, Any]) -> None:
 
     console = Console()
     console.print(
-        f"[bold]{result['model']}[/], {result['batch']} photographs, {result['dtype']}, on {result['ran_on']}; "
+        f"[bold]{result['model']}[/], a batch of {result['batch']}, {result['dtype']}, on {result['ran_on']}; "
         f"backend [bold]{result['backend']}[/]"
     )
     for found in result["fused"]:
@@ -92,7 +93,7 @@ def show(result: dict[str, Any]) -> None:
     ):
         times = result[key]
         spreads = (
-            f"{t['median']:.2f} [dim]{t['low']:.2f}–{t['high']:.2f}[/]" for t in (times["before"], times["after"])
+            f"{_ms(t['median'])}\n[dim]{_ms(t['low'])}–{_ms(t['high'])}[/]" for t in (times["before"], times["after"])
         )
         table.add_row(step, *spreads, f"{times['ratio']:.2f} ×", f"{result[difference]:.1e}")
     console.print(table)
@@ -108,6 +109,10 @@ def show(result: dict[str, Any]) -> None:
         "pixels to logits, before and after fuse. Medians, with quartiles in grey.\n"
         f"Picture: [bold]{result['picture']}[/]"
     )
+
+
+def _ms(time: float) -> str:
+    return f"{time:.0f}" if time >= 100 else f"{time:.2f}"
 
 
 def _device(name: str | None) -> Any:

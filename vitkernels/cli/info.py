@@ -8,6 +8,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,13 @@ PACKAGES = ("torch", "triton", "numpy", "timm", "transformers", "torchvision", "
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--markdown", action="store_true", help="print the table of backends that stands in README.md")
+    help = "print the table that stands in README.md: backends (the default) or fused, what fuse knows"
+    parser.add_argument("--markdown", nargs="?", const="backends", choices=TABLES, help=help)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.markdown:
-        return {"markdown": backend_table()}
+        return {"markdown": TABLES[args.markdown]()}
     problems = _problems()
     return {
         "machine": machine(),
@@ -108,6 +110,20 @@ def backend_table() -> str:
         ]
         rows.append(f"| `{name}` | {summary} | {'; '.join(ranks) or 'no device: it must be named'} |")
     return "\n".join(rows)
+
+
+def fused_table() -> str:
+    """README's table of what `fuse` knows."""
+    from ..fusing import ADAPTERS
+
+    rows = ["| library | class | what becomes one call |", "| --- | --- | --- |"]
+    for library, module in ADAPTERS.items():
+        for name, row in import_module(module, "vitkernels.fusing").TABLE.items():
+            rows.append(f"| {library} | `{name.rpartition('.')[2]}` | {row.what} |")
+    return "\n".join(rows)
+
+
+TABLES = {"backends": backend_table, "fused": fused_table}
 
 
 def _problems() -> dict[str, Any]:

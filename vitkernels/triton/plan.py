@@ -16,6 +16,7 @@ from .. import tuning
 from ..problem import PatchProblem, Triple
 from ..tuning import Config, Gpu
 
+REPACK_ROWS = 4096  # patches of a call from which narrow loads of the weight cost more than one copy of it: a guess
 PREFIX_ROWS = 16  # of a program that writes prefix tokens; kernels.py's _prefix_tile
 
 
@@ -175,7 +176,7 @@ def make_plan(
     padded_K = -(-p.K // c.BK) * c.BK
     # Rows of the weight that are no multiple of 16 bytes (P = 14: 1176) are repacked with zeros behind them, so that
     # they are loaded 16 bytes at a time; below this much work the copy would cost more than narrow loads.
-    repack = p.K * p.compute_dtype.itemsize % 16 != 0 and p.B * p.rows >= 4096
+    repack = p.K * p.compute_dtype.itemsize % 16 != 0 and p.B * p.rows >= REPACK_ROWS
     return Plan(
         road, c,
         grid=-(-p.B * p.rows // c.BM) * -(-p.D // c.BN) + prefix_programs,

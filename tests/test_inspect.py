@@ -1,0 +1,62 @@
+"""What the compilers make of every shipped default, on a machine without a GPU."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+KEYS = {"kernel", "arch", "patch", "dtype", "config", "default", "registers", "spill_bytes", "shared_bytes", "wgmma", "mma",
+        "tma", "load_bytes"}  # fmt: skip
+
+
+def inspect(*arguments):
+    command = [sys.executable, "-m", "vitkernels", "inspect", "--json", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "1"})
+    assert done.returncode in (0, 1), done.stderr
+    return json.loads(done.stdout), done.returncode
+
+
+@pytest.fixture(scope="module")
+def hopper():
+    return inspect("--arch", "sm_90")
+
+
+def test_every_default_on_hopper(hopper):
+    result, code = hopper
+    rows = result["kernels"]
+    assert all(set(r) == KEYS for r in rows)
+    defaults = [r for r in rows if r["default"]]
+    assert {(r["patch"], r["dtype"]) for r in defaults} == {
+        (p, d) for p in (14, 16, 32) for d in ("bf16", "fp16", "uint8->bf16", "fp32", "tf32")
+    }
+    for r in defaults:
+        assert r["spill_bytes"] == 0, r
+        assert r["shared_bytes"] <= 232448, r
+        assert r["registers"] <= 255, r
+        assert (r["wgmma"] > 0) == (r["dtype"] != "fp32"), r
+    assert code == 0 and result["ok"]
+
+
+def test_the_copy_engine_cuts_aligned_patches(hopper):
+    for r in hopper[0]["kernels"]:
+        assert (r["tma"] > 0) == (r["kernel"] == "descriptor"), r
+        if r["kernel"] == "descriptor":
+            assert r["load_bytes"] >= 16 and r["patch"] != 14, r
+        elif r["dtype"] in ("bf16", "fp16"):
+            assert r["load_bytes"] == (4 if r["patch"] == 14 else 16), r
+
+
+@pytest.mark.parametrize("arch", ("sm_80", "sm_100"))
+def test_every_default_elsewhere(arch):
+    result, code = inspect("--arch", arch, "--defaults")
+    assert result["kernels"] and code == 0, [r for r in result["kernels"] if r["spill_bytes"]]
+    assert all(r["mma"] > 0 or r["dtype"] == "fp32" for r in result["kernels"])
+
+
+def test_a_wrong_architecture_is_one_line():
+    command = [sys.executable, "-m", "vitkernels", "inspect", "--arch", "sm_1"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and "sm_1" in done.stderr and "sm_90" in done.stderr

@@ -1,0 +1,167 @@
+"""The definition: gradcheck, pieces of every size, no copy of the images, and the oracle against modules as models use them."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import vitkernels as vk
+from vitkernels import reference, verify
+
+F64 = torch.float64
+
+
+def images_of(*shape, dtype=F64, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=F64).to(dtype)
+
+
+# The oracle itself
+
+
+@pytest.mark.parametrize("T", [0, 1, 3])
+@pytest.mark.parametrize("whole", [True, False], ids=["T+N", "N"])
+def test_oracle_is_what_models_do(T, whole):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.proj = nn.Conv2d(3, 10, 4, 4)
+            self.cls_token = nn.Parameter(torch.randn(1, T, 10))
+            self.pos_embed = nn.Parameter(torch.randn(1, 6 + T * whole, 10))
+
+        def forward(self, pixels):
+            x = (pixels / 255 - torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1)) / torch.tensor([0.2, 0.3, 0.4]).view(3, 1, 1)
+            x = self.proj(x).flatten(2).transpose(1, 2)
+            if not whole:
+                x = x + self.pos_embed
+            x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)
+            return x + self.pos_embed if whole else x
+
+    model = Model().double()
+    pixels = torch.randint(0, 256, (2, 3, 8, 12))
+    oracle = verify.oracle(
+        images=pixels.to(torch.uint8), weight=model.proj.weight, bias=model.proj.bias, pos_embed=model.pos_embed,
+        prefix=model.cls_token if T else None, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4),
+    )  # fmt: skip
+    torch.testing.assert_close(oracle, model(pixels.double()))
+
+
+def test_oracle_keeps_patches_in_their_order():
+    images, weight, pos = images_of(2, 3, 8, 12), images_of(5, 3, 4, 4), images_of(7, 5)
+    keep = torch.tensor([[5, 0, 0], [1, 2, 4]])
+    every = verify.oracle(images=images, weight=weight, pos_embed=pos, prefix=pos[:1])
+    kept = verify.oracle(images=images, weight=weight, pos_embed=pos, prefix=pos[:1], keep=keep)
+    for b in range(2):
+        assert torch.equal(kept[b, 1:], every[b, 1 + keep[b]])
+    assert torch.equal(kept[:, :1], every[:, :1])
+
+
+# Gradients
+
+
+GRADCHECK = {
+    "picture": dict(images=(2, 3, 8, 6), weight=(4, 3, 4, 3)),
+    "video": dict(images=(2, 2, 4, 4, 6), weight=(3, 2, 2, 2, 3)),
+    "keep": dict(images=(2, 1, 8, 8), weight=(3, 1, 4, 4), keep=torch.tensor([[0, 3, 3], [1, 2, 0]]), pos_embed=(1, 4, 3)),
+    "keep, position and prefix per image": dict(
+        images=(2, 1, 8, 8), weight=(3, 1, 4, 4), keep=torch.tensor([[0, 3, 3], [1, 2, 0]]), pos_embed=(2, 6, 3), prefix=(2, 2, 3)
+    ),
+    "keep nothing": dict(
+        images=(2, 1, 8, 8), weight=(3, 1, 4, 4), keep=torch.zeros(2, 0, dtype=torch.int64), pos_embed=(5, 3), prefix=(1, 3)
+    ),
+    "overlap": dict(images=(1, 2, 7, 8), weight=(3, 2, 4, 3), stride=(1, 2)),
+    "overlap in time": dict(images=(1, 1, 4, 4, 4), weight=(2, 1, 3, 2, 2), stride=(1, 2, 1)),
+    "apart": dict(images=(2, 2, 9, 8), weight=(3, 2, 2, 2), stride=(4, 3)),
+    "padding": dict(images=(2, 2, 5, 6), weight=(3, 2, 4, 4), padding=(2, 1), mean=0.3, std=(0.5, 2.0)),
+    "padding and overlap": dict(images=(1, 2, 5, 6), weight=(3, 2, 3, 3), stride=2, padding=2, scale=0.5, mean=(0.3, 0.4)),
+    "normalised": dict(images=(2, 3, 4, 4), weight=(4, 3, 2, 2), mean=(0.1, 0.2, 0.3), std=(0.5, 0.3, 2.0), scale=2.0),
+    "position, whole": dict(images=(2, 1, 4, 4), weight=(3, 1, 2, 2), pos_embed=(6, 3), prefix=(2, 3)),
+    "position, patches": dict(images=(2, 1, 4, 4), weight=(3, 1, 2, 2), pos_embed=(1, 4, 3), prefix=(1, 2, 3)),
+    "position, per image": dict(images=(2, 1, 4, 4), weight=(3, 1, 2, 2), pos_embed=(2, 4, 3), prefix=(2, 2, 3)),
+    "one image": dict(images=(1, 1, 4, 4), weight=(3, 1, 2, 2), pos_embed=(1, 5, 3), prefix=(1, 1, 3)),
+}
+
+
+@pytest.mark.parametrize("case", GRADCHECK.values(), ids=GRADCHECK)
+def test_gradcheck(case):
+    rest = {n: v for n, v in case.items() if n not in verify.LEARNT}
+    names = [n for n in verify.LEARNT if n in case] + ["bias"]
+    shapes = {**case, "bias": case["weight"][:1]}
+    inputs = [images_of(*shapes[n], seed=i).requires_grad_() for i, n in enumerate(names)]
+    assert torch.autograd.gradcheck(
+        lambda *values: vk.patch_embed(**dict(zip(names, values, strict=True)), **rest, backend="reference"), inputs
+    )
+
+
+# Pieces
+
+
+@pytest.mark.parametrize("piece_bytes", [1, 700, 5_000, 40_000])
+@pytest.mark.parametrize("seed", range(1000, 1040))
+def test_pieces_of_any_size(seed, piece_bytes, poisoned, monkeypatch):
+    monkeypatch.setattr(reference, "_piece_bytes", lambda device_type: piece_bytes)
+    for row in verify.compare(verify.case(seed).tensors(), "reference", gradients=True):
+        assert row["ok"], row
+
+
+class Allocations(TorchDispatchMode):
+    """The largest tensor that any operation makes, in elements; a view of an input is not made."""
+
+    def __init__(self, *inputs):
+        super().__init__()
+        self.known, self.largest = {t.untyped_storage().data_ptr() for t in inputs}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, (list, tuple)) else [out]:
+            if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in self.known:
+                self.largest = max(self.largest, t.untyped_storage().nbytes() // t.element_size())
+        return out
+
+
+VIEWS = {
+    "contiguous": lambda x: x,
+    "channels-last": lambda x: x.to(memory_format=torch.channels_last),
+    "every second row": lambda x: torch.cat([x, x], 2)[:, :, ::2],
+    "flipped axes": lambda x: x.transpose(2, 3),
+    "expanded": lambda x: x[:1, :1].expand_as(x),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+def test_images_are_not_copied(view, monkeypatch):
+    monkeypatch.setattr(reference, "_piece_bytes", lambda device_type: 1 << 14)
+    images, weight = view(images_of(8, 3, 64, 64, dtype=torch.float32)), torch.zeros(2, 3, 8, 8)
+    with Allocations(images, weight) as made:
+        torch.ops.vitkernels.patch_embed.default.py_impl
+        tensors = images.unsqueeze(2), weight.unsqueeze(2), None, None, None, None
+        problem = vk.explain(images, weight).problem
+        reference.forward(problem, *tensors)
+    assert 0 < made.largest <= images.numel() // 8
+
+
+# Sizes
+
+
+def test_more_than_2_31_elements_by_stride(tmp_path):
+    """A real address beyond 2³¹ bytes: a file with a hole, of which two pages are touched."""
+    B, C, H, W = 1500, 3, 768, 768
+    assert B * C * H * W > 2**31
+    images = torch.from_file(str(tmp_path / "hole"), shared=True, size=B * C * H * W, dtype=torch.uint8).view(B, C, H, W)
+    images[-1, -1, -16:, -16:] = torch.arange(256, dtype=torch.uint8).view(16, 16)
+    weight = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    last = images[-2:].clone()
+    keep = torch.full((2, 1), (H // 16) * (W // 16) - 1)
+    y = vk.patch_embed(images[-2:], weight, keep=keep, backend="reference")
+    assert torch.equal(y, vk.patch_embed(last, weight, keep=keep, backend="reference"))
+    torch.testing.assert_close(y[1, 0], (weight[:, 2].flatten(1) * torch.arange(256) / 255).sum(1))
+    assert (y[0] == 0).all()
+
+
+def test_a_nan_stays_in_its_patch():
+    images = images_of(2, 3, 9, 10, dtype=torch.float32)
+    images[0, 1, 5, 2] = float("nan")  # patch (1, 0) of 2×2
+    images[1, :, 8:], images[1, :, :, 8:] = float("nan"), float("nan")  # behind the last patch
+    y = vk.patch_embed(images, torch.randn(5, 3, 4, 4), backend="reference")
+    assert y[0, 2].isnan().all()
+    y[0, 2] = 0
+    assert y.isfinite().all()
