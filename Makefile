@@ -1,7 +1,7 @@
 # On a bare machine `make demo` and `make test` need Python 3.10 or later with venv, and a network: they build $(VENV).
 PYTHON ?= python3
 VENV ?= .venv
-# Further arguments of pip install, e.g. EXTRA="--index-url https://download.pytorch.org/whl/cpu --extra-index-url https://pypi.org/simple"
+# Further arguments of pip install, e.g. EXTRA="--extra-index-url https://download.pytorch.org/whl/cpu"
 EXTRA ?=
 # Further arguments of the command itself, e.g. make demo ARGS="--batch 32"
 ARGS ?=

@@ -150,6 +150,8 @@ def tune(args, out, deadline):
             try:
                 with settings(case):
                     found = search(case.call(args.device), seconds=min(60, left * 0.6 / (len(cases) - i)))
+                if Path(str(found.get("file"))).is_file():
+                    shutil.copy(found["file"], args.out)
                 out.write({"case": case.name, "tuned": json.loads(json.dumps(found, default=str))})
                 say(case.name, found)
             except Exception as error:

@@ -49,9 +49,8 @@ def test_all_implementations_are_the_same_function(case, impl, mode):
     assert bench.gate(impl, case.call("cpu"), mode) is None
 
 
-def test_compiled_peers_are_the_same_function_too():
-    for impl in ("compile_conv", "compile_linear"):
-        assert bench.gate(impl, TINY[0].call("cpu")) is None
+def test_a_compiled_peer_is_the_same_function_too():
+    assert bench.gate("compile_linear", TINY[0].call("cpu")) is None
 
 
 @pytest.mark.parametrize("mode", bench.MODES)
@@ -151,7 +150,7 @@ def test_a_model_before_and_after(capsys):
 
 
 def test_dry_run_of_the_gpu_suite(tmp_path):
-    stages = "build,smoke,headline,profile"  # each is a process, and most of its time goes into importing torch
+    stages = "build,smoke,headline"  # each is a process, and most of its time goes into importing torch
     script = [sys.executable, str(ROOT / "benchmarks" / "gpu_suite.py"), "--out", str(tmp_path), "--dry-run"]
     subprocess.run([*script, "--stages", stages], check=True, timeout=240, capture_output=True)
     result = json.loads((tmp_path / "results.json").read_text())

@@ -409,6 +409,8 @@ def bench(
         try:
             return _bench(case, device, mode, impls, seconds, compiled, progress)
         finally:
+            if any(name.startswith("compile") for name in impls or PEERS):
+                torch._dynamo.reset()  # it stops at eight versions of a function, and every case makes more
             gc.collect()
             if device.type == "cuda":
                 torch.cuda.empty_cache()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
@@ -23,8 +22,8 @@ from . import explain, fuse, patch_embed
 # Files inside the wheels of scikit-image and scikit-learn, so that nothing is downloaded, with who is to be thanked.
 PHOTOGRAPHS = {
     ("skimage.data", "astronaut.png"): "Eileen Collins by NASA (public domain)",
-    ("skimage.data", "coffee.png"): "coffee by Rachel Michetti (CC0)",
     ("skimage.data", "chelsea.png"): "Chelsea by Stéfan van der Walt (CC0)",
+    ("skimage.data", "coffee.png"): "coffee by Rachel Michetti (CC0)",
     ("skimage.data", "rocket.jpg"): "Falcon 9 by SpaceX (public domain)",
     ("sklearn.datasets", "images/china.jpg"): "Summer Palace by danielbuechele (CC BY 2.0)",
     ("sklearn.datasets", "images/flower.jpg"): "dahlia by vultilion (CC BY 2.0)",
@@ -62,7 +61,7 @@ class Demonstration:
     tokens: np.ndarray  # [B, T+N, D], fp32, of the one call
     pos_embed: np.ndarray  # [N, D]
     share: float  # of the front end, in the model's operations
-    chain: dict[str, float]  # step -> median milliseconds
+    chain: dict[str, float]  # step -> milliseconds, of the run whose sum is the median
     front_end: tuple[Spread, Spread]  # before, after
     whole_model: tuple[Spread, Spread]
     token_difference: float
@@ -100,7 +99,7 @@ def demonstrate(
 
     pixels = torch.from_numpy(images).to(device).permute(0, 3, 1, 2)  # the decoder's memory, seen as [B, C, H, W]
     projection, pos_embed, N = model.patch_embed.proj, model.pos_embed, model.patch_embed.num_patches
-    extras = {"class": model.cls_token, "register": model.reg_token}
+    extras = {"class": model.cls_token, "registers": model.reg_token}
     extras = {name: token for name, token in extras.items() if token is not None}
     prefix = torch.cat([pos_embed[:, :0], *extras.values()], 1)
     table = functional.pad(pos_embed, (0, 0, prefix.shape[1] + N - pos_embed.shape[1], 0))  # zeros for the prefix
@@ -120,7 +119,7 @@ def demonstrate(
     logits, fused_logits = model(normalised), fused_model(normalised)  # which warms up, too
 
     laps, calls, models, fused_models = [], [], [], []
-    for _ in track(range(4 * repeats), "front end"):
+    for _ in track(range(4 * repeats + 1), "front end"):
         laps.append(_laps(device, chain.steps, pixels))
         calls += _laps(device, [call], pixels)
     for _ in track(range(repeats), "whole model"):
@@ -136,13 +135,11 @@ def demonstrate(
         images=images,
         credits=credits,
         patch=tuple(projection.kernel_size),
-        prefix=" and ".join(f"{name} token{'s'[: t.shape[1] > 1]}" for name, t in extras.items()),
+        prefix=", ".join(f"{t.shape[1]} {name}" for name, t in extras.items()).replace("1 class", "class token"),
         tokens=after.float().cpu().numpy(),
         pos_embed=pos_embed[0, -N:].float().cpu().numpy(),
         share=share,
-        chain={
-            name: statistics.median(times) for name, times in zip(chain.STEPS, zip(*laps, strict=True), strict=True)
-        },
+        chain=dict(zip(chain.STEPS, sorted(laps, key=sum)[len(laps) // 2], strict=True)),
         front_end=(Spread.of([sum(times) for times in laps]), Spread.of(calls)),
         whole_model=(Spread.of(models), Spread.of(fused_models)),
         token_difference=(after - before).abs().max().item(),

@@ -21,8 +21,11 @@ _ARGUMENTS = (
 )
 
 library = torch.library.Library("vitkernels", "DEF")
-library.define(f"patch_embed({_TENSORS}, {_ARGUMENTS}) -> Tensor")
-library.define(f"patch_embed_backward(Tensor grad, {_TENSORS}, {_ARGUMENTS}, bool[] needs) -> Tensor[]")
+for schema in (
+    f"patch_embed({_TENSORS}, {_ARGUMENTS}) -> Tensor",
+    f"patch_embed_backward(Tensor grad, {_TENSORS}, {_ARGUMENTS}, bool[] needs) -> Tensor[]",
+):
+    library.define(schema, tags=torch.Tag.pt2_compliant_tag)
 
 
 def _problem(images, weight, bias, pos_embed, prefix, keep, stride, padding, mean, std, *rest) -> PatchProblem:
@@ -79,7 +82,7 @@ class _PatchEmbed(torch.autograd.Function):
     def forward(ctx, *args):
         ctx.save_for_backward(*args[:6])
         ctx.arguments = args[6:]
-        return _op(*args)
+        return _below_autograd(*args)
 
     @staticmethod
     @once_differentiable
@@ -89,8 +92,21 @@ class _PatchEmbed(torch.autograd.Function):
         return (*(next(grads) if need else None for need in needs), *(None,) * 9)
 
 
+def _below_autograd(*args) -> torch.Tensor:
+    with torch._C._AutoDispatchBelowAutograd():
+        return _op(*args)
+
+
+def _autograd(*args) -> torch.Tensor:
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:5]):
+        return _PatchEmbed.apply(*args)
+    return _below_autograd(*args)
+
+
+library.impl("patch_embed", _autograd, "Autograd")  # for graphs that call the operation: torch.compile, torch.export
+
+
 def patch_embed(tensors: tuple[torch.Tensor | None, ...], arguments: Arguments, backend: str) -> torch.Tensor:
-    """Call the registered operation; with gradients where one is asked for."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return _PatchEmbed.apply(*tensors, *arguments, backend)
-    return _op(*tensors, *arguments, backend)
+    """Call the registered operation; eagerly without the detour through its Autograd kernel."""
+    call = _op if torch.compiler.is_compiling() else _autograd
+    return call(*tensors, *arguments, backend)

@@ -46,7 +46,7 @@ def draw(shown: Demonstration, where: str, path: Path) -> None:
     pixels = shown.images[0, : grid[0] * P_h, : grid[1] * P_w].reshape(grid[0], P_h, grid[1], P_w, 3).swapaxes(1, 2)
     patches.imshow(_mosaic(pixels / 255, gap=max(2, P_h // 5)), interpolation="antialiased")
 
-    _title(matrix, "Tokens", "a row each, a column a channel")
+    _title(matrix, "Tokens", "a row each")
     _matrix(matrix, shown.tokens[0], T, shown.prefix)
 
     _title(colours, "Tokens on the grid", "their principal components as colours")
@@ -61,7 +61,7 @@ def draw(shown: Demonstration, where: str, path: Path) -> None:
     _times(figure.add_axes((0.125, 0.138, 0.86, 0.135)), shown)
     figure.text(0.03, 0.291, "Where the front end's time goes", fontsize=14, weight="bold", color=INK)
     foot = (
-        f"Medians; {len(shown.images)} photographs in one batch, {shown.dtype}, backend {shown.backend}, on {where}.\n"
+        f"Medians; a batch of {len(shown.images)}, {shown.dtype}, backend {shown.backend}, on {where}.\n"
         f"The weights are random. The front end is {shown.share:.2%} of the model's operations. "
         f"Photograph: {shown.credits[0]}."
     )
@@ -74,7 +74,7 @@ def _save(figure: Figure, path: Path) -> None:
     memory = BytesIO()
     figure.savefig(memory)
     image = Image.open(memory).convert("RGB")
-    palette = image.quantize(256, Image.Quantize.MAXCOVERAGE)
+    palette = image.quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=1)
     image.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG).save(path, optimize=True)
 
 
@@ -133,16 +133,17 @@ def _times(axes: Axes, shown: Demonstration) -> None:
     total = sum(shown.chain.values())
     start = 0.0
     for (name, time), colour in zip(shown.chain.items(), STEP_COLOURS, strict=True):
-        axes.barh(1, time, left=start, height=0.72, color=colour, edgecolor="white", linewidth=1.5)
-        if time > 0.042 * max(total, after.median):
-            ink = "white" if colour == STEP_COLOURS[2] else INK
-            axes.text(start + time / 2, 1, f"{name}\n{time:.2f}", ha="center", va="center", fontsize=10, color=ink)
+        label = f"{name} {time:.2f}"
+        axes.barh(1, time, left=start, height=0.72, color=colour, edgecolor="white", linewidth=1.5, label=label)
         start += time
+    axes.legend(
+        loc="lower right", bbox_to_anchor=(1.005, 1.06), ncols=len(shown.chain), frameon=False, fontsize=11,
+        labelcolor=INK, handlelength=0.9, handleheight=0.9, handletextpad=0.5, columnspacing=1.8, borderpad=0,
+    )  # fmt: skip
     axes.barh(0, after.median, height=0.72, color=ACCENT)
-    axes.text(after.median / 2, 0, "one call", ha="center", va="center", fontsize=10, color="white")
     for y, spread, end in ((1, before, total), (0, after, after.median)):
         axes.text(end, y, f"  {spread.median:.2f} ms", va="center", fontsize=12, weight="bold", color=INK)
-    axes.set_yticks([1, 0], ["eager chain", "patch_embed"], fontsize=12.5, color=INK)
+    axes.set_yticks([1, 0], ["eager chain", "one call"], fontsize=12.5, color=INK)
     axes.set_xlim(0, 1.09 * max(total, after.median))
     axes.set_ylim(-0.45, 1.45)
     axes.set_xlabel("milliseconds, uint8 pixels → tokens", fontsize=10.5, color=GREY)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from numbers import Real
 from operator import index
 from typing import Any, NamedTuple
@@ -83,7 +83,7 @@ class PatchProblem:
     out_dtype: torch.dtype
     device: torch.device
 
-    @property
+    @cached_property
     def G(self) -> Triple:
         t, y, x = (
             (size + 2 * pad - patch) // stride + 1
@@ -91,35 +91,35 @@ class PatchProblem:
         )
         return t, y, x
 
-    @property
+    @cached_property
     def N(self) -> int:
         return self.G[0] * self.G[1] * self.G[2]
 
-    @property
+    @cached_property
     def rows(self) -> int:
         """Patches embedded of each image: N, or N_keep of them."""
         return self.N if self.n_keep is None else self.n_keep
 
-    @property
+    @cached_property
     def K(self) -> int:
         return self.C * self.P[0] * self.P[1] * self.P[2]
 
-    @property
+    @cached_property
     def out_shape(self) -> tuple[int, int, int]:
         return self.B, self.T + self.rows, self.D
 
-    @property
+    @cached_property
     def normalised(self) -> bool:
         """Whether channels differ: then y = x·a[c] + b[c], otherwise y = x·scale."""
         return self.mean is not None or self.std is not None
 
-    @property
+    @cached_property
     def affine(self) -> tuple[list[float], list[float]]:
         """a, b with (x·scale − mean)/std = x·a + b, a value per channel."""
         mean, std = self.mean or (0.0,) * self.C, self.std or (1.0,) * self.C
         return [self.scale / s for s in std], [-m / s for m, s in zip(mean, std, strict=True)]
 
-    @property
+    @cached_property
     def centred(self) -> tuple[list[float], list[float]]:
         """m, a with (x·scale − mean)/std = (x − m)·a, a value per channel; unlike x·a + b it loses nothing near the mean."""
         a, b = self.affine

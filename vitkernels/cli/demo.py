@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise ModuleNotFoundError(f"{error}; the demo needs pip install 'vitkernels[demo]'") from error
 
     here = machine()
-    where = torch.cuda.get_device_name(device) if on_gpu else f"{here['cpu']}, {here['threads']} threads"
+    where = torch.cuda.get_device_name(device) if on_gpu else f"{here['cpu']}, threads: {here['threads']}"
     args.out.mkdir(parents=True, exist_ok=True)
     picture = args.out / "vitkernels-demo.png"
     draw(shown, where, picture)

@@ -16,6 +16,11 @@ from typing import Any
 HELP = "machine, versions, and which backend would run here"
 
 PACKAGES = ("torch", "triton", "numpy", "timm", "transformers", "torchvision", "vit_pytorch")
+BACKENDS = {
+    "triton": "Triton kernels for the forward pass; gradients by the reference's formulas",
+    "cuda": "CUDA C++: not part of this version",
+    "reference": "the definition, in plain PyTorch: any device, any dtype, every problem",
+}
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -95,20 +100,19 @@ def versions() -> dict[str, str | None]:
 
 
 def backend_table() -> str:
-    """README's table: the same on every machine."""
-    from ..dispatch import AUTO, MODULES, backend
+    """README's table of backends: the same on every machine."""
+    from ..dispatch import AUTO, MODULES
 
     places = {"cpu": ("reference",), **AUTO}
     words = {"cpu": "the CPU", "cuda": "CUDA GPUs"}
     rows = ["| backend | what it is | `auto` takes it on |", "| --- | --- | --- |"]
     for name in MODULES:
-        summary = (backend(name).__doc__ or "").strip().partition("\n")[0]
         ranks = [
             f"{words.get(place, place)}, {'first' if names[0] == name else 'for what the others cannot take'}"
             for place, names in places.items()
             if name in names
         ]
-        rows.append(f"| `{name}` | {summary} | {'; '.join(ranks) or 'no device: it must be named'} |")
+        rows.append(f"| `{name}` | {BACKENDS[name]} | {'; '.join(ranks) or 'no device: it must be named'} |")
     return "\n".join(rows)
 
 

@@ -91,7 +91,10 @@ def _without_adapter(model: nn.Module, seen: set[nn.Module]) -> Iterator[FrontEn
         if owner in listed or full_name(type(owner)).startswith("vitkernels."):
             continue
         listed.add(owner)
-        yield FrontEnd(owner_path, full_name(type(owner)), False, f"no adapter for {type(owner).__name__} yet")
+        where = type(owner).__name__
+        if owner_path:
+            where += f" in {type(model.get_submodule(owner_path.rpartition('.')[0])).__name__}"
+        yield FrontEnd(owner_path, full_name(type(owner)), False, f"no adapter for {where} yet")
 
 
 def _patchifies(module: nn.Module) -> bool:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..functional import patch_embed
-from ..layers import eager_dtype, why_not_plain
+from ..layers import eager_dtype
 
 
 class Fused:
@@ -89,13 +89,16 @@ def overridden(part: nn.Module, mixin: type[Fused], of: str) -> str | None:
 
 
 def takes(conv: nn.Module, images: torch.Tensor) -> bool:
-    """Whether a call of `conv` on these images may be a `patch_embed` instead."""
-    return (
-        why_not_plain("", conv) is None
-        and images.ndim == 4
-        and images.shape[1] == conv.in_channels
-        and images.is_floating_point()
+    """Whether these are images that a plain `conv` takes, but for the dtype of their floats."""
+    return images.ndim == 4 and images.shape[1] == conv.in_channels and images.is_floating_point()
+
+
+def grid_of(conv: nn.Conv2d, images: torch.Tensor) -> tuple[int, int]:
+    y, x = (
+        (s + 2 * pad - P) // S + 1
+        for s, pad, P, S in zip(images.shape[-2:], conv.padding, conv.kernel_size, conv.stride, strict=True)
     )
+    return y, x
 
 
 def embed(

@@ -11,18 +11,18 @@ from timm.layers import resample_abs_pos_embed
 from torch import nn
 
 from ..layers import in_layout, touched, why_not_plain
-from .swapping import Fused, Row, embed, takes
+from .swapping import Fused, Row, embed, grid_of, takes
 
 
 class PatchEmbed(Fused):
     def forward(self, x):
         if x.ndim == 5:
             return x
-        images = _images(self, x)
+        images = _images(self, x) if why_not_plain("", self.proj) is None else None
         if images is None:
             return super().forward(x)
-        grid = [s // P for s, P in zip(images.shape[-2:], self.patch_size, strict=True)]
-        return self.norm(in_layout(embed(self.proj, images, self._vk_backend), _layout(self), grid))
+        tokens = embed(self.proj, images, self._vk_backend)
+        return self.norm(in_layout(tokens, _layout(self), grid_of(self.proj, images)))
 
 
 class VisionTransformer(Fused):
@@ -79,7 +79,7 @@ def _position(model: nn.Module, images: torch.Tensor) -> torch.Tensor | None:
         return model.pos_embed
     return resample_abs_pos_embed(
         model.pos_embed,
-        new_size=[s // P for s, P in zip(images.shape[-2:], model.patch_embed.patch_size, strict=True)],
+        new_size=grid_of(model.patch_embed.proj, images),
         old_size=model.patch_embed.grid_size,
         num_prefix_tokens=0 if model.no_embed_class else model.num_prefix_tokens,
     )

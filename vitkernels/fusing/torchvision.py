@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from ..layers import touched, why_not_plain
@@ -13,13 +14,15 @@ VIT = "torchvision.models.vision_transformer."
 class VisionTransformer(Fused):
     def forward(self, x):
         encoder = self.encoder
-        if not isinstance(encoder, Encoder) or touched("", encoder) or not _takes(self, x):
+        if not isinstance(encoder, Encoder) or _why_not(self) is not None or not _fits(self, x):
             return super().forward(x)
         tokens = embed(self.conv_proj, x, self._vk_backend, pos_embed=encoder.pos_embedding, prefix=self.class_token)
         return self.heads(encoder(tokens[None])[:, 0])
 
     def _process_input(self, x):
-        return embed(self.conv_proj, x, self._vk_backend) if _takes(self, x) else super()._process_input(x)
+        if why_not_plain("", self.conv_proj) is not None or not _fits(self, x):
+            return super()._process_input(x)
+        return embed(self.conv_proj, x, self._vk_backend)
 
 
 class Encoder(Fused):
@@ -29,7 +32,7 @@ class Encoder(Fused):
         return self.ln(self.layers(self.dropout(input.squeeze(0))))
 
 
-def _takes(model: nn.Module, x) -> bool:
+def _fits(model: nn.Module, x: torch.Tensor) -> bool:
     return takes(model.conv_proj, x) and tuple(x.shape[-2:]) == (model.image_size, model.image_size)
 
 

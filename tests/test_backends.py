@@ -1,0 +1,261 @@
+"""Every backend on random problems over the whole contract: tokens and gradients against fp64, in poisoned memory."""
+
+import math
+
+import pytest
+import torch
+
+import vitkernels as vk
+from vitkernels import dispatch, verify
+
+BACKENDS = tuple(dispatch.MODULES)
+# Triton compiles each of its problems on a GPU, and its interpreter takes 0.2 s for one.
+SEEDS = {"reference": range(400), "triton": range(120), "cuda": range(120)}
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    return request.param
+
+
+def skip_where_declined(backend, arguments):
+    if reasons := vk.explain(**arguments)[backend]:
+        pytest.skip(f"{backend}: {'; '.join(reasons)}")
+
+
+def normal(*shape, device="cpu", dtype=torch.float32, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+
+
+@pytest.mark.parametrize(("backend", "seed"), [(b, s) for b in BACKENDS for s in SEEDS[b]])
+def test_random_problem(backend, seed, device):
+    arguments = verify.case(seed).tensors(device)
+    skip_where_declined(backend, arguments)
+    before = {n: v.clone() for n, v in arguments.items() if isinstance(v, torch.Tensor)}
+    rows = verify.compare(arguments, backend, gradients=True)
+    assert [r for r in rows if not r["ok"]] == [], verify.case(seed)
+    for name, tensor in before.items():
+        assert torch.equal(arguments[name], tensor), f"{name} was written to"
+
+
+def test_triton_takes_nearly_everything(device):
+    """Skipping must not pass for working."""
+    pytest.importorskip("triton")
+    declined = {}
+    for case in verify.cases(0, 120):
+        if reasons := vk.explain(**case.tensors(device))["triton"]:
+            declined[str(case)] = reasons
+    assert len(declined) <= 6, declined
+
+
+@pytest.mark.parametrize("seed", range(2000, 2020))
+def test_twice_the_same_bits(backend, seed, device):
+    arguments = verify.case(seed).tensors(device)
+    skip_where_declined(backend, arguments)
+
+    def call(**kwargs):
+        return vk.patch_embed(**kwargs, backend=backend)
+
+    first, second = verify.evaluate(call, arguments), verify.evaluate(call, arguments)
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+# Hard inputs: fields of a random problem's arguments, put by hand
+
+
+def hard(device, **change):
+    images = normal(2, 3, 20, 24, device=device)
+    return dict(images=images, weight=normal(33, 3, 4, 4, device=device) / 7, bias=normal(33, device=device),
+                pos_embed=normal(1, 31, 33, device=device), prefix=normal(1, 33, device=device)) | change  # fmt: skip
+
+
+def pixels_near(mean, device, dtype=torch.float32):
+    return (mean + 0.01 * normal(2, 3, 20, 24, device=device)).to(dtype)
+
+
+def bytes_near(mean, device):
+    return torch.randint(mean - 4, mean + 4, (2, 3, 20, 24), generator=torch.Generator().manual_seed(0)).byte().to(device)
+
+
+HARD = {
+    "pixels near a large mean": lambda d: hard(d, images=pixels_near(1000.0, d), mean=1000.0, std=0.01),
+    "bytes near the mean": lambda d: hard(d, images=bytes_near(128, d), scale=1.0, mean=128.0, std=58.0),
+    "bytes near the mean, fp16": lambda d: hard(d, images=bytes_near(128, d), weight=(normal(33, 3, 4, 4, device=d) / 7).half(),
+                                                scale=1.0, mean=128.0, std=58.0),
+    "bytes near the mean, bf16": lambda d: hard(d, images=bytes_near(128, d), weight=(normal(33, 3, 4, 4, device=d) / 7).bfloat16(),
+                                                scale=1.0, mean=128.0, std=58.0),
+    "small fp16 weights of bytes": lambda d: hard(d, images=bytes_near(128, d), weight=(normal(33, 3, 4, 4, device=d) / 500).half(),
+                                                  std=(0.2, 0.25, 3.0), bias=None, pos_embed=None, prefix=None),
+    "large raw bytes, bf16": lambda d: hard(d, images=bytes_near(250, d), weight=normal(33, 3, 4, 4, device=d).bfloat16(), scale=1.0),
+    "negative scale": lambda d: hard(d, scale=-3.0, mean=(0.5, -0.5, 0.1)),
+    "tiny scale": lambda d: hard(d, images=1e8 * normal(2, 3, 20, 24, device=d), scale=1e-8),
+    "tiny scale, fp16": lambda d: hard(d, images=6e4 * torch.rand(2, 3, 20, 24).to(d), weight=normal(33, 3, 4, 4, device=d).half(),
+                                       scale=1e-5),
+    "bias far above the product": lambda d: hard(d, bias=1e4 * normal(33, device=d)),
+    "fp32 weights, bf16 out": lambda d: hard(d, out_dtype=torch.bfloat16),
+    "fp16 weights, fp32 out": lambda d: hard(d, weight=(normal(33, 3, 4, 4, device=d) / 7).half(), out_dtype=torch.float32),
+    "bf16 weights, fp64 out": lambda d: hard(d, weight=(normal(33, 3, 4, 4, device=d) / 7).bfloat16(), out_dtype=torch.float64),
+    "tables in other dtypes": lambda d: hard(d, weight=(normal(33, 3, 4, 4, device=d) / 7).half(),
+                                             bias=normal(33, device=d, dtype=torch.float64),
+                                             pos_embed=normal(1, 31, 33, device=d, dtype=torch.bfloat16)),
+    "fp64 prefix, bf16 out": lambda d: hard(d, weight=normal(33, 3, 4, 4, device=d, dtype=torch.float64), out_dtype=torch.bfloat16,
+                                            prefix=normal(1, 33, device=d, dtype=torch.float64)),
+    "expanded tables": lambda d: hard(d, bias=normal(1, device=d).expand(33), pos_embed=normal(1, 1, 33, device=d).expand(2, 31, 33),
+                                      prefix=normal(1, 1, device=d).expand(3, 33), weight=normal(33, 1, 4, 1, device=d).expand(-1, 3, 4, 4) / 7)
+    | {"pos_embed": normal(1, 1, 33, device=d).expand(2, 33, 33)},
+    "D = 1": lambda d: dict(images=normal(3, 1, 9, 9, device=d), weight=normal(1, 1, 3, 3, device=d)),
+    "one pixel": lambda d: dict(images=normal(1, 1, 1, 1, device=d), weight=normal(5, 1, 1, 1, device=d), prefix=normal(1, 5, device=d)),
+    "a patch of padding alone": lambda d: hard(d, padding=6, mean=0.5, stride=3, pos_embed=None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HARD)
+def test_hard(backend, name, device):
+    arguments = HARD[name](device)
+    skip_where_declined(backend, arguments)
+    rows = verify.compare(arguments, backend, gradients=True)
+    assert [r for r in rows if not r["ok"]] == []
+
+
+@pytest.mark.parametrize("B", [0, 2])
+@pytest.mark.parametrize("kept", [None, 0])
+@pytest.mark.parametrize("T", [None, 0, 2])
+def test_nothing_to_do(backend, B, kept, T, device):
+    arguments = dict(images=normal(B, 3, 8, 8, device=device), weight=normal(5, 3, 4, 4, device=device), bias=normal(5, device=device),
+                     pos_embed=normal(4 + (T or 0), 5, device=device))  # fmt: skip
+    if T is not None:
+        arguments["prefix"] = normal(T, 5, device=device)
+    if kept is not None:
+        arguments["keep"] = torch.zeros(B, kept, dtype=torch.int64, device=device)
+    skip_where_declined(backend, arguments)
+    rows = verify.compare(arguments, backend, gradients=True)
+    assert [r for r in rows if not r["ok"]] == []
+
+
+def test_a_nan_stays_in_its_patch(backend, device):
+    images = normal(2, 3, 9, 10, device=device)
+    images[0, 1, 5, 2] = float("nan")  # in patch 2 of 2×2
+    images[1, :, 8:], images[1, :, :, 8:] = float("nan"), float("nan")  # behind the last patch
+    arguments = dict(images=images, weight=normal(40, 3, 4, 4, device=device), prefix=normal(1, 40, device=device))
+    skip_where_declined(backend, arguments)
+    y = vk.patch_embed(**arguments, backend=backend)
+    assert y[0, 3].isnan().all()
+    y[0, 3] = 0
+    assert y.isfinite().all()
+    kept = torch.tensor([[0, 1], [2, 3]], device=device)
+    assert vk.patch_embed(**arguments, keep=kept, backend=backend).isfinite().all()
+
+
+# Autocast
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("out_dtype", [None, torch.float32])
+@pytest.mark.parametrize("pixels", [torch.uint8, torch.float32])
+def test_autocast(backend, dtype, out_dtype, pixels, device):
+    arguments = hard(device, out_dtype=out_dtype, mean=0.5, std=0.25)
+    arguments["images"] = (arguments["images"].sigmoid() * (255 if pixels == torch.uint8 else 1)).to(pixels)
+    skip_where_declined(backend, arguments)
+    with torch.autocast(device, dtype):
+        assert vk.patch_embed(**arguments, backend=backend).dtype == (out_dtype or dtype)
+        rows = verify.compare(arguments, backend, gradients=True)  # backward inside autocast, too
+    assert [r for r in rows if not r["ok"]] == []
+
+
+def test_gradients_know_nothing_of_autocast(backend, device):
+    arguments = hard(device)
+    skip_where_declined(backend, arguments)
+
+    def call(**kwargs):
+        return vk.patch_embed(**kwargs, backend=backend)
+
+    outside = verify.evaluate(call, arguments)
+
+    leaves = {n: arguments[n].detach().requires_grad_() for n in verify.LEARNT}
+    tokens = call(**leaves)
+    grad = torch.randn(tokens.shape, generator=torch.Generator().manual_seed(tokens.numel())).bfloat16().to(tokens)
+    with torch.autocast(device, torch.bfloat16):
+        inside = torch.autograd.grad(tokens, list(leaves.values()), grad)
+    for name, gradient in zip(leaves, inside, strict=True):
+        assert torch.equal(gradient, outside[name]), name
+
+
+# Autograd
+
+
+def test_second_derivatives_are_refused(backend, device):
+    arguments = hard(device)
+    skip_where_declined(backend, arguments)
+    weight = arguments["weight"].requires_grad_()
+    (first,) = torch.autograd.grad(vk.patch_embed(**arguments, backend=backend).square().sum(), weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
+@pytest.mark.parametrize("needed", verify.LEARNT)
+def test_only_what_is_asked_for(needed, device):
+    arguments = hard(device)
+    arguments[needed].requires_grad_()
+    vk.patch_embed(**arguments).sum().backward()
+    assert [n for n in verify.LEARNT if arguments[n].grad is not None] == [needed]
+
+
+def test_no_graph_without_gradients(device):
+    arguments = hard(device)
+    assert vk.patch_embed(**arguments).grad_fn is None
+    arguments["weight"].requires_grad_()
+    with torch.no_grad():
+        assert not vk.patch_embed(**arguments).requires_grad
+    with torch.inference_mode():
+        plain = vk.patch_embed(**arguments, mean=0.25)
+    assert torch.equal(plain, vk.patch_embed(**arguments, mean=0.25).detach())  # constants cached there serve here
+
+
+# Addresses beyond 32 bits
+
+
+def test_images_past_2_31_elements(backend, device, tmp_path):
+    B, C, H, W = 1500, 3, 768, 768
+    assert B * C * H * W > 2**31
+    if device == "cpu":  # a file with holes: what is not touched takes no memory
+        images = torch.from_file(str(tmp_path / "holes"), shared=True, size=B * C * H * W, dtype=torch.uint8).view(B, C, H, W)
+    else:
+        images = torch.zeros(B, C, H, W, dtype=torch.uint8, device=device)
+    images[-1, -1, -16:, -16:] = torch.arange(256, dtype=torch.uint8).view(16, 16).to(device)
+    weight = normal(3, C, 16, 16, device=device)
+    keep = torch.full((B, 1), (H // 16) * (W // 16) - 1, device=device)
+    arguments = dict(images=images, weight=weight, keep=keep)
+    skip_where_declined(backend, arguments)
+    y = vk.patch_embed(**arguments, backend=backend)
+    last = (weight[:, 2].flatten(1) * torch.arange(256, device=device) / 255).sum(1)
+    torch.testing.assert_close(y[-1, 0], last, rtol=1e-5, atol=1e-4)
+    assert (y[:-1] == 0).all()
+
+
+@pytest.mark.parametrize("across", [True, False])
+def test_patches_past_2_32(backend, device, across):
+    """N does not fit 32 bits, by strides of 0: the patch's place in its row must come from all of its index."""
+    W, H = 40_001, 120_000
+    row = normal(1, 1, 1, W, device=device)
+    images = row.expand(1, 1, H, W) if across else row.transpose(2, 3).expand(1, 1, W, H)
+    keep = torch.tensor([[0, 1, 2**31, 2**32 + 5, W * H - 1]], device=device)
+    arguments = dict(images=images, weight=torch.ones(1, 1, 1, 1, device=device), keep=keep)
+    skip_where_declined(backend, arguments)
+    y = vk.patch_embed(**arguments, backend=backend)
+    assert torch.equal(y[0, :, 0], row.flatten()[keep[0] % W if across else keep[0] // H])
+
+
+def test_keep_out_of_range(backend, device):
+    arguments = hard(device, pos_embed=None, keep=torch.tensor([[0, 30], [-1, 3]], device=device))
+    skip_where_declined(backend, arguments)
+    if device == "cpu":
+        with pytest.raises(ValueError, match=r"0\.\.29, got -1\.\.30"):
+            vk.patch_embed(**arguments, backend=backend)
+    elif backend != "reference":  # whose indexing stops a GPU with an assertion
+        y = vk.patch_embed(**arguments, backend=backend)
+        assert y[0, 2].isnan().all()
+        assert y[1, 1].isnan().all()
+        assert math.prod(y[0, 1].isfinite()) == 1
