@@ -236,7 +236,8 @@ def _time(args, out, deadline, cases, modes, *, impls=None, compiled=None, secon
                 rows = bench(case, device=args.device, mode=mode, impls=impls, compiled=compiled, seconds=seconds)
             except Exception as error:
                 traceback.print_exc()
-                out.write({"case": case.name, "mode": mode, "error": short(error), "trace": traceback.format_exc()[-3000:]})
+                trace = traceback.format_exc()[-3000:]
+                out.write({"case": case.name, "mode": mode, "error": short(error), "trace": trace})
                 alive(torch.device(args.device))
                 continue
             for row in rows:
@@ -274,7 +275,7 @@ def _tool(args, out, deadline, tool, options, what) -> None:
 
 
 def once(args) -> None:
-    """A few launches of what a tool is to look at: headline shape number `--once`, or the tiny ones, both directions."""
+    """A few launches for a tool to look at: headline shape number `--once`, or the tiny ones, both directions."""
     import torch
     from shapes import TINY
 
@@ -351,10 +352,12 @@ def summary(result: dict) -> str:
         text.append("| " + " | ".join(cells) + " |")
     text += ["", "## Notes", ""]
     for note in result["notes"]:
-        words = note.get("note") or note.get("error") or (f"{note.get('impl')}: {note['check']}" if "check" in note else "")
+        words = note.get("note") or note.get("error") or note.get("tuned")
+        if "check" in note:
+            words = f"{note['impl']}: {note['check']}"
         text.append(f"- {note['stage']} {note.get('case', '')}: {words}")
         text += [f"  - {line}" for line in note.get("failed", [])]
-    errors = [f"- {r['case']} {r['mode']} {r['impl']} {r['timing']}: {r['error']}" for r in result["rows"] if r.get("error")]
+    errors = [f"- {line_of(row)}" for row in result["rows"] if row.get("error")]
     return "\n".join([*text, "", "## Without a time", "", *errors, ""])
 
 

@@ -9,8 +9,8 @@ import vitkernels as vk
 from vitkernels import dispatch, verify
 
 BACKENDS = tuple(dispatch.MODULES)
-# Triton compiles each of its problems on a GPU, and its interpreter takes 0.2 s for one.
-SEEDS = {"reference": range(400), "triton": range(120), "cuda": range(120)}
+# Triton compiles each of its problems on a GPU, and its interpreter takes 0.2 s for one. CUDA C++ declines all, so far.
+SEEDS = {"reference": range(400), "triton": range(120), "cuda": range(1)}
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 
@@ -217,22 +217,24 @@ def test_no_graph_without_gradients(device):
 # Addresses beyond 32 bits
 
 
-def test_images_past_2_31_elements(backend, device, tmp_path):
-    B, C, H, W = 1500, 3, 768, 768
-    assert B * C * H * W > 2**31
+@pytest.mark.parametrize("dim", range(4))
+def test_offsets_past_2_31(backend, dim, device, tmp_path):
+    """Images [2,2,32,32] whose batch, channel, row or pixel stride takes the last elements past 2³¹ and 2³²."""
+    shape = [2, 2, 32, 32]
+    strides = [2048, 1024, 32, 1]
+    strides[dim] = 2**32 // (shape[dim] - 1)
+    size = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
     if device == "cpu":  # a file with holes: what is not touched takes no memory
-        images = torch.from_file(str(tmp_path / "holes"), shared=True, size=B * C * H * W, dtype=torch.uint8).view(B, C, H, W)
+        memory = torch.from_file(str(tmp_path / "holes"), shared=True, size=size, dtype=torch.uint8)
     else:
-        images = torch.zeros(B, C, H, W, dtype=torch.uint8, device=device)
-    images[-1, -1, -16:, -16:] = torch.arange(256, dtype=torch.uint8).view(16, 16).to(device)
-    weight = normal(3, C, 16, 16, device=device)
-    keep = torch.full((B, 1), (H // 16) * (W // 16) - 1, device=device)
-    arguments = dict(images=images, weight=weight, keep=keep)
-    skip_where_declined(backend, arguments)
-    y = vk.patch_embed(**arguments, backend=backend)
-    last = (weight[:, 2].flatten(1) * torch.arange(256, device=device) / 255).sum(1)
-    torch.testing.assert_close(y[-1, 0], last, rtol=1e-5, atol=1e-4)
-    assert (y[:-1] == 0).all()
+        memory = torch.zeros(size, dtype=torch.uint8, device=device)
+    images = memory.as_strided(shape, strides)
+    near = torch.randint(256, shape, generator=torch.Generator().manual_seed(0)).byte().to(device)
+    images.copy_(near)
+    weight = normal(3, 2, 16, 16, device=device) / 16
+    skip_where_declined(backend, dict(images=images, weight=weight))
+    y = vk.patch_embed(images, weight, backend=backend)
+    torch.testing.assert_close(y, vk.patch_embed(near, weight, backend=backend))
 
 
 @pytest.mark.parametrize("across", [True, False])

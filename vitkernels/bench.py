@@ -12,7 +12,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -72,8 +72,8 @@ class Case:
         """Fresh random arguments of patch_embed, of the magnitudes of a trained model."""
         g = torch.Generator(device).manual_seed(seed)
         video = self.frames is not None
-        size = (self.frames,) * video + _pair(self.image)
-        patch = (self.tubelet,) * video + _pair(self.patch)
+        time_ = () if self.frames is None else ((self.frames, self.tubelet),)
+        size, patch = zip(*time_, *zip(_pair(self.image), _pair(self.patch), strict=True), strict=True)
         N, K = 1, self.chans
         for s, P in zip(size, patch, strict=True):
             N, K = N * (s // P), K * P
@@ -108,8 +108,8 @@ def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
 
 def problem(call: Call) -> PatchProblem:
     arguments = (call["images"], call["weight"], None, 0, call.get("mean"), call.get("std"), None, None)
-    tensors = (call.get(name) for name in ("images", "weight", "bias", "pos_embed", "prefix", "keep"))
-    return problem_of(*tensors, arguments_of(*arguments))  # type: ignore[arg-type]
+    bias, pos_embed, prefix, keep = (call.get(name) for name in ("bias", "pos_embed", "prefix", "keep"))
+    return problem_of(*arguments[:2], bias, pos_embed, prefix, keep, arguments_of(*arguments))
 
 
 # --- The peers: the same function of the same arguments, as others write it.
@@ -159,7 +159,8 @@ def linear(images, weight, bias, pos_embed, prefix, keep, a, b):
         x = grid.reshape(grid.shape[0], -1, weight[0].numel())
     else:
         row = torch.arange(keep.shape[0], device=keep.device)[:, None]
-        x = grid[(row, *torch.unravel_index(keep, grid.shape[1 : 1 + dims]))].flatten(2)
+        index = (row, *torch.unravel_index(keep, grid.shape[1 : 1 + dims]))
+        x = grid[index].flatten(2)
     if a is not None:  # per channel, after the patches lie in order: one pass for copy and conversion
         x = _normalised(x.unflatten(2, (weight.shape[1], -1)), weight.dtype, a.view(-1, 1), b.view(-1, 1)).flatten(2)
     x = F.linear(x.to(weight.dtype), weight.flatten(1), bias)
@@ -208,9 +209,7 @@ def _leaf(t: torch.Tensor | None, grad: bool) -> torch.Tensor | None:
     return t if t is None or not grad else t.detach().requires_grad_()
 
 
-def steps(
-    impl: str | Callable, calls: Sequence[Call], grad: bool = False
-) -> list[tuple[Step, list[torch.Tensor]]]:
+def steps(impl: str | Callable, calls: Sequence[Call], grad: bool = False) -> list[tuple[Step, list[torch.Tensor]]]:
     """Per call: images in, tokens out, ready to be timed; and the parameters that want gradients.
 
     `impl` is a backend, one of PEERS, or a function with patch_embed's arguments.
@@ -221,7 +220,7 @@ def steps(
         ours = [call | {name: _leaf(call.get(name), grad) for name in names} for call in calls]
         return [(partial(embed, **c), [c[n] for n in names if c[n] is not None]) for c in ours]
     function = PEERS[impl]()
-    result = []
+    result: list[tuple[Step, list[torch.Tensor]]] = []
     for call in calls:
         p = problem(call)
         a = b = None
@@ -230,7 +229,7 @@ def steps(
                 torch.tensor(v, dtype=p.compute_dtype, device=p.device).view(-1, *(1,) * (call["images"].ndim - 2))
                 for v in p.affine
             )
-        tensors = {name: call.get(name) for name in names}
+        tensors: dict[str, Any] = {name: call.get(name) for name in names}
         if impl == "conv_channels_last":  # the weight as model.to(memory_format=...) leaves it
             memory_format = torch.channels_last_3d if p.video else torch.channels_last
             tensors["weight"] = tensors["weight"].contiguous(memory_format=memory_format)
@@ -256,11 +255,17 @@ def ceiling_steps(impl: str, calls: Sequence[Call], mode: str) -> list[Step]:
                 new(shape, dtype=p.compute_dtype).normal_()
                 for shape in ((p.B * p.rows, p.K), (p.D, p.K), (p.B * p.rows, p.D))
             )
-            forward, backward = partial(torch.mm, x, w.t(), out=y), partial(torch.mm, y.t(), x)
-            result.append({"forward": forward, "backward": backward}.get(mode, lambda f=forward, b=backward: (f(), b())))
+            forward: Step = partial(torch.mm, x, w.t(), out=y)
+            backward: Step = partial(torch.mm, y.t(), x)
+            result.append({"forward": forward, "backward": backward}.get(mode) or partial(_each, forward, backward))
         else:
             result.append(new(1).zero_)
     return result
+
+
+def _each(*steps: Step) -> None:
+    for step in steps:
+        step()
 
 
 # --- The gate.
@@ -401,7 +406,7 @@ def bench(
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
-    stream = nullcontext()
+    stream: Any = nullcontext()
     if device.type == "cuda":  # one side stream for all, as a captured backward runs on its forward's stream
         torch.cuda.synchronize(device)
         stream = torch.cuda.stream(torch.cuda.Stream(device))

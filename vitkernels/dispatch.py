@@ -21,7 +21,7 @@ def backend(name: str) -> ModuleType:
 
 
 def check_name(name: str) -> None:
-    if name != "auto" and name not in MODULES:
+    if name not in ("auto", *MODULES):
         raise ValueError(f"backend must be one of auto, {', '.join(MODULES)}; got {name!r}")
 
 

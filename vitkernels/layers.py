@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -73,7 +73,7 @@ class PatchEmbed(nn.Module):
         self.scale = scale
         self.backend = backend
         self._set_img_size(img_size)
-        where = {k: v for k, v in (("device", device), ("dtype", dtype)) if v is not None}
+        where: dict[str, Any] = {k: v for k, v in (("device", device), ("dtype", dtype)) if v is not None}
         self.proj = nn.Conv2d(in_chans, embed_dim, self.patch_size, self.stride, self.padding, bias=bias, **where)
         self.norm = norm_layer(embed_dim, **where) if norm_layer else nn.Identity()
 
@@ -124,7 +124,7 @@ class PatchEmbed(nn.Module):
                 bias=old.bias is not None, device=like.device, dtype=like.dtype,
             )  # fmt: skip
             self.proj.weight.copy_(resized_weight(like, new))
-            if old.bias is not None:
+            if old.bias is not None and self.proj.bias is not None:
                 self.proj.bias.copy_(old.bias)
             for name, parameter in old.named_parameters():
                 self.proj.get_parameter(name).requires_grad_(parameter.requires_grad)
@@ -152,15 +152,16 @@ class PatchEmbed(nn.Module):
             images, self.proj.weight, self.proj.bias, keep=keep, stride=self.stride, padding=self.padding,
             pos_embed=pos_embed if fused else None, prefix=prefix if fused else None, backend=self.backend, **affine,
         )  # fmt: skip
-        grid = self._grid(images.shape[-2:])
+        H, W = images.shape[-2:]
+        grid = self._grid((H, W))
         x = self.norm(in_layout(x, layout, grid))
         if fused or layout != "NLC":
             return x
         return with_position(x, pos_embed, prefix, keep, grid[0] * grid[1])
 
-    def _fitted(self, images: torch.Tensor) -> tuple[torch.Tensor, dict[str, object]]:
+    def _fitted(self, images: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
         """The images, padded where asked, and the normalisation that is still to be done."""
-        affine = {"mean": self.mean, "std": self.std, "scale": self.scale}
+        affine: dict[str, Any] = {"mean": self.mean, "std": self.std, "scale": self.scale}
         if images.ndim != 4:
             raise ValueError(f"images must be [B,C,H,W], got {list(images.shape)}")
         H, W = images.shape[-2:]
@@ -290,7 +291,7 @@ def normed_patch_embed(
 def eager_dtype(weight: torch.Tensor, *added: torch.Tensor | None) -> torch.dtype:
     """The dtype of tokens in eager PyTorch, where adding an fp32 table to autocast's bf16 tokens makes them fp32."""
     device, dtype = weight.device.type, weight.dtype
-    if torch.is_autocast_enabled(device):
+    if device != "meta" and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
     for tensor in added:
         if tensor is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -82,12 +82,13 @@ class ViT(nn.Module):
 
     def patch_embed(self, images: torch.Tensor) -> torch.Tensor:
         """Images [B,C,H,W] to tokens [B,T+N,D], dropped out in training. Smaller images take the table's first rows."""
-        _, before, linear, after = self.to_patch_embedding
-        affine = {"mean": self.mean, "std": self.std, "scale": self.scale}
+        slots: Any = self.to_patch_embedding
+        _, before, linear, after = slots
+        affine: dict[str, Any] = {"mean": self.mean, "std": self.std, "scale": self.scale}
         P_h, P_w = self.patch_size
         H, W = images.shape[-2:]
         pos = self.pos_embedding[: self.cls_token.shape[0] + (H // P_h) * (W // P_w)]
-        added = {"pos_embed": pos, "prefix": self.cls_token, "backend": self.backend}
+        added: dict[str, Any] = {"pos_embed": pos, "prefix": self.cls_token, "backend": self.backend}
         if self.patch_norm:
             images = normalised(images, linear.weight.dtype, **affine)
             return self.dropout(normed_patch_embed(images, before, linear, after, self.patch_size, **added))
@@ -130,7 +131,9 @@ class Transformer(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for attention, feed_forward in self.layers:
+        block: Any
+        for block in self.layers:
+            attention, feed_forward = block
             x = x + attention(x)
             x = x + feed_forward(x)
         return self.norm(x)

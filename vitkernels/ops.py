@@ -49,7 +49,8 @@ def _forward_fake(*args):
 def _backward(grad, *args):
     tensors, (*arguments, _backend, needs) = args[:6], args[6:]
     p = _problem(*tensors, *arguments)
-    grads = backward(p, grad, *dispatch.canonical(*tensors), needs=tuple(needs))
+    with torch.autocast(grad.device.type, enabled=False):  # the product's dtype was settled by the forward
+        grads = backward(p, grad, *dispatch.canonical(*tensors), needs=tuple(needs))
     return [g.reshape(t.shape) for g, t in zip(grads, tensors, strict=False) if g is not None]
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .demo import Demonstration
 
 INK, GREY, ACCENT = "#1f2430", "#667080", "#e4572e"
-STEP_COLOURS = ("#cfdae8", "#a9bdd6", "#4f75a3", "#86a3c6", "#bccbe0")
+STEP_COLOURS = ("#c9d8e8", "#93b1d1", "#3f6797", "#8479b5", "#bdb5db")
 
 
 def draw(shown: Demonstration, where: str, path: Path) -> None:

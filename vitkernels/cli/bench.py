@@ -59,14 +59,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             prefix=args.prefix, keep=args.keep, frames=args.frames, tubelet=args.tubelet, chans=args.chans,
             channels_last=args.channels_last,
         )  # fmt: skip
-        result["rows"] = [
-            row
-            for mode in (bench.MODES if args.mode == "all" else (args.mode,))
-            for row in bench.bench(
+        result["rows"] = []
+        for mode in bench.MODES if args.mode == "all" else (args.mode,):
+            result["rows"] += bench.bench(
                 case, device=device, mode=mode, impls=args.impl and args.impl.split(","), seconds=args.seconds,
                 compiled=args.compile, progress=tick,
             )  # fmt: skip
-        ]
     # A peer that breaks the rule is worth seeing; one of ours is a failure.
     result["ok"] = not any(row.get("error") for row in result["rows"] if row["impl"] in bench.OURS)
     return result
@@ -80,7 +78,7 @@ def show(result: dict[str, Any]) -> None:
     console, rows = Console(), result["rows"]
     head = result["header"]
     console.print(" · ".join(str(head[k]) for k in ("gpu", "cpu") if head[k]), style="bold")
-    console.print(f"torch {head['torch']}, triton {head['triton']}, vitkernels {head['vitkernels']} {head['commit'] or ''}")
+    console.print(", ".join(f"{k} {head[k]}" for k in ("torch", "triton", "vitkernels", "commit") if head[k]))
     timings = {row["timing"] for row in rows}
     for case, mode in dict.fromkeys((row["case"], row["mode"]) for row in rows):
         table = Table(title=f"{case}, {mode}", title_justify="left", box=box.SIMPLE_HEAD)
@@ -98,7 +96,7 @@ def show(result: dict[str, Any]) -> None:
         console.print(result["report"], highlight=False)
         console.print(f"Outputs before and after differ by {result['difference']:.2g} of their norm.")
         console.print(result["verdict"], style="bold")
-        console.print("The front end is about 1 % of a model's arithmetic: expect little of a large model.", style="dim")
+        console.print("About 1 % of a model's arithmetic is its front end: expect little.", style="dim")
 
 
 def _cells(row: dict[str, Any], name_timing: bool) -> list[str]:

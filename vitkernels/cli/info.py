@@ -121,8 +121,8 @@ def fused_table() -> str:
     from ..fusing import ADAPTERS
 
     rows = ["| library | class | what becomes one call |", "| --- | --- | --- |"]
-    for library, module in ADAPTERS.items():
-        for name, row in import_module(module, "vitkernels.fusing").TABLE.items():
+    for library in ADAPTERS:
+        for name, row in import_module(f"vitkernels.fusing.{library}").TABLE.items():
             rows.append(f"| {library} | `{name.rpartition('.')[2]}` | {row.what} |")
     return "\n".join(rows)
 

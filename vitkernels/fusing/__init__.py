@@ -11,8 +11,8 @@ from ..dispatch import check_name
 from .report import FrontEnd, Report
 from .swapping import Row, full_name, fused_class, overridden, restore
 
-# A library is never imported from here: its adapter is, once a class of that library was found.
-ADAPTERS = {"timm": ".timm", "torchvision": ".torchvision", "transformers": ".transformers", "vit_pytorch": ".vit_pytorch"}
+# Each has an adapter here of its own name, imported when a class of that library was found and not before.
+ADAPTERS = ("timm", "torchvision", "transformers", "vit_pytorch")
 
 __all__ = ["FrontEnd", "Report", "fuse", "unfuse"]
 
@@ -62,7 +62,7 @@ def _rows(module: nn.Module) -> Iterator[Row]:
     for cls in type(module).__mro__:
         library = cls.__module__.partition(".")[0]
         if library in ADAPTERS:
-            table = import_module(ADAPTERS[library], __name__).TABLE
+            table = import_module(f".{library}", __name__).TABLE
             if row := table.get(full_name(cls)):
                 yield row
 

@@ -5,9 +5,9 @@ Nothing is stored on the instance and no parameter moves, so state_dict, optimis
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable
-from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -41,8 +41,17 @@ class Row(NamedTuple):
     what: str
 
 
-@cache
 def fused_class(mixin: type[Fused], base: type[nn.Module], backend: str) -> type[nn.Module]:
+    key = mixin, base, backend
+    if key not in _CLASSES:
+        _CLASSES[key] = _made(*key)
+    return _CLASSES[key]
+
+
+_CLASSES: dict[tuple[type, type, str], type[nn.Module]] = {}
+
+
+def _made(mixin: type[Fused], base: type[nn.Module], backend: str) -> type[nn.Module]:
     names = {
         "_vk_mixin": mixin,
         "_vk_base": base,
@@ -51,7 +60,7 @@ def fused_class(mixin: type[Fused], base: type[nn.Module], backend: str) -> type
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
     }
-    return type(base)(base.__name__, (mixin, base), names)
+    return types.new_class(base.__name__, (mixin, base), exec_body=lambda namespace: namespace.update(names))
 
 
 def _rebuilt(mixin: type[Fused], base: type[nn.Module], backend: str) -> nn.Module:
@@ -88,12 +97,12 @@ def overridden(part: nn.Module, mixin: type[Fused], of: str) -> str | None:
     return None
 
 
-def takes(conv: nn.Module, images: torch.Tensor) -> bool:
+def takes(conv: nn.Conv2d, images: torch.Tensor) -> bool:
     """Whether these are images that a plain `conv` takes, but for the dtype of their floats."""
     return images.ndim == 4 and images.shape[1] == conv.in_channels and images.is_floating_point()
 
 
-def grid_of(conv: nn.Conv2d, images: torch.Tensor) -> tuple[int, int]:
+def grid_of(conv: Any, images: torch.Tensor) -> tuple[int, int]:
     y, x = (
         (s + 2 * pad - P) // S + 1
         for s, pad, P, S in zip(images.shape[-2:], conv.padding, conv.kernel_size, conv.stride, strict=True)
@@ -102,7 +111,7 @@ def grid_of(conv: nn.Conv2d, images: torch.Tensor) -> tuple[int, int]:
 
 
 def embed(
-    conv: nn.Conv2d,
+    conv: Any,
     images: torch.Tensor,
     backend: str,
     *,

@@ -5,6 +5,8 @@ Images are always 4-D, so 5-D means finished tokens [1,1,B,T+N,D]: `patch_embed`
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from timm.layers import resample_abs_pos_embed
@@ -41,7 +43,7 @@ class VisionTransformer(Fused):
         return x if self.pos_embed is None else self.pos_drop(x)
 
 
-def _why_not(model: nn.Module) -> str | None:
+def _why_not(model: Any) -> str | None:
     patches = model.patch_embed
     if not isinstance(patches.norm, nn.Identity):
         return f"patch_embed.norm is a {type(patches.norm).__name__}"
@@ -55,11 +57,11 @@ def _why_not(model: nn.Module) -> str | None:
     )
 
 
-def _layout(patches: nn.Module) -> str:
+def _layout(patches: Any) -> str:
     return "NLC" if patches.flatten else patches.output_fmt.value
 
 
-def _images(patches: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
+def _images(patches: Any, x: torch.Tensor) -> torch.Tensor | None:
     """x, padded as timm would; None where timm itself has to run, or to refuse."""
     if not takes(patches.proj, x):
         return None
@@ -74,7 +76,7 @@ def _images(patches: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
     return x
 
 
-def _position(model: nn.Module, images: torch.Tensor) -> torch.Tensor | None:
+def _position(model: Any, images: torch.Tensor) -> torch.Tensor | None:
     if model.pos_embed is None or not model.dynamic_img_size:
         return model.pos_embed
     return resample_abs_pos_embed(
@@ -85,7 +87,7 @@ def _position(model: nn.Module, images: torch.Tensor) -> torch.Tensor | None:
     )
 
 
-def _prefix(model: nn.Module) -> torch.Tensor | None:
+def _prefix(model: Any) -> torch.Tensor | None:
     tokens = [t for t in (model.cls_token, model.reg_token) if t is not None]
     return torch.cat(tokens, 1) if len(tokens) > 1 else tokens[0] if tokens else None
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import nn
 
 from ..layers import touched, why_not_plain
 from .swapping import Fused, Row, embed, takes
@@ -32,11 +33,11 @@ class Encoder(Fused):
         return self.ln(self.layers(self.dropout(input.squeeze(0))))
 
 
-def _fits(model: nn.Module, x: torch.Tensor) -> bool:
+def _fits(model: Any, x: torch.Tensor) -> bool:
     return takes(model.conv_proj, x) and tuple(x.shape[-2:]) == (model.image_size, model.image_size)
 
 
-def _why_not(model: nn.Module) -> str | None:
+def _why_not(model: Any) -> str | None:
     return why_not_plain("conv_proj", model.conv_proj) or touched("encoder", model.encoder)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import nn
+from typing import Any
 
 from ..layers import touched, why_not_plain
 from .swapping import Fused, Row, embed, full_name, takes
@@ -26,7 +26,7 @@ class ViTEmbeddings(Fused):
         return self.dropout(embed(patches.projection, pixel_values, self._vk_backend, pos_embed=position, prefix=token))
 
 
-def _why_not(embeddings: nn.Module) -> str | None:
+def _why_not(embeddings: Any) -> str | None:
     patches = embeddings.patch_embeddings
     if full_name(type(patches)) != VIT + "ViTPatchEmbeddings":
         return f"patch_embeddings is a {type(patches).__name__}"

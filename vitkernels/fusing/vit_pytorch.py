@@ -6,6 +6,8 @@ all that another of vit_pytorch's architectures with this Sequential needs.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from ..layers import normed_patch_embed, touched
@@ -26,7 +28,7 @@ class ToPatchEmbedding(Fused):
         return normed_patch_embed(input, before, linear, after, (P_h, P_w), backend=self._vk_backend)
 
 
-def _why_not(model: nn.Module) -> str | None:
+def _why_not(model: Any) -> str | None:
     return touched("to_patch_embedding", model.to_patch_embedding) or _why_not_sequential(model.to_patch_embedding)
 
 

@@ -12,8 +12,24 @@ import triton.language as tl
 
 
 @triton.jit
+def _rounded(value, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
+    """`value` to the nearest of `dtype`, ties to even.
+
+    By way of fp32, as there is no instruction from fp64 or uint8 to bf16. The interpreter truncates to bf16: there the
+    bits are rounded first.
+    """
+    if value.dtype != dtype and value.dtype != tl.float32 and dtype != tl.float64:
+        value = value.to(tl.float32)
+    if INTERPRETED and dtype == tl.bfloat16 and value.dtype == tl.float32:
+        bits = value.to(tl.int32, bitcast=True)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        value = (bits & -0x10000).to(tl.float32, bitcast=True)
+    return value.to(dtype)
+
+
+@triton.jit
 def _prefix_tile(pid, prefix, pos, out, B, T, rows, D, prefix_b, prefix_t, pos_b, pos_n, BT: tl.constexpr,
-                 BD: tl.constexpr, HAS_POS: tl.constexpr, SUM: tl.constexpr):  # fmt: skip
+                 BD: tl.constexpr, HAS_POS: tl.constexpr, SUM: tl.constexpr, INTERPRETED: tl.constexpr):  # fmt: skip
     """out[b, t] = prefix[b, t] (+ pos[b, t]) for BT of the B·T prefix rows and BD channels."""
     tiles_d = tl.cdiv(D, BD)
     r = (pid // tiles_d) * BT + tl.arange(0, BT)
@@ -25,17 +41,25 @@ def _prefix_tile(pid, prefix, pos, out, B, T, rows, D, prefix_b, prefix_t, pos_b
     if HAS_POS:
         value += tl.load(pos + (b * pos_b + t * pos_n)[:, None] + d[None, :], mask=mask, other=0).to(SUM)
     row = b * (T + rows) + t
-    tl.store(out + (row * D)[:, None] + d[None, :], value.to(out.dtype.element_ty), mask=mask)
+    tl.store(out + (row * D)[:, None] + d[None, :], _rounded(value, out.dtype.element_ty, INTERPRETED), mask=mask)
 
 
 @triton.jit
-def _pixels(x, k, centred, K_PAD: tl.constexpr, NORMALISED: tl.constexpr, COMPUTE: tl.constexpr, SUM: tl.constexpr):
+def _pixels(x, k, centred, K_PAD: tl.constexpr, NORMALISED: tl.constexpr, COMPUTE: tl.constexpr, SUM: tl.constexpr,
+            INTERPRETED: tl.constexpr):  # fmt: skip
     """Pixels to the product's operands: (x − m[k])·a[k] in full precision where channels are normalised, then rounded."""
     if NORMALISED:
         x = (x.to(SUM) - tl.load(centred + k)[None, :]) * tl.load(centred + K_PAD + k)[None, :]
-    elif x.dtype != COMPUTE:
-        x = x.to(SUM)  # the interpreter can't convert uint8 to bf16 in one step
-    return x.to(COMPUTE)
+    return _rounded(x, COMPUTE, INTERPRETED)
+
+
+@triton.jit
+def _product(x, w, acc, PRECISION: tl.constexpr, SUM: tl.constexpr, INTERPRETED: tl.constexpr):
+    """acc + x·w; the interpreter would multiply bf16 as the integers that hold it."""
+    if INTERPRETED and SUM == tl.float32:
+        x = x.to(tl.float32)
+        w = w.to(tl.float32)
+    return tl.dot(x, w, acc, input_precision=PRECISION, out_dtype=SUM)
 
 
 @triton.jit
@@ -60,7 +84,7 @@ def gather_kernel(
     VEC: tl.constexpr, WROW: tl.constexpr,
     NORMALISED: tl.constexpr, SCALED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_POS: tl.constexpr,
     POS_PREFIX: tl.constexpr, HAS_KEEP: tl.constexpr,
-    COMPUTE: tl.constexpr, DOT: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr,
+    COMPUTE: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     PADDED: tl.constexpr = pad_t > 0 or pad_h > 0 or pad_w > 0
@@ -70,7 +94,7 @@ def gather_kernel(
     tiles = tl.cdiv(M, BM) * tiles_n
     if pid >= tiles:
         _prefix_tile(pid - tiles, prefix, pos, out, B, T, rows, D, prefix_b, prefix_t, pos_b, pos_n, 16, BN,
-                     POS_PREFIX, SUM)  # fmt: skip
+                     POS_PREFIX, SUM, INTERPRETED)  # fmt: skip
     else:
         # Neighbouring programs share their patches, not their weights: the weight stays in the L2 cache anyway.
         m = (pid // tiles_n) * BM + tl.arange(0, BM)
@@ -123,24 +147,24 @@ def gather_kernel(
                     & (h0[:, None] + py[None, :] >= 0) & (h0[:, None] + py[None, :] < H)
                     & (w0[:, None] + px[None, :] >= 0) & (w0[:, None] + px[None, :] < W)
                 )  # fmt: skip
-                x = _pixels(tl.load(pixel, mask=seen, other=0), k, centred, K_PAD, NORMALISED, COMPUTE, SUM)
+                x = _pixels(tl.load(pixel, mask=seen, other=0), k, centred, K_PAD, NORMALISED, COMPUTE, SUM, INTERPRETED)
                 if NORMALISED:
                     x = tl.where(seen, x, 0.0).to(COMPUTE)
             elif K_PAD > K:
-                x = _pixels(tl.load(pixel, mask=(k < K)[None, :], other=0), k, centred, K_PAD, NORMALISED, COMPUTE, SUM)
+                x = _pixels(tl.load(pixel, mask=(k < K)[None, :], other=0), k, centred, K_PAD, NORMALISED, COMPUTE, SUM, INTERPRETED)
             else:
-                x = _pixels(tl.load(pixel), k, centred, K_PAD, NORMALISED, COMPUTE, SUM)
+                x = _pixels(tl.load(pixel), k, centred, K_PAD, NORMALISED, COMPUTE, SUM, INTERPRETED)
             if WROW < K_PAD:
                 w = tl.load(w_rows + k[:, None], mask=real & (k < K)[:, None], other=0)
             else:
                 w = tl.load(w_rows + k[:, None], mask=real, other=0)
-            acc = tl.dot(x.to(DOT), w.to(DOT), acc, input_precision=PRECISION, out_dtype=SUM)
+            acc = _product(x, w, acc, PRECISION, SUM, INTERPRETED)
         if SCALED:
             acc *= scale
         if HAS_KEEP:
             acc = tl.where(in_grid[:, None], acc, float("nan"))
         token = (b * (T + rows) + T + row % rows) * D
-        tl.store(out + token[:, None] + d[None, :], acc.to(out.dtype.element_ty), mask=(m < M)[:, None] & (d < D)[None, :])
+        tl.store(out + token[:, None] + d[None, :], _rounded(acc, out.dtype.element_ty, INTERPRETED), mask=(m < M)[:, None] & (d < D)[None, :])
 
 
 @triton.jit
@@ -159,7 +183,7 @@ def descriptor_kernel(
     C: tl.constexpr, P_h: tl.constexpr, P_w: tl.constexpr,
     NORMALISED: tl.constexpr, SCALED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_POS: tl.constexpr,
     POS_PREFIX: tl.constexpr,
-    COMPUTE: tl.constexpr, DOT: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr,
+    COMPUTE: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
     BB: tl.constexpr, BY: tl.constexpr, BX: tl.constexpr, BN: tl.constexpr, RK: tl.constexpr, XK: tl.constexpr,
 ):  # fmt: skip
     BM: tl.constexpr = BB * BY * BX
@@ -174,7 +198,7 @@ def descriptor_kernel(
     tiles = tl.cdiv(B, BB) * tiles_y * tiles_x * tiles_n
     if pid >= tiles:
         _prefix_tile(pid - tiles, prefix, pos, out, B, T, G_h * G_w, D, prefix_b, prefix_t, pos_b, pos_n, 16, BN,
-                     POS_PREFIX, SUM)  # fmt: skip
+                     POS_PREFIX, SUM, INTERPRETED)  # fmt: skip
     else:
         d0 = (pid % tiles_n) * BN
         tile = pid // tiles_n
@@ -201,9 +225,9 @@ def descriptor_kernel(
             ky = (step // STEPS_X) % STEPS_Y * RK
             c = step // (STEPS_X * STEPS_Y)
             patches = image_desc.load([b0, y0, x0, c * H + ky, kx])
-            pixels = _pixels(patches.reshape(BM, BK), step * BK + tl.arange(0, BK), centred, K, NORMALISED, COMPUTE, SUM)
+            pixels = _pixels(patches.reshape(BM, BK), step * BK + tl.arange(0, BK), centred, K, NORMALISED, COMPUTE, SUM, INTERPRETED)
             weights = weight_desc.load([d0, step * BK])
-            acc = tl.dot(pixels.to(DOT), weights.to(DOT).T, acc, input_precision=PRECISION, out_dtype=SUM)
+            acc = _product(pixels, weights.T, acc, PRECISION, SUM, INTERPRETED)
         if SCALED:
             acc *= scale
-        out_desc.store([b0, y0, x0, d0], acc.to(out.dtype.element_ty).reshape(BB, BY, BX, BN))
+        out_desc.store([b0, y0, x0, d0], _rounded(acc, out.dtype.element_ty, INTERPRETED).reshape(BB, BY, BX, BN))

@@ -137,8 +137,7 @@ def make_plan(
         "HAS_POS": p.pos_rows > 0,
         "POS_PREFIX": p.pos_rows > p.N,
         "COMPUTE": p.compute_dtype,
-        # The interpreter multiplies bf16 as the integers that hold it.
-        "DOT": torch.float32 if interpreted and product == "half" else p.compute_dtype,
+        "INTERPRETED": interpreted,
         "SUM": torch.float64 if product == "fp64" else torch.float32,
         "PRECISION": "tf32" if product == "tf32" else "ieee",
         "BN": c.BN,

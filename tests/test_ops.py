@@ -1,0 +1,262 @@
+"""What PyTorch was told: schemas, fakes, compile, export, FLOPs; and what the package costs before it is called."""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import vitkernels as vk
+from vitkernels import verify
+from vitkernels.problem import arguments_of
+
+OP, OP_BACKWARD = torch.ops.vitkernels.patch_embed.default, torch.ops.vitkernels.patch_embed_backward.default
+TENSORS = ("images", "weight", "bias", "pos_embed", "prefix", "keep")
+HAS_COMPILER = shutil.which("g++") or shutil.which("clang++")
+
+
+def op_arguments(arguments, backend="reference"):
+    """The positional arguments of the registered op."""
+    names = ("stride", "padding", "mean", "std", "scale", "out_dtype")
+    rest = (arguments.get(n, 0 if n == "padding" else None) for n in names)
+    return *(arguments.get(n) for n in TENSORS), *arguments_of(arguments["images"], arguments["weight"], *rest), backend
+
+
+def call_arguments(B=2, video=False, dtype=torch.float32, pixels=torch.float32, **more):
+    g = torch.Generator().manual_seed(0)
+    size, patch = ([4, 8, 12], [2, 4, 4]) if video else ([8, 12], [4, 4])
+    N, T, D = (12 if video else 6), 2, 5
+
+    def normal(*shape):
+        return torch.randn(shape, generator=g).to(dtype)
+
+    return dict(images=(torch.rand([B, 3, *size], generator=g) * 255).to(pixels), weight=normal(D, 3, *patch), bias=normal(D),
+                pos_embed=normal(1, T + N, D), prefix=normal(T, D)) | more  # fmt: skip
+
+
+def permuted(t):
+    """The same tensor with its dimensions in another order in memory: dense, and not contiguous."""
+    order = (0, *range(2, t.ndim), 1) if t.ndim > 2 else tuple(reversed(range(t.ndim)))
+    return t.permute(order).contiguous().permute([order.index(d) for d in range(t.ndim)])
+
+
+KEEP = torch.tensor([[0, 5, 5], [1, 2, 3]])
+CHECKED = {
+    "contiguous": call_arguments(),
+    "images channels-last": call_arguments(images=permuted(call_arguments()["images"])),
+    "weight channels-last": call_arguments(weight=permuted(call_arguments()["weight"])),
+    "all permuted": {n: permuted(t) for n, t in call_arguments().items()},
+    "pos_embed transposed": call_arguments(pos_embed=torch.randn(2, 5, 6).mT),
+    "prefix transposed, per image": call_arguments(prefix=torch.randn(2, 5, 2).mT),
+    "position of the patches alone, per image": call_arguments(pos_embed=torch.randn(2, 6, 5)),
+    "video": call_arguments(video=True),
+    "uint8 to bf16": call_arguments(dtype=torch.bfloat16, pixels=torch.uint8, mean=(0.1, 0.2, 0.3), std=(1, 2, 3)),
+    "keep": call_arguments(keep=KEEP),
+    "keep transposed": call_arguments(keep=KEEP.int().t().contiguous().t(), pos_embed=torch.randn(2, 6, 5)),
+    "overlap, padding": call_arguments(stride=(4, 3), padding=(0, 1), pos_embed=None, out_dtype=torch.float64),
+    "weight alone": dict(images=torch.rand(2, 3, 8, 12), weight=torch.randn(5, 3, 4, 4)),
+    "no images": call_arguments(B=0),
+    "sliced": call_arguments(images=torch.rand(2, 3, 16, 24)[:, :, ::2, 1::2], pos_embed=torch.randn(1, 8, 10)[..., ::2]),
+}
+
+
+@pytest.mark.parametrize("name", CHECKED)
+def test_opcheck(name, device):
+    arguments = {n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in CHECKED[name].items()}
+    args = op_arguments(arguments, "auto")
+    torch.library.opcheck(OP, args)
+    grad = torch.randn(OP(*args).shape, device=device)
+    needs = [arguments.get(n) is not None and arguments[n].is_floating_point() for n in TENSORS[:5]]
+    torch.library.opcheck(OP_BACKWARD, (grad, *args, needs))
+
+
+@pytest.mark.parametrize("name", CHECKED)
+def test_fakes_are_like_the_results(name):
+    arguments = CHECKED[name]
+    tensors = {n: t for n, t in arguments.items() if isinstance(t, torch.Tensor)}
+
+    def results(tensors, grad_of):
+        args = op_arguments({**arguments, **tensors})
+        y = OP(*args)
+        needs = [n in tensors and tensors[n].is_floating_point() for n in TENSORS[:5]]
+        return [y, *OP_BACKWARD(grad_of(y), *args, needs)]
+
+    real = results(tensors, torch.ones_like)
+    meta = results({n: t.to("meta") for n, t in tensors.items()}, torch.ones_like)
+    assert len(real) == len(meta)
+    for r, m in zip(real, meta, strict=True):
+        assert (r.shape, r.dtype, r.stride()) == (m.shape, m.dtype, m.stride())
+        assert r.is_contiguous()
+    assert [(g.shape, g.dtype) for g in real[1:]] == [
+        (tensors[n].shape, tensors[n].dtype) for n in TENSORS[:5] if n in tensors and tensors[n].is_floating_point()
+    ]
+
+
+def test_on_meta_as_on_the_cpu():
+    y = vk.patch_embed(**{n: t.to("meta") for n, t in call_arguments().items()})
+    assert (y.device.type, y.shape) == ("meta", (2, 8, 5))
+
+
+class Front(torch.nn.Module):
+    def __init__(self, **rest):
+        super().__init__()
+        self.rest = rest
+        arguments = call_arguments()
+        for name in ("weight", "bias", "pos_embed", "prefix"):
+            setattr(self, name, torch.nn.Parameter(arguments[name]))
+
+    def forward(self, images, keep=None):
+        return vk.patch_embed(
+            images, self.weight, self.bias, pos_embed=self.pos_embed, prefix=self.prefix, keep=keep, **self.rest
+        ).sin()  # fmt: skip
+
+
+def gradients(model, f, *args):
+    model.zero_grad()
+    y = f(*args)
+    y.square().sum().backward()
+    return [y.detach(), *(p.grad for p in model.parameters())]
+
+
+needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="inductor needs a C++ compiler on a CPU")
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=needs_compiler)])
+@pytest.mark.parametrize("rest", [{}, dict(mean=(0.1, 0.2, 0.3), std=(1.0, 2.0, 3.0), scale=0.1)], ids=["plain", "normalised"])
+def test_compiles_whole(compiler, rest):
+    torch.compiler.reset()
+    model = Front(**rest)
+    compiled = torch.compile(model, fullgraph=True, backend=compiler)
+    for images in (torch.rand(2, 3, 8, 12), permuted(torch.rand(2, 3, 8, 12))):
+        for ours, eager in zip(gradients(model, compiled, images), gradients(model, model, images), strict=True):
+            torch.testing.assert_close(ours, eager)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(images), model(images))
+
+
+def test_compiles_once_for_every_batch():
+    torch.compiler.reset()
+    model, graphs = Front(), []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=count)
+    for B in (2, 3, 7):
+        images = torch.rand(B, 3, 8, 12)
+        torch.testing.assert_close(compiled(images), model(images))
+    assert len(graphs) == 1
+
+
+def test_compiles_with_keep_and_dynamic_batch():
+    torch.compiler.reset()
+    model = Front()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    for B, n in ((2, 3), (3, 4), (5, 2)):
+        images, keep = torch.rand(B, 3, 8, 12), torch.randint(6, (B, n))
+        for ours, eager in zip(gradients(model, compiled, images, keep), gradients(model, model, images, keep), strict=True):
+            torch.testing.assert_close(ours, eager)
+
+
+def test_compiles_under_autocast():
+    torch.compiler.reset()
+    model = Front()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, eager = compiled(torch.ones(2, 3, 8, 12)), model(torch.ones(2, 3, 8, 12))
+    assert ours.dtype == eager.dtype == torch.bfloat16
+    torch.testing.assert_close(ours, eager)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_exports_with_dynamic_batch(frozen):
+    model = Front().requires_grad_(not frozen)
+    B = torch.export.Dim("B", min=2, max=64)
+    program = torch.export.export(model, (torch.rand(4, 3, 8, 12),), dynamic_shapes=({0: B},))
+    assert any(node.target is OP for node in program.graph.nodes)
+    for batch in (2, 9):
+        images = torch.rand(batch, 3, 8, 12)
+        torch.testing.assert_close(program.module()(images), model(images))
+
+
+@pytest.mark.parametrize("keep", [None, KEEP])
+@pytest.mark.parametrize("prefix", [True, False])
+def test_counts_its_flops(keep, prefix):
+    arguments = call_arguments(keep=keep)
+    if not prefix:
+        arguments |= dict(prefix=None, pos_embed=None)
+    with FlopCounterMode(display=False) as counter:
+        vk.patch_embed(**arguments)
+    assert counter.get_total_flops() == 2 * 2 * (6 if keep is None else 3) * 48 * 5
+
+
+def test_counts_its_flops_backwards():
+    arguments = call_arguments()
+    for name in ("images", "weight"):
+        arguments[name].requires_grad_()
+    with FlopCounterMode(display=False) as counter:
+        vk.patch_embed(**arguments).sum().backward()
+    assert counter.get_total_flops() == 3 * 2 * 2 * 6 * 48 * 5
+
+
+def test_explains_itself():
+    explanation = vk.explain(**call_arguments())
+    assert list(explanation) == ["triton", "cuda", "reference"]
+    assert explanation["reference"] == []
+    assert explanation["cuda"]
+    assert explanation.chosen == "reference"
+    lines = str(explanation).splitlines()
+    assert lines[0] == "B=2 C=3 8x12 patch 4x4 D=5 T=2 float32 -> float32"
+    assert lines[-1].split() == ["reference", "auto", "takes", "it"]
+    assert next(line for line in lines if "cuda" in line).strip().startswith("cuda       no: ")
+
+
+def test_auto_takes_the_first_that_can(device):
+    arguments = {n: t.to(device) for n, t in call_arguments().items()}
+    explanation = vk.explain(**arguments)
+    if device == "cuda":
+        assert explanation.chosen == next(n for n in ("triton", "reference") if not explanation[n])
+    else:  # Triton's interpreter is no backend that anybody wants by default
+        assert explanation.chosen == "reference"
+    assert torch.equal(vk.patch_embed(**arguments), vk.patch_embed(**arguments, backend=explanation.chosen))
+
+
+@pytest.mark.parametrize("seed", range(3000, 3030))
+def test_random_problems_through_aot(seed):
+    """Fakes, strides and dtypes of random problems, forward and backward, as the compiler's runtime asserts them."""
+    torch.compiler.reset()
+    arguments = verify.case(seed, max_work=1 << 16).tensors()
+    expected = verify.evaluate(vk.patch_embed, arguments)
+    found = verify.evaluate(torch.compile(vk.patch_embed, fullgraph=True, backend="aot_eager"), arguments)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=0)
+
+
+def python(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+
+def test_import_is_light():
+    python("""if True:
+        import sys, vitkernels, vitkernels.cli
+        assert {"PatchEmbed", "patch_embed"} <= set(dir(vitkernels))
+        heavy = {"torch", "numpy", "triton", "rich"} & set(sys.modules)
+        assert not heavy, heavy
+    """)
+
+
+def test_a_call_on_the_cpu_starts_no_gpu():
+    python("""if True:
+        import sys, torch, vitkernels as vk
+        def never(*args): raise AssertionError("CUDA was touched")
+        torch.cuda._lazy_init = torch.cuda.init = never
+        weight = torch.zeros(5, 3, 4, 4, requires_grad=True)
+        vk.patch_embed(torch.zeros(1, 3, 8, 8), weight, mean=0.5).sum().backward()
+        assert not torch.cuda.is_initialized()
+        assert "triton" not in sys.modules
+        import vitkernels.verify
+        assert not {"triton", "rich", "numpy.testing"} & set(sys.modules)
+    """)
