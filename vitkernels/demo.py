@@ -109,8 +109,8 @@ def demonstrate(
         return patch_embed(x, projection.weight, projection.bias, **options)
 
     options = {"pos_embed": pos_embed, "prefix": prefix, "mean": mean, "std": std}
-    chain = EagerChain(*parameters, mean, std)
-    exact = EagerChain(*(t if t is None else t.double() for t in parameters), mean, std)(pixels)
+    chain = EagerChain(mean, std, *parameters)
+    exact = EagerChain(mean, std, *(t if t is None else t.double() for t in parameters))(pixels)
     before, after = chain(pixels), call(pixels)
     normalised = chain.normalise(chain.convert(pixels))
     if not torch.allclose(before, model._pos_embed(model.patch_embed(normalised)), rtol=1e-2, atol=1e-2):
@@ -155,7 +155,7 @@ class EagerChain:
 
     STEPS = ("convert", "normalise", "convolve", "cat", "add")
 
-    def __init__(self, weight, bias, pos_embed, prefix, mean, std):
+    def __init__(self, mean, std, weight, bias, pos_embed, prefix):
         self.weight, self.bias, self.pos_embed, self.prefix = weight, bias, pos_embed, prefix
         like = {"dtype": weight.dtype, "device": weight.device}
         self.mean, self.std = (255 * torch.tensor(v, **like).view(1, -1, 1, 1) for v in (mean, std))
@@ -202,7 +202,7 @@ def _model(name: str) -> tuple[Any, tuple[float, ...], tuple[float, ...]]:
     for token in (model.cls_token, model.reg_token):
         if token is not None:
             token.normal_()
-    return model, *(tuple(model.pretrained_cfg[key]) for key in ("mean", "std"))
+    return model, tuple(model.pretrained_cfg["mean"]), tuple(model.pretrained_cfg["std"])
 
 
 def _photographs(size: tuple[int, int], files: Sequence[str], batch: int | None) -> tuple[np.ndarray, list[str]]:

@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
@@ -68,14 +70,20 @@ _op = torch.ops.vitkernels.patch_embed.default
 _op_backward = torch.ops.vitkernels.patch_embed_backward.default
 
 
+def _product_flops(out_shape, weight_shape, prefix_shape) -> int:
+    T = 0 if prefix_shape is None else prefix_shape[-2]
+    return 2 * out_shape[0] * (out_shape[1] - T) * math.prod(weight_shape)
+
+
 @register_flop_formula(torch.ops.vitkernels.patch_embed)
-def _flops(images_shape, weight_shape, *args, out_shape, **kwargs) -> int:
-    T = 0 if args[2] is None else args[2][-2]
-    B, rows, D = out_shape
-    K = 1
-    for size in weight_shape[1:]:
-        K *= size
-    return 2 * B * (rows - T) * K * D
+def _flops(images, weight, bias, pos_embed, prefix, *_, out_shape, **__) -> int:
+    return _product_flops(out_shape, weight, prefix)
+
+
+@register_flop_formula(torch.ops.vitkernels.patch_embed_backward)
+def _flops_backward(grad, images, weight, bias, pos_embed, prefix, *rest, **_) -> int:
+    needs = rest[-1]
+    return _product_flops(grad, weight, prefix) * (needs[0] + needs[1])
 
 
 class _PatchEmbed(torch.autograd.Function):

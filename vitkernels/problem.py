@@ -170,7 +170,7 @@ def arguments_of(
     patch = tuple(weight.shape[2:])
     compute_dtype = weight.dtype
     device_type = images.device.type
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):
         compute_dtype = torch.get_autocast_dtype(device_type)
     if out_dtype is None:
         out_dtype = compute_dtype
