@@ -63,58 +63,54 @@ def test_twice_the_same_bits(backend, seed, device):
         assert torch.equal(first[name], second[name]), name
 
 
-# Hard inputs: fields of a random problem's arguments, put by hand
+# Hard inputs
+
+HALF, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
 
-def hard(device, **change):
-    images = normal(2, 3, 20, 24, device=device)
-    return dict(images=images, weight=normal(33, 3, 4, 4, device=device) / 7, bias=normal(33, device=device),
-                pos_embed=normal(1, 31, 33, device=device), prefix=normal(1, 33, device=device)) | change  # fmt: skip
+def hard(device, dtype=F32, spread=0.14, **change):
+    """Images [2,3,20,24], patches 4×4, N = 30, D = 33, T = 1, with a position of every token."""
+    return dict(
+        images=normal(2, 3, 20, 24, device=device), weight=spread * normal(33, 3, 4, 4, device=device, dtype=dtype),
+        bias=normal(33, device=device, dtype=dtype), pos_embed=normal(1, 31, 33, device=device, dtype=dtype),
+        prefix=normal(1, 33, device=device, dtype=dtype),
+    ) | {n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in change.items()}  # fmt: skip
 
 
-def pixels_near(mean, device, dtype=torch.float32):
-    return (mean + 0.01 * normal(2, 3, 20, 24, device=device)).to(dtype)
+def bytes_near(mean):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(mean - 4, mean + 4, (2, 3, 20, 24), generator=generator).byte()
 
 
-def bytes_near(mean, device):
-    return torch.randint(mean - 4, mean + 4, (2, 3, 20, 24), generator=torch.Generator().manual_seed(0)).byte().to(device)
-
-
+RAW = dict(images=bytes_near(128), scale=1.0, mean=128.0, std=58.0)
+BARE = dict(bias=None, pos_embed=None, prefix=None)
 HARD = {
-    "pixels near a large mean": lambda d: hard(d, images=pixels_near(1000.0, d), mean=1000.0, std=0.01),
-    "bytes near the mean": lambda d: hard(d, images=bytes_near(128, d), scale=1.0, mean=128.0, std=58.0),
-    "bytes near the mean, fp16": lambda d: hard(d, images=bytes_near(128, d), weight=(normal(33, 3, 4, 4, device=d) / 7).half(),
-                                                scale=1.0, mean=128.0, std=58.0),
-    "bytes near the mean, bf16": lambda d: hard(d, images=bytes_near(128, d), weight=(normal(33, 3, 4, 4, device=d) / 7).bfloat16(),
-                                                scale=1.0, mean=128.0, std=58.0),
-    "small fp16 weights of bytes": lambda d: hard(d, images=bytes_near(128, d), weight=(normal(33, 3, 4, 4, device=d) / 500).half(),
-                                                  std=(0.2, 0.25, 3.0), bias=None, pos_embed=None, prefix=None),
-    "large raw bytes, bf16": lambda d: hard(d, images=bytes_near(250, d), weight=normal(33, 3, 4, 4, device=d).bfloat16(), scale=1.0),
-    "negative scale": lambda d: hard(d, scale=-3.0, mean=(0.5, -0.5, 0.1)),
-    "tiny scale": lambda d: hard(d, images=1e8 * normal(2, 3, 20, 24, device=d), scale=1e-8),
-    "tiny scale, fp16": lambda d: hard(d, images=6e4 * torch.rand(2, 3, 20, 24).to(d), weight=normal(33, 3, 4, 4, device=d).half(),
-                                       scale=1e-5),
-    "bias far above the product": lambda d: hard(d, bias=1e4 * normal(33, device=d)),
-    "fp32 weights, bf16 out": lambda d: hard(d, out_dtype=torch.bfloat16),
-    "fp16 weights, fp32 out": lambda d: hard(d, weight=(normal(33, 3, 4, 4, device=d) / 7).half(), out_dtype=torch.float32),
-    "bf16 weights, fp64 out": lambda d: hard(d, weight=(normal(33, 3, 4, 4, device=d) / 7).bfloat16(), out_dtype=torch.float64),
-    "tables in other dtypes": lambda d: hard(d, weight=(normal(33, 3, 4, 4, device=d) / 7).half(),
-                                             bias=normal(33, device=d, dtype=torch.float64),
-                                             pos_embed=normal(1, 31, 33, device=d, dtype=torch.bfloat16)),
-    "fp64 prefix, bf16 out": lambda d: hard(d, weight=normal(33, 3, 4, 4, device=d, dtype=torch.float64), out_dtype=torch.bfloat16,
-                                            prefix=normal(1, 33, device=d, dtype=torch.float64)),
-    "expanded tables": lambda d: hard(d, bias=normal(1, device=d).expand(33), pos_embed=normal(1, 1, 33, device=d).expand(2, 31, 33),
-                                      prefix=normal(1, 1, device=d).expand(3, 33), weight=normal(33, 1, 4, 1, device=d).expand(-1, 3, 4, 4) / 7)
-    | {"pos_embed": normal(1, 1, 33, device=d).expand(2, 33, 33)},
-    "D = 1": lambda d: dict(images=normal(3, 1, 9, 9, device=d), weight=normal(1, 1, 3, 3, device=d)),
-    "one pixel": lambda d: dict(images=normal(1, 1, 1, 1, device=d), weight=normal(5, 1, 1, 1, device=d), prefix=normal(1, 5, device=d)),
-    "a patch of padding alone": lambda d: hard(d, padding=6, mean=0.5, stride=3, pos_embed=None),
+    "pixels near a large mean": dict(images=1000 + 0.01 * normal(2, 3, 20, 24), mean=1000.0, std=0.01),
+    "bytes near the mean": RAW,
+    "bytes near the mean, fp16": dict(RAW, dtype=HALF),
+    "bytes near the mean, bf16": dict(RAW, dtype=BF16),
+    "small fp16 weights of bytes": dict(BARE, images=bytes_near(128), dtype=HALF, spread=0.002, std=(0.2, 0.25, 3.0)),
+    "large raw bytes, bf16": dict(images=bytes_near(250), dtype=BF16, spread=1, scale=1.0),
+    "negative scale": dict(scale=-3.0, mean=(0.5, -0.5, 0.1)),
+    "tiny scale": dict(images=1e8 * normal(2, 3, 20, 24), scale=1e-8),
+    "tiny scale, fp16": dict(images=6e4 * normal(2, 3, 20, 24).sigmoid(), dtype=HALF, scale=1e-5),
+    "bias far above the product": dict(bias=1e4 * normal(33)),
+    "fp32 to bf16": dict(out_dtype=BF16),
+    "fp16 to fp32": dict(dtype=HALF, out_dtype=F32),
+    "bf16 to fp64": dict(dtype=BF16, out_dtype=F64),
+    "fp64 to bf16": dict(dtype=F64, out_dtype=BF16),
+    "tables in other dtypes": dict(dtype=HALF, bias=normal(33, dtype=F64), pos_embed=normal(1, 31, 33, dtype=BF16)),
+    "tables expanded": dict(bias=normal(1).expand(33), pos_embed=normal(1, 1, 33).expand(2, 33, 33),
+                            prefix=normal(1, 1).expand(3, 33), weight=normal(33, 1, 4, 1).expand(-1, 3, 4, 4)),
+    "a patch of padding alone": dict(padding=6, mean=0.5, stride=3, pos_embed=None),
+    "D = 1": dict(BARE, images=normal(3, 1, 9, 9), weight=normal(1, 1, 3, 3)),
+    "one pixel": dict(BARE, images=normal(1, 1, 1, 1), weight=normal(5, 1, 1, 1)),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", HARD)
 def test_hard(backend, name, device):
-    arguments = HARD[name](device)
+    arguments = hard(device, **HARD[name])
     skip_where_declined(backend, arguments)
     rows = verify.compare(arguments, backend, gradients=True)
     assert [r for r in rows if not r["ok"]] == []
@@ -124,8 +120,8 @@ def test_hard(backend, name, device):
 @pytest.mark.parametrize("kept", [None, 0])
 @pytest.mark.parametrize("T", [None, 0, 2])
 def test_nothing_to_do(backend, B, kept, T, device):
-    arguments = dict(images=normal(B, 3, 8, 8, device=device), weight=normal(5, 3, 4, 4, device=device), bias=normal(5, device=device),
-                     pos_embed=normal(4 + (T or 0), 5, device=device))  # fmt: skip
+    images, weight = normal(B, 3, 8, 8, device=device), normal(5, 3, 4, 4, device=device)
+    arguments = dict(images=images, weight=weight, pos_embed=normal(4 + (T or 0), 5, device=device))
     if T is not None:
         arguments["prefix"] = normal(T, 5, device=device)
     if kept is not None:
@@ -190,7 +186,8 @@ def test_second_derivatives_are_refused(backend, device):
     arguments = hard(device)
     skip_where_declined(backend, arguments)
     weight = arguments["weight"].requires_grad_()
-    (first,) = torch.autograd.grad(vk.patch_embed(**arguments, backend=backend).square().sum(), weight, create_graph=True)
+    loss = vk.patch_embed(**arguments, backend=backend).square().sum()
+    (first,) = torch.autograd.grad(loss, weight, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         first.sum().backward()
 

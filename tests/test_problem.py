@@ -11,8 +11,8 @@ from vitkernels import verify
 from vitkernels.problem import arguments_of, check_keep, problem_of
 
 
-def build(images, weight, bias=None, pos_embed=None, prefix=None, keep=None, stride=None, padding=0, mean=None, std=None,
-          scale=None, out_dtype=None):  # fmt: skip
+def build(images, weight, bias=None, pos_embed=None, prefix=None, keep=None, *, stride=None, padding=0, mean=None,
+          std=None, scale=None, out_dtype=None):  # fmt: skip
     arguments = arguments_of(images, weight, stride, padding, mean, std, scale, out_dtype)
     return problem_of(images, weight, bias, pos_embed, prefix, keep, arguments)
 
@@ -37,8 +37,8 @@ def test_the_same_metadata_is_the_same_problem(seed):
     case = verify.case(seed)
     p = build(**case.tensors())
     assert build(**case.tensors()) is p
-    other = dataclasses.replace(case, weight_dtype=torch.float64 if case.weight_dtype != torch.float64 else torch.float32)
-    assert build(**other.tensors()) is not p
+    other = torch.float32 if case.weight_dtype == torch.float64 else torch.float64
+    assert build(**dataclasses.replace(case, weight_dtype=other).tensors()) is not p
 
 
 def test_strides_are_the_problems():

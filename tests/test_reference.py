@@ -1,4 +1,4 @@
-"""The definition: gradcheck, pieces of every size, no copy of the images, and the oracle against modules as models use them."""
+"""The definition: gradcheck, pieces of every size, no copy of the images; and the oracle against a model's modules."""
 
 import pytest
 import torch
@@ -29,8 +29,8 @@ def test_oracle_is_what_models_do(T, whole):
             self.pos_embed = nn.Parameter(torch.randn(1, 6 + T * whole, 10))
 
         def forward(self, pixels):
-            x = (pixels / 255 - torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1)) / torch.tensor([0.2, 0.3, 0.4]).view(3, 1, 1)
-            x = self.proj(x).flatten(2).transpose(1, 2)
+            mean, std = torch.tensor([[0.5, 0.4, 0.3], [0.2, 0.3, 0.4]]).view(2, 3, 1, 1)
+            x = self.proj((pixels / 255 - mean) / std).flatten(2).transpose(1, 2)
             if not whole:
                 x = x + self.pos_embed
             x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)
@@ -58,21 +58,22 @@ def test_oracle_keeps_patches_in_their_order():
 # Gradients
 
 
+KEEP = torch.tensor([[0, 3, 3], [1, 2, 0]])
 GRADCHECK = {
     "picture": dict(images=(2, 3, 8, 6), weight=(4, 3, 4, 3)),
     "video": dict(images=(2, 2, 4, 4, 6), weight=(3, 2, 2, 2, 3)),
-    "keep": dict(images=(2, 1, 8, 8), weight=(3, 1, 4, 4), keep=torch.tensor([[0, 3, 3], [1, 2, 0]]), pos_embed=(1, 4, 3)),
+    "keep": dict(images=(2, 1, 8, 8), weight=(3, 1, 4, 4), keep=KEEP, pos_embed=(1, 4, 3)),
     "keep, position and prefix per image": dict(
-        images=(2, 1, 8, 8), weight=(3, 1, 4, 4), keep=torch.tensor([[0, 3, 3], [1, 2, 0]]), pos_embed=(2, 6, 3), prefix=(2, 2, 3)
+        images=(2, 1, 8, 8), weight=(3, 1, 4, 4), keep=KEEP, pos_embed=(2, 6, 3), prefix=(2, 2, 3)
     ),
-    "keep nothing": dict(
-        images=(2, 1, 8, 8), weight=(3, 1, 4, 4), keep=torch.zeros(2, 0, dtype=torch.int64), pos_embed=(5, 3), prefix=(1, 3)
-    ),
+    "keep nothing": dict(images=(2, 1, 8, 8), weight=(3, 1, 4, 4), keep=KEEP[:, :0], pos_embed=(5, 3), prefix=(1, 3)),
     "overlap": dict(images=(1, 2, 7, 8), weight=(3, 2, 4, 3), stride=(1, 2)),
     "overlap in time": dict(images=(1, 1, 4, 4, 4), weight=(2, 1, 3, 2, 2), stride=(1, 2, 1)),
     "apart": dict(images=(2, 2, 9, 8), weight=(3, 2, 2, 2), stride=(4, 3)),
     "padding": dict(images=(2, 2, 5, 6), weight=(3, 2, 4, 4), padding=(2, 1), mean=0.3, std=(0.5, 2.0)),
-    "padding and overlap": dict(images=(1, 2, 5, 6), weight=(3, 2, 3, 3), stride=2, padding=2, scale=0.5, mean=(0.3, 0.4)),
+    "padding and overlap": dict(
+        images=(1, 2, 5, 6), weight=(3, 2, 3, 3), stride=2, padding=2, scale=0.5, mean=(0.3, 0.4)
+    ),
     "normalised": dict(images=(2, 3, 4, 4), weight=(4, 3, 2, 2), mean=(0.1, 0.2, 0.3), std=(0.5, 0.3, 2.0), scale=2.0),
     "position, whole": dict(images=(2, 1, 4, 4), weight=(3, 1, 2, 2), pos_embed=(6, 3), prefix=(2, 3)),
     "position, patches": dict(images=(2, 1, 4, 4), weight=(3, 1, 2, 2), pos_embed=(1, 4, 3), prefix=(1, 2, 3)),

@@ -51,8 +51,8 @@ def _d_pos_embed(p, d_prefix, d_tokens, pos_embed, keep) -> torch.Tensor:
     dtype = sum_dtype(p)
     if keep is not None:
         d_tokens = _scattered(p, d_tokens, keep, per_image=p.pos_per_image)
-    table = torch.cat([d_prefix.to(dtype) if p.pos_per_image else d_prefix.sum(0, keepdim=True, dtype=dtype),
-                       d_tokens.to(dtype) if p.pos_per_image else d_tokens.sum(0, keepdim=True, dtype=dtype)], 1)  # fmt: skip
+    parts = (d_prefix, d_tokens)
+    table = torch.cat([g.to(dtype) if p.pos_per_image else g.sum(0, keepdim=True, dtype=dtype) for g in parts], 1)
     return table[:, table.shape[1] - p.pos_rows :].to(pos_embed.dtype).contiguous()
 
 
@@ -67,13 +67,13 @@ def _d_images(p, d_tokens, images, weight, keep) -> torch.Tensor:
     out = torch.empty(images.shape, dtype=images.dtype, device=images.device)
     for b in range(p.B):
         d_image = images.new_zeros((1, p.C, *size), dtype=dtype)
-        grid = windows(raw, d_image, dtype)  # [1, G_t, G_h, G_w, C, P_t, P_h, P_w], a view
+        grid = windows(raw, d_image)  # [1, G_t, G_h, G_w, C, P_t, P_h, P_w], a view
         d_x = (d_tokens[b].to(dtype) @ W).view(grid.shape)
         if p.normalised:
             d_x *= centred(p, dtype)[1].view(p.C, 1, 1, 1)
         elif p.scale != 1:
             d_x *= p.scale
-        for first in product(*map(range, overlap)):  # windows `overlap` apart share no pixel: add one such set at a time
+        for first in product(*map(range, overlap)):  # windows `overlap` apart share no pixel: one such set at a time
             apart = (slice(None), *(slice(f, None, o) for f, o in zip(first, overlap, strict=True)))
             grid[apart].add_(d_x[apart])
         inner = (slice(pad, pad + s) for pad, s in zip(p.pad, (p.F, p.H, p.W), strict=True))

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
 from . import dispatch
-from .gradients import Needs, backward
+from .gradients import backward
 from .problem import Arguments, PatchProblem, check_keep, problem_of
 
 _TENSORS = "Tensor images, Tensor weight, Tensor? bias, Tensor? pos_embed, Tensor? prefix, Tensor? keep"

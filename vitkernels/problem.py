@@ -121,7 +121,7 @@ class PatchProblem:
 
     @cached_property
     def centred(self) -> tuple[list[float], list[float]]:
-        """m, a with (x·scale − mean)/std = (x − m)·a, a value per channel; unlike x·a + b it loses nothing near the mean."""
+        """m, a with (x·scale − mean)/std = (x − m)·a per channel; unlike x·a + b it loses nothing near the mean."""
         a, b = self.affine
         return [-y / x for x, y in zip(a, b, strict=True)], a
 
@@ -228,6 +228,9 @@ def build(
     keep: Meta | None,
     arguments: Arguments,
 ) -> PatchProblem:
+    images, weight, bias, pos_embed, prefix, keep = (
+        m if m is None else Meta(*m) for m in (images, weight, bias, pos_embed, prefix, keep)
+    )
     dims = len(weight.shape)
     letters = "[B,C,H,W]" if dims == 4 else "[B,C,F,H,W]"
     if len(images.shape) != dims:
@@ -309,15 +312,16 @@ def check_keep(problem: PatchProblem, keep: torch.Tensor | None) -> None:
         raise ValueError(f"keep must hold patch indices 0..{problem.N - 1}, got {low}..{high}")
 
 
-def _tensor(name: str, value: Any, dtypes: tuple[torch.dtype, ...]) -> Meta:
+def _tensor(name: str, value: Any, dtypes: tuple[torch.dtype, ...]) -> tuple[Any, ...]:
+    """The fields of the tensor's `Meta`, bare: this runs at every call."""
+    if isinstance(value, torch.Tensor) and value.dtype in dtypes and value.layout is torch.strided:
+        return value.shape, value.stride(), value.dtype, value.device
     if not isinstance(value, torch.Tensor):
         hint = "; wrap an array with torch.from_numpy" if type(value).__module__ == "numpy" else ""
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}{hint}")
     if value.dtype not in dtypes:
         raise TypeError(f"{name} must be one of {_names(dtypes)}, got {value.dtype} with shape {_shape(value)}")
-    if value.layout != torch.strided:
-        raise TypeError(f"{name} must be a dense tensor, got layout {value.layout} with shape {_shape(value)}")
-    return Meta(tuple(value.shape), value.stride(), value.dtype, value.device)
+    raise TypeError(f"{name} must be a dense tensor, got layout {value.layout} with shape {_shape(value)}")
 
 
 def _rows(name: str, meta: Meta, B: int, D: int, rows: str) -> int:

@@ -39,7 +39,9 @@ def eager(
     weight, bias, pos_embed, prefix = (t if t is None else t.to(dtype) for t in (weight, bias, pos_embed, prefix))
     D, _, *patch = weight.shape
     convolution = F.conv2d if len(patch) == 2 else F.conv3d
-    if len(patch) == 3:  # conv3d with 16-bit channels-last operands writes past its buffers on a CPU (torch 2.11 to 2.15)
+    if (
+        len(patch) == 3
+    ):  # on a CPU conv3d writes past its buffers if 16-bit weights are channels-last (torch 2.11, 2.15)
         x, weight = x.contiguous(), weight.contiguous()
     tokens = convolution(x, weight, bias, patch if stride is None else stride, padding).flatten(2).transpose(1, 2)
     B, N, _ = tokens.shape
@@ -81,7 +83,9 @@ def oracle(**arguments: Any) -> torch.Tensor:
 # The rule of accuracy
 
 
-def floor_of(exact: torch.Tensor, terms: torch.Tensor, dtype: torch.dtype, sum_dtype: torch.dtype, length: int) -> float:
+def floor_of(
+    exact: torch.Tensor, terms: torch.Tensor, dtype: torch.dtype, sum_dtype: torch.dtype, length: int
+) -> float:
     """The error that is nobody's fault, beside two times eager's.
 
     One rounding to `dtype` of the largest result: what is rounded once, the best there is, errs by that, and eager
@@ -146,7 +150,8 @@ def evaluate(
 
 
 def _doubled(arguments: Arguments) -> Arguments:
-    return {n: v.double() if n in LEARNT and v is not None and v.is_floating_point() else v for n, v in arguments.items()}
+    learnt = {n: v.double() for n, v in arguments.items() if n in LEARNT and v is not None and v.dtype != torch.uint8}
+    return {**arguments, **learnt}
 
 
 def _absolute(arguments: Arguments, sum_dtype: torch.dtype) -> Arguments:
@@ -219,8 +224,9 @@ class Case:
         def number(value):
             return [round(v, 3) for v in value] if isinstance(value, tuple) else round(value, 5)
 
-        short = {torch.uint8: "u8", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64",
-                 torch.int64: "i64", torch.int32: "i32", torch.int16: "i16", torch.int8: "i8"}  # fmt: skip
+        short = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64",
+                 torch.uint8: "u8", torch.int8: "i8", torch.int16: "i16", torch.int32: "i32",
+                 torch.int64: "i64"}  # fmt: skip
         words = [f"seed {self.seed}:", f"{size(self.images)} {short[self.image_dtype]} {self.image_layout}",
                  f"* {size(self.weight)} {short[self.weight_dtype]} {self.weight_layout}"]  # fmt: skip
         if self.stride is not None:
@@ -240,8 +246,7 @@ class Case:
 
     @property
     def work(self) -> int:
-        B, C, *_ = self.images
-        return B * (self.N if self.keep is None else self.keep[1]) * math.prod(self.weight)
+        return self.images[0] * (self.N if self.keep is None else self.keep[1]) * math.prod(self.weight)
 
     def tensors(self, device: str | torch.device = "cpu") -> Arguments:
         """The arguments of `patch_embed`: fresh random tensors, the same for the same seed, in this case's strides."""
@@ -254,15 +259,15 @@ class Case:
         def normal(*shape):
             return torch.randn(shape, generator=generator, dtype=torch.float64)
 
-        shape = [1 if {0: "batch", 1: "channel"}.get(d, "-") in self.image_layout else s for d, s in enumerate(self.images)]
-        x = 0.5 + self.contrast * (torch.rand(shape, generator=generator, dtype=torch.float64) - 0.5)
-        if self.image_dtype == torch.uint8 or self.scale is not None and abs(self.scale) < 0.1:
+        B, C, *size = self.images
+        drawn = [1 if "batch" in self.image_layout else B, 1 if "channel" in self.image_layout else C, *size]
+        x = 0.5 + self.contrast * (torch.rand(drawn, generator=generator, dtype=torch.float64) - 0.5)
+        if self.image_dtype == torch.uint8 or abs(self.scale or 1) < 0.1:
             x = (x * 255).round()
+        weight = self.gain * math.prod(self.weight[1:]) ** -0.5 * normal(*self.weight)
         arguments = {
             "images": laid_out(x, self.image_layout, self.image_dtype).expand(self.images),
-            "weight": laid_out(
-                normal(*self.weight) * self.gain * math.prod(self.weight[1:]) ** -0.5, self.weight_layout, self.weight_dtype
-            ),
+            "weight": laid_out(weight, self.weight_layout, self.weight_dtype),
             "stride": self.stride, "padding": self.padding, "scale": self.scale, "out_dtype": self.out_dtype,
             "mean": self.mean, "std": self.std,
         }  # fmt: skip
@@ -362,7 +367,7 @@ def _draw(rng: Random, seed: int) -> Case:
         stride=strides[0] if stride is not None and len(set(strides)) == 1 else stride,
         padding=padding[0] if same else tuple(padding),
         bias=chance(0.7), pos_embed=pos_embed, prefix=prefix, keep=keep,
-        keep_dtype=one(torch.int64, torch.int32) if N > 127 else one(torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8),
+        keep_dtype=one(*[torch.int64, torch.int32] * 2, *[torch.int16, torch.uint8, torch.int8] * (N < 128)),
         mean=None if form in ("", "std") else mean[0] if form == "scalar" else tuple(mean),
         std=None if form in ("", "mean") else std[0] if form == "scalar" else tuple(std),
         scale=scale, contrast=one(1, 1, 1, 0.02), gain=one(1, 1, 1, 0.02, 4),
@@ -380,9 +385,9 @@ def run(
     gradients: bool = False,
     tick: Callable[[int, int], None] = lambda done, of: None,
 ) -> dict[str, Any]:
-    """Every backend × dtype × case, as `{"ok", "device", "rows": [...]}`; a backend that declines is listed, not failed.
+    """Every backend × dtype × case, as `{"ok", "device", "rows": [...]}`.
 
-    One that was named must take something.
+    A backend that declines a problem is listed with its reasons and has not failed, unless nothing ran at all.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -398,17 +403,17 @@ def run(
             arguments = one.tensors(device)
             reasons = explain(**arguments)
             for name in names:
-                row = dict(case=str(one), backend=name, dtype=str(dtype).removeprefix("torch."))
+                row: dict[str, Any] = dict(case=str(one), backend=name, dtype=str(dtype).removeprefix("torch."))
+                nothing = dict(row, error=None, eager_error=None, bound=None)
                 if why := reasons.get(name):
-                    rows.append({**row, "error": None, "eager_error": None, "bound": None, "ok": None, "reason": "; ".join(why)})
+                    rows.append({**nothing, "ok": None, "reason": "; ".join(why)})
                     continue
                 try:
                     rows += [{**row, **found} for found in compare(arguments, name, gradients)]
                 except Exception as error:  # a backend that breaks is a row that fails, and the others still run
-                    reason = f"{type(error).__name__}: {error}"
-                    rows.append({**row, "error": None, "eager_error": None, "bound": None, "ok": False, "reason": reason})
+                    rows.append({**nothing, "ok": False, "reason": f"{type(error).__name__}: {error}"})
             tick(i * len(FLOAT_DTYPES) + j + 1, count * len(FLOAT_DTYPES))
     for row in rows:  # JSON has no infinity
-        row.update({n: None for n in ("error", "eager_error", "bound") if row[n] is not None and not math.isfinite(row[n])})
+        row.update({n: None for n in ("error", "eager_error", "bound") if row[n] in (math.inf, None)})
     ran = [row["ok"] for row in rows if row["ok"] is not None]
     return {"ok": bool(ran) and all(ran), "device": device, "rows": rows}
