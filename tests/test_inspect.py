@@ -8,8 +8,10 @@ import sys
 import pytest
 
 pytest.importorskip("triton")
-KEYS = {"kernel", "arch", "patch", "dtype", "config", "default", "registers", "spill_bytes", "shared_bytes", "wgmma", "mma",
-        "tma", "load_bytes"}  # fmt: skip
+KEYS = {
+    "kernel", "arch", "patch", "dtype", "config", "default", "registers", "spill_bytes", "shared_bytes", "wgmma", "mma",
+    "tma", "load_bytes",
+}  # fmt: skip
 
 
 def inspect(*arguments):

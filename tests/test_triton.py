@@ -8,7 +8,6 @@ import torch
 
 import vitkernels as vk
 from vitkernels import tuning, verify
-from vitkernels.problem import arguments_of, problem_of
 
 triton = pytest.importorskip("vitkernels.triton")
 pytest.importorskip("triton")
@@ -41,15 +40,19 @@ def arguments(B, C, H, W, P, D, T=1, *, pixels=F32, weights=HALF, channels_last=
     def normal(*shape):
         return torch.randn(shape, generator=g).to(weights)
 
-    call = dict(images=images, weight=normal(D, C, P_h, P_w) / (C * P_h * P_w) ** 0.5, bias=normal(D), pos_embed=normal(*rows),
-                prefix=normal(T, D) if T else None) | more  # fmt: skip
+    call = dict(
+        images=images,
+        weight=normal(D, C, P_h, P_w) / (C * P_h * P_w) ** 0.5,
+        bias=normal(D),
+        pos_embed=normal(*rows),
+        prefix=normal(T, D) if T else None,
+        **more,
+    )
     return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in call.items()}
 
 
 def problem(call):
-    names = ("stride", "padding", "mean", "std", "scale", "out_dtype")
-    checked = arguments_of(call["images"], call["weight"], *(call.get(n, 0 if n == "padding" else None) for n in names))
-    return problem_of(*(call.get(n) for n in ("images", "weight", "bias", "pos_embed", "prefix", "keep")), checked)
+    return vk.explain(**call).problem
 
 
 def right(call):
@@ -98,7 +101,7 @@ def test_an_odd_patch_reads_a_repacked_weight_once_the_work_pays_for_it(device, 
     direct, repacked = (plan.make_plan(p, H100, True, False).weight_columns for p in (small, large))
     assert direct == 588 and repacked > 588 and repacked * 2 % 16 == 0
     monkeypatch.setattr(plan, "REPACK_ROWS", 0)
-    right(arguments(2, 3, 28, 28, 14, 16, pixels=HALF, device=device, bias=None))
+    right(arguments(2, 3, 28, 28, 14, 16, pixels=HALF, device=device))
 
 
 def test_a_written_weight_is_never_stale(device, monkeypatch):
@@ -210,7 +213,8 @@ def test_every_gpu_has_a_tile_that_fits():
                 for road in ("gather", "descriptor"):
                     if tuning.rows(arch, road, product):
                         c = tuning.default(p, road, product, gpu)
-                        assert c.stages * c.BK * (c.BM * p.image_dtype.itemsize + c.BN * p.compute_dtype.itemsize) <= gpu.shared_bytes
+                        stage = c.BK * (c.BM * p.image_dtype.itemsize + c.BN * p.compute_dtype.itemsize)
+                        assert c.stages * stage <= gpu.shared_bytes
 
 
 def test_a_measured_entry_goes_before_the_default(tmp_path, monkeypatch):

@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from . import __version__, dispatch, roofline, verify
 from .functional import explain, patch_embed
-from .problem import PatchProblem, arguments_of, problem_of
+from .peers import PEERS, conv
+from .problem import PatchProblem
 
 Call = dict[str, Any]  # the keyword arguments of patch_embed
 Step = Callable[[], Any]
@@ -107,86 +107,9 @@ def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
 
 
 def problem(call: Call) -> PatchProblem:
-    arguments = (call["images"], call["weight"], None, 0, call.get("mean"), call.get("std"), None, None)
-    bias, pos_embed, prefix, keep = (call.get(name) for name in ("bias", "pos_embed", "prefix", "keep"))
-    return problem_of(*arguments[:2], bias, pos_embed, prefix, keep, arguments_of(*arguments))
+    return explain(**call).problem
 
 
-# --- The peers: the same function of the same arguments, as others write it.
-
-
-def _normalised(images, dtype, a, b):
-    return images.to(dtype) if a is None else torch.addcmul(b, images.to(dtype), a)
-
-
-def _assembled(x, pos_embed, prefix):
-    """cat and add, as timm does it. x [B,N,D]"""
-    if prefix is not None:
-        x = torch.cat([prefix.expand(x.shape[0], -1, -1), x], 1)
-    return x + pos_embed
-
-
-def _assembled_kept(x, pos_kept, pos_embed, prefix):
-    """add and cat, as MAE does it, on the kept patches alone. x, pos_kept [B,N_keep,D]"""
-    x = x + pos_kept
-    if prefix is None:
-        return x
-    return torch.cat([(prefix + pos_embed[: prefix.shape[0]]).expand(x.shape[0], -1, -1), x], 1)
-
-
-def conv(images, weight, bias, pos_embed, prefix, keep, a, b, memory_format=None):
-    """Conv2d, flatten, transpose, cat, add: timm's front end. Masks embed every patch and gather."""
-    images = _normalised(images, weight.dtype, a, b)
-    if memory_format is not None:
-        images = images.contiguous(memory_format=memory_format)
-    x = (F.conv2d if weight.ndim == 4 else F.conv3d)(images, weight, bias, stride=weight.shape[2:])
-    x = x.flatten(2).transpose(1, 2)
-    if keep is None:
-        return _assembled(x, pos_embed, prefix)
-    index = keep[:, :, None].expand(-1, -1, x.shape[2])
-    return _assembled_kept(x.gather(1, index), pos_embed[-x.shape[1] :][keep], pos_embed, prefix)
-
-
-def linear(images, weight, bias, pos_embed, prefix, keep, a, b):
-    """Reshape and linear, as serving engines do it. Masks gather the patches, before the product."""
-    dims = weight.ndim - 2
-    for dim in range(2, 2 + dims):
-        P = weight.shape[dim]
-        at = 2 * dim - 2  # the dimensions before it were split
-        images = images.narrow(at, 0, images.shape[at] // P * P).unflatten(at, (-1, P))
-    grid = images.permute(0, *range(2, 2 + 2 * dims, 2), 1, *range(3, 3 + 2 * dims, 2))  # [B, *G, C, *P], a view
-    if keep is None:
-        x = grid.reshape(grid.shape[0], -1, weight[0].numel())
-    else:
-        row = torch.arange(keep.shape[0], device=keep.device)[:, None]
-        index = (row, *torch.unravel_index(keep, grid.shape[1 : 1 + dims]))
-        x = grid[index].flatten(2)
-    if a is not None:  # per channel, after the patches lie in order: one pass for copy and conversion
-        x = _normalised(x.unflatten(2, (weight.shape[1], -1)), weight.dtype, a.view(-1, 1), b.view(-1, 1)).flatten(2)
-    x = F.linear(x.to(weight.dtype), weight.flatten(1), bias)
-    if keep is None:
-        return _assembled(x, pos_embed, prefix)
-    N = grid[0].numel() // weight[0].numel()
-    return _assembled_kept(x, pos_embed[-N:][keep], pos_embed, prefix)
-
-
-def _compiled(function: Callable, mode: str | None = None) -> Callable:
-    import torch._functorch.config as config
-
-    config.donated_buffer = False  # a backward that is timed alone runs again and again on the same graph
-    return torch.compile(function, dynamic=False, fullgraph=True, mode=mode)
-
-
-_MAX = "max-autotune-no-cudagraphs"  # graphs are captured here, for every implementation alike
-PEERS: dict[str, Callable[[], Callable]] = {
-    "timm_eager": lambda: conv,
-    "conv_channels_last": lambda: conv,
-    "reshape_linear": lambda: linear,
-    "compile_conv": lambda: _compiled(conv),
-    "compile_linear": lambda: _compiled(linear),
-    "compile_conv_max": lambda: _compiled(conv, _MAX),
-    "compile_linear_max": lambda: _compiled(linear, _MAX),
-}
 OURS = ("auto", *dispatch.MODULES)
 CEILINGS = ("copy", "gemm", "empty")
 
@@ -330,7 +253,7 @@ def _cache_bytes(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 32 << 20
 
 
-def _sampler(device: torch.device, todo: list[Step], calls: int) -> Callable[[], float]:
+def sampler(device: torch.device, todo: list[Step], calls: int) -> Callable[[], float]:
     """A function that runs everything in `todo` once, in order, and returns ms per call."""
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -460,14 +383,14 @@ def _bench(case, device, mode, impls, seconds, compiled, progress) -> list[dict[
                 todo[0]()
                 row["peak_mb"] = round((torch.cuda.max_memory_allocated(device) - before) / 1e6, 1)
                 todo = [todo[i % sets] for i in range(max(sets, 10))]  # an idle device's first launch counts little
-            lanes.append((row, _sampler(device, todo, len(todo)) if device.type == "cuda" else _cpu_sampler(todo)))
+            lanes.append((row, sampler(device, todo, len(todo)) if device.type == "cuda" else _cpu_sampler(todo)))
             if device.type == "cuda":
                 extra = {k: v for k, v in row.items() if k != "peak_mb"} | {"timing": "graph"}
                 rows.append(extra)
                 try:
                     replay = _graph(todo, hold=p.bytes < 3 * _cache_bytes(device))
                     replay()
-                    lanes.append((extra, _sampler(device, [replay], len(todo))))
+                    lanes.append((extra, sampler(device, [replay], len(todo))))
                 except Exception as error:  # what can't be captured still has its eager time
                     extra["error"] = f"capture: {short(error)}"
                     alive(device)
@@ -476,7 +399,7 @@ def _bench(case, device, mode, impls, seconds, compiled, progress) -> list[dict[
             alive(device)
 
     progress(f"{case.name} {mode}: time")
-    samples = _rounds([sample for _, sample in lanes], seconds)
+    samples = rounds([sample for _, sample in lanes], seconds)
     first: dict[str, list[float]] = {}
     for (row, _), times in zip(lanes, samples, strict=True):
         row["ms"] = quantiles(times)
@@ -500,12 +423,12 @@ def _cpu_sampler(todo: list[Step]) -> Callable[[], float]:
         nonlocal position
         chosen = [todo[(position + i) % len(todo)] for i in range(repeat)]
         position += repeat
-        return _sampler(torch.device("cpu"), chosen, repeat)()
+        return sampler(torch.device("cpu"), chosen, repeat)()
 
     return sample
 
 
-def _rounds(samplers: list[Callable[[], float]], seconds: float, least: int = 7, most: int = 200) -> list[list[float]]:
+def rounds(samplers: list[Callable[[], float]], seconds: float, least: int = 7, most: int = 200) -> list[list[float]]:
     """Sample all in turns, until `seconds` a sampler have gone."""
     times: list[list[float]] = [[] for _ in samplers]
     begin = time.perf_counter()
@@ -563,97 +486,3 @@ def _cpu_name() -> str:
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
-
-
-# --- Whole models.
-
-
-def load_model(spec: str) -> tuple[torch.nn.Module, tuple[int, int, int]]:
-    """A model with random weights and its input size (C, H, W); "timm:vit_small_patch16_224",
-    "torchvision:vit_b_16" or "transformers:ViTModel" (its default configuration)."""
-    source, _, name = spec.partition(":")
-    if not name or source not in ("timm", "torchvision", "transformers"):
-        raise ValueError(f"a model is timm:NAME, torchvision:NAME or transformers:CLASS, got {spec!r}")
-    if source == "timm":
-        import timm
-
-        model = timm.create_model(name, pretrained=False)
-        return model, tuple(timm.data.resolve_model_data_config(model)["input_size"])
-    if source == "torchvision":
-        import torchvision
-
-        model = torchvision.models.get_model(name, weights=None)
-        size = getattr(model, "image_size", 224)
-        return model, (3, size, size)
-    import transformers
-
-    cls = getattr(transformers, name, None)
-    if cls is None or getattr(cls, "config_class", None) is None:
-        raise ValueError(f"transformers has no model class {name!r}")
-    config = cls.config_class()
-    config = getattr(config, "vision_config", config)
-    return cls(cls.config_class()), (getattr(config, "num_channels", 3), config.image_size, config.image_size)
-
-
-def bench_model(
-    spec: str,
-    *,
-    batch: int = 8,
-    device: torch.device | str = "cpu",
-    dtype: str = "fp32",
-    backend: str = "auto",
-    seconds: float = 3.0,
-    progress: Callable[[str], None] = lambda text: None,
-) -> dict[str, Any]:
-    """Inference of a model before and after `fuse`, in turns: {"model", "rows", "fused", "ratio", "verdict"}."""
-    from .fusing import fuse
-
-    device = torch.device(device)
-    progress(f"build {spec}")
-    torch.manual_seed(0)
-    model, shape = load_model(spec)
-    model = model.to(device, DTYPES[dtype]).eval()
-    images = torch.randn(batch, *shape, device=device).to(DTYPES[dtype])
-
-    def run() -> torch.Tensor:
-        out = model(images)
-        return out if torch.is_tensor(out) else out[0]
-
-    with torch.inference_mode(), settings(Case(dtype=dtype)):
-        plain = run()
-        # One model, rewired and back between samples: two copies would differ in where their weights lie.
-        from .fusing import unfuse
-
-        report = fuse(model, backend=backend)
-        difference = ((run() - plain).norm() / plain.norm()).item()
-        unfuse(model)
-
-        def timed(fused: bool) -> Callable[[], float]:
-            def sample() -> float:
-                if fused:
-                    fuse(model, backend=backend)
-                run()
-                ms = _sampler(device, [run] * 3, 3)()
-                if fused:
-                    unfuse(model)
-                return ms
-
-            return sample
-
-        progress(f"time {spec}")
-        before, after = _rounds([timed(False), timed(True)], seconds)
-    ratios = [b / a for b, a in zip(before, after, strict=True)]
-    gain = quantiles(ratios)
-    rows = [
-        {"case": spec, "mode": "forward", "dtype": dtype, "impl": impl, "ms": quantiles(t), "timing": "eager",
-         "bytes": None, "flops": None, "roofline_share": None,
-         "images_per_s": round(batch / statistics.median(t) * 1e3, 1)}
-        for impl, t in (("before", before), ("fused", after))
-    ]  # fmt: skip
-    if gain["p20"] <= 1 <= gain["p80"]:
-        verdict = f"No gain to be measured: {gain['median']:.3f} x, and the spread of the ratio includes 1."
-    elif gain["median"] < 1:
-        verdict = f"Fusing makes this model slower here: {gain['median']:.3f} x."
-    else:
-        verdict = f"{gain['median']:.3f} x the images a second ({gain['p20']:.3f} to {gain['p80']:.3f})."
-    return {"rows": rows, "report": str(report), "difference": difference, "gain": gain, "verdict": verdict}

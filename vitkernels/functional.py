@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TypeAlias
 
 import torch
 
 from . import dispatch, ops
 from .problem import arguments_of, problem_of
 
-if TYPE_CHECKING:
-    Channels = float | Sequence[float] | torch.Tensor
+Channels: TypeAlias = float | Sequence[float] | torch.Tensor
 
 
 def patch_embed(

@@ -76,8 +76,8 @@ def _d_images(p, d_tokens, images, weight, keep) -> torch.Tensor:
         for first in product(*map(range, overlap)):  # windows `overlap` apart share no pixel: one such set at a time
             apart = (slice(None), *(slice(f, None, o) for f, o in zip(first, overlap, strict=True)))
             grid[apart].add_(d_x[apart])
-        inner = (slice(pad, pad + s) for pad, s in zip(p.pad, (p.F, p.H, p.W), strict=True))
-        out[b] = d_image[(0, slice(None), *inner)]
+        inner = (0, slice(None), *(slice(pad, pad + s) for pad, s in zip(p.pad, (p.F, p.H, p.W), strict=True)))
+        out[b] = d_image[inner]
     return out
 
 

@@ -228,9 +228,8 @@ def build(
     keep: Meta | None,
     arguments: Arguments,
 ) -> PatchProblem:
-    images, weight, bias, pos_embed, prefix, keep = (
-        m if m is None else Meta(*m) for m in (images, weight, bias, pos_embed, prefix, keep)
-    )
+    images, weight = Meta(*images), Meta(*weight)
+    bias, pos_embed, prefix, keep = (m if m is None else Meta(*m) for m in (bias, pos_embed, prefix, keep))
     dims = len(weight.shape)
     letters = "[B,C,H,W]" if dims == 4 else "[B,C,F,H,W]"
     if len(images.shape) != dims:
@@ -276,12 +275,12 @@ def build(
             raise ValueError(f"keep must be [B,N_keep] with B = {B}, got {list(keep.shape)}")
         n_keep = keep.shape[1]
 
-    s, st = (*lead, *size), images.strides
+    sides, steps = (*lead, *size), images.strides
     problem = PatchProblem(
-        B=B, C=C, F=s[0], H=s[1], W=s[2], D=D, T=T,
+        B=B, C=C, F=sides[0], H=sides[1], W=sides[2], D=D, T=T,
         P=(*lead, *patch), S=(*lead, *arguments.stride), pad=(*(() if video else (0,)), *arguments.padding),
         n_keep=n_keep, video=video,
-        image_strides=(st[0], st[1], *(() if video else (0,)), *st[2:]),
+        image_strides=(steps[0], steps[1], *(() if video else (0,)), *steps[2:]),
         weight_strides=weight.strides,
         has_bias=bias is not None,
         pos_rows=0 if pos_embed is None else _rows("pos_embed", pos_embed, B, D, "N or T+N"),
@@ -312,7 +311,7 @@ def check_keep(problem: PatchProblem, keep: torch.Tensor | None) -> None:
         raise ValueError(f"keep must hold patch indices 0..{problem.N - 1}, got {low}..{high}")
 
 
-def _tensor(name: str, value: Any, dtypes: tuple[torch.dtype, ...]) -> tuple[Any, ...]:
+def _tensor(name: str, value: Any, dtypes: tuple[torch.dtype, ...]) -> Any:
     """The fields of the tensor's `Meta`, bare: this runs at every call."""
     if isinstance(value, torch.Tensor) and value.dtype in dtypes and value.layout is torch.strided:
         return value.shape, value.stride(), value.dtype, value.device

@@ -129,7 +129,8 @@ def _part(p: PatchProblem, grid: torch.Tensor, n: slice, keep: torch.Tensor | No
 def _normalise(p: PatchProblem, x: torch.Tensor, after: int) -> torch.Tensor:
     """(x·scale − mean)/std in place; the channel is the dimension before the last `after`."""
     if p.normalised:
-        m, a = centred(p, x.dtype).view(2, p.C, *(1,) * after)
+        # Rounded to 16 bits, m and a would err alike for every pixel, and that does not cancel in the sum.
+        m, a = centred(p, sum_dtype(p)).view(2, p.C, *(1,) * after)
         return x.sub_(m).mul_(a)
     return x if p.scale == 1 else x.mul_(p.scale)
 

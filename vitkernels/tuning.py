@@ -16,8 +16,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from .problem import PatchProblem
 
 
@@ -51,7 +49,7 @@ NOMINAL = {
 TABLE: dict[tuple[int, str, str], tuple[Config, ...]] = {
     (80, "gather", "half"): (Config(128, 128, 32, 8, 3), Config(64, 64, 64, 4, 3, 0.6), Config(32, 64, 64, 4, 3, 0.4)),
     (80, "gather", "tf32"): (Config(128, 64, 32, 8, 3), Config(64, 64, 32, 4, 3, 0.8)),
-    (80, "gather", "fp32"): (Config(64, 64, 16, 4, 3), Config(32, 32, 32, 4, 3, 0.6)),
+    (80, "gather", "fp32"): (Config(128, 64, 16, 8, 3), Config(64, 64, 16, 8, 3, 0.9), Config(32, 32, 32, 4, 3, 0.6)),
     (80, "gather", "fp64"): (Config(64, 64, 16, 4, 3), Config(32, 32, 16, 4, 3, 0.8)),
     (90, "gather", "half"): (
         Config(128, 128, 32, 8, 4, 0.85), Config(64, 256, 32, 8, 4, 0.8), Config(64, 64, 64, 4, 3, 0.5),
@@ -147,28 +145,31 @@ def tune(
         NotImplementedError: Triton can't take the problem on this machine; the message has the reasons.
     """
     from . import dispatch, triton
-    from .problem import arguments_of, problem_of
+    from .functional import explain
 
-    names = ("stride", "padding", "mean", "std", "scale", "out_dtype")
-    defaults = {"padding": 0}
-    arguments = arguments_of(call["images"], call["weight"], *(call.get(n, defaults.get(n)) for n in names))
-    tensors = [call.get(n) for n in ("images", "weight", "bias", "pos_embed", "prefix", "keep")]
-    p = problem_of(*tensors, arguments)
+    p = explain(**call).problem
     dispatch.choose(p, "triton")
     if p.device.type != "cuda":
         raise NotImplementedError(f"tuning times kernels on a GPU; images are on {p.device}")
     from triton.testing import do_bench
 
     gpu = triton.gpu_of(p.device)
-    tensors = dispatch.canonical(*tensors)
-    candidates = triton.candidates(p, gpu, tensors[0].data_ptr() % 16 == 0)
+    names = ("images", "weight", "bias", "pos_embed", "prefix", "keep")
+    tensors = dispatch.canonical(*(call.get(name) for name in names))
+    aligned = call["images"].data_ptr() % 16 == 0
+
+    def run() -> None:
+        triton.forward(p, *tensors, choice=choice)
+
+    candidates = triton.candidates(p, gpu, aligned)
     best: dict[str, Any] = {}
     default_ms = None
     stop = time.monotonic() + seconds
     tried = 0
-    for tried, (road, c) in enumerate(candidates, 1):
+    for tried, choice in enumerate(candidates, 1):
+        road, c = choice
         try:
-            ms = do_bench(lambda: triton.forward(p, *tensors, choice=(road, c)), warmup=10, rep=40, return_mode="median")  # noqa: B023
+            ms = do_bench(run, warmup=10, rep=40, return_mode="median")
         except Exception as error:  # a candidate that doesn't compile or fit is no candidate; the next one may be
             ms, what = float("inf"), f"{road} {tuple(c)}: {type(error).__name__}"
         else:
@@ -184,4 +185,5 @@ def tune(
         raise RuntimeError(f"none of {tried} candidates ran for {p}")
     file = remember(gpu.name, key(p), best)
     triton.forget_plans()
-    return {"key": key(p), **best, "default_ms": default_ms, "tried": tried, "candidates": len(candidates), "file": str(file)}
+    counts = {"tried": tried, "candidates": len(candidates)}
+    return {"key": key(p), **best, "default_ms": default_ms, **counts, "file": str(file)}

@@ -33,17 +33,19 @@ def eager(
 
     Takes what `patch_embed` takes; every tensor is first brought to the compute dtype.
     """
-    device_type = images.device.type
-    dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else weight.dtype
+    dtype = compute_dtype(images, weight)
     x = normalise(images, dtype, mean, std, scale)
     weight, bias, pos_embed, prefix = (t if t is None else t.to(dtype) for t in (weight, bias, pos_embed, prefix))
     D, _, *patch = weight.shape
     convolution = F.conv2d if len(patch) == 2 else F.conv3d
-    if (
-        len(patch) == 3
-    ):  # on a CPU conv3d writes past its buffers if 16-bit weights are channels-last (torch 2.11, 2.15)
-        x, weight = x.contiguous(), weight.contiguous()
-    tokens = convolution(x, weight, bias, patch if stride is None else stride, padding).flatten(2).transpose(1, 2)
+    operands: tuple = (x, weight, bias)
+    if images.device.type == "cpu" and dtype.itemsize == 2:
+        # On a CPU the convolutions of 16 bits are not to be trusted (torch 2.11, 2.15): conv3d writes past its buffers,
+        # conv2d's weight gradient may come from memory that nobody wrote. Summed in fp32 and rounded once, as they are.
+        operands = tuple(t if t is None else t.float() for t in operands)
+    with torch.autocast(images.device.type, enabled=False):  # the operands are in autocast's dtype already
+        tokens = convolution(*operands, patch if stride is None else stride, padding)
+    tokens = tokens.to(dtype).flatten(2).transpose(1, 2)
     B, N, _ = tokens.shape
     if keep is not None:
         index = keep.long()[:, :, None].expand(-1, -1, D)
@@ -58,6 +60,11 @@ def eager(
             prefix = prefix + head
         tokens = torch.cat([prefix, tokens], 1)
     return tokens.to(out_dtype or dtype)
+
+
+def compute_dtype(images: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
+    device_type = images.device.type
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else weight.dtype
 
 
 def normalise(images: torch.Tensor, dtype: torch.dtype, mean=None, std=None, scale=None) -> torch.Tensor:
@@ -84,21 +91,21 @@ def oracle(**arguments: Any) -> torch.Tensor:
 
 
 def floor_of(
-    exact: torch.Tensor, terms: torch.Tensor, dtype: torch.dtype, sum_dtype: torch.dtype, length: int
+    exact: torch.Tensor, terms: torch.Tensor, rounding: list[torch.dtype], sum_dtype: torch.dtype, length: int
 ) -> float:
     """The error that is nobody's fault, beside two times eager's.
 
-    One rounding to `dtype` of the largest result: what is rounded once, the best there is, errs by that, and eager
-    may be right by luck. And one unit, in the dtype of the sum, of the largest sum of absolute `terms`: another order
+    One rounding of the largest result to the coarsest of the dtypes it goes through: what is rounded once, the best
+    there is, errs by that, and eager may be right by luck. And one unit, in the dtype of the sum, of the largest sum of absolute `terms`: another order
     of summation errs by that, whatever cancels. In fp64 eager is the oracle itself and shows no error to double:
     there a random walk over the sum's `length` is granted.
     """
     if exact.numel() == 0:
         return 0.0
-    out, total = torch.finfo(dtype), torch.finfo(sum_dtype)
-    largest = max(exact.abs().max().item(), out.tiny)
+    largest = exact.abs().max().item()
+    once = max(max(largest, info.tiny) * info.eps / 2 for info in map(torch.finfo, rounding))
     walk = math.sqrt(length) if sum_dtype == torch.float64 else 1
-    return largest * out.eps / 2 + terms.max().item() * total.eps * walk
+    return once + terms.max().item() * torch.finfo(sum_dtype).eps * walk
 
 
 def error_of(result: torch.Tensor, exact: torch.Tensor) -> float:
@@ -109,7 +116,8 @@ def error_of(result: torch.Tensor, exact: torch.Tensor) -> float:
 
 def compare(arguments: Arguments, backend: str, gradients: bool = False) -> list[dict[str, Any]]:
     """One row for the tokens, and one a gradient where asked: error, eager's error, the bound, and whether it holds."""
-    sum_dtype = torch.float64 if arguments["weight"].dtype == torch.float64 else torch.float32
+    dtype = compute_dtype(arguments["images"], arguments["weight"])
+    sum_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     with _fp32_is_fp32():
         results = [
             evaluate(lambda **kw: patch_embed(**kw, backend=backend), arguments, gradients),
@@ -122,7 +130,7 @@ def compare(arguments: Arguments, backend: str, gradients: bool = False) -> list
     for what in results[0]:
         ours, theirs, exact, terms = (r[what] for r in results)
         error, eager_error = error_of(ours, exact) if ours.shape == exact.shape else math.inf, error_of(theirs, exact)
-        bound = 2 * eager_error + floor_of(exact, terms, theirs.dtype, sum_dtype, length)
+        bound = 2 * eager_error + floor_of(exact, terms, [dtype, theirs.dtype], sum_dtype, length)
         row = dict(what=what, error=error, eager_error=eager_error, bound=bound, ok=error <= bound < math.inf)
         if reason := _form(ours, theirs):
             row.update(ok=False, reason=reason)

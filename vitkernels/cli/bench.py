@@ -41,7 +41,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
-    from .. import bench
+    from .. import bench, bench_model
 
     device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     result: dict[str, Any] = {"header": bench.header(device, "vitkernels " + " ".join(sys.argv[1:]))}
     with _progress(args.json) as tick:
         if args.model:
-            return result | bench.bench_model(
+            return result | bench_model.bench_model(
                 args.model, batch=args.batch, device=device, dtype=dtype, backend=args.backend,
                 seconds=args.seconds, progress=tick,
             )  # fmt: skip

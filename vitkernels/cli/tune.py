@@ -57,7 +57,9 @@ def _tuned(tune, call: dict[str, Any], args, title: str) -> dict[str, Any]:
         return tune(
             call,
             seconds=args.seconds,
-            progress=lambda done, total, what: bar.update(task, completed=done, total=total, description=f"{title} {what}"),
+            progress=lambda done, total, what: bar.update(
+                task, completed=done, total=total, description=f"{title} {what}"
+            ),
         )
 
 

@@ -65,7 +65,7 @@ def _made(mixin: type[Fused], base: type[nn.Module], backend: str) -> type[nn.Mo
 
 def _rebuilt(mixin: type[Fused], base: type[nn.Module], backend: str) -> nn.Module:
     cls = fused_class(mixin, base, backend)
-    return cls.__new__(cls)
+    return cls.__new__(cls)  # type: ignore[call-overload]
 
 
 def restore(name: str, module: nn.Module) -> None:

@@ -38,7 +38,8 @@ def why_not(p: PatchProblem) -> list[str]:
     if p.device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(p.device)
         if major < 8:
-            reasons.append(f"{torch.cuda.get_device_name(p.device)} is sm_{major}{minor}; the kernels need sm_80 or later")
+            name = torch.cuda.get_device_name(p.device)
+            reasons.append(f"{name} is sm_{major}{minor}; the kernels need sm_80 or later")
     elif not (p.device.type == "cpu" and interpreted()):
         reasons.append(f"images are on {p.device}; Triton needs a CUDA device (or its interpreter, TRITON_INTERPRET=1)")
     for name, rows in (("B·N", p.B * p.rows), ("B·T", p.B * p.T)):
@@ -90,7 +91,9 @@ def forward(
     out = images.new_empty(p.out_shape, dtype=p.out_dtype)
     if out.numel() == 0:
         return out
-    pos_embed, prefix, bias = (t if t is None or t.stride(-1) == 1 else t.contiguous() for t in (pos_embed, prefix, bias))
+    pos_embed, prefix, bias = (
+        t if t is None or t.stride(-1) == 1 else t.contiguous() for t in (pos_embed, prefix, bias)
+    )
     keep = None if keep is None else keep.contiguous()
     aligned = images.data_ptr() % 16 == 0 and p not in _refused
     plan, kernel = _prepared(p, aligned, tf32(), interpreted(), choice)
@@ -155,7 +158,9 @@ def kernel_of(plan: Plan):
 
     from . import kernels
 
-    names = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64}
+    names = {
+        torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64,
+    }  # fmt: skip
     kernel = {"gather": kernels.gather_kernel, "descriptor": kernels.descriptor_kernel}[plan.road]
     return kernel, {k: names.get(v, v) if isinstance(v, torch.dtype) else v for k, v in plan.constants.items()}
 
@@ -172,9 +177,9 @@ def packed(p: PatchProblem, plan: Plan, weight: torch.Tensor) -> torch.Tensor:
 
 def _centred(p: PatchProblem, plan: Plan) -> torch.Tensor:
     """[2, padded_K]: m and a of y = (x − m)·a for each element of a patch, in the weight's order."""
-    constant = _centred_in_order
-    if p.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        constant = constant.__wrapped__  # memory of a graph's pool must not outlive it in our cache
+    # Memory of a graph's pool must not outlive it in our cache.
+    capturing = p.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    constant = _centred_in_order.__wrapped__ if capturing else _centred_in_order
     return constant(p, plan.order, plan.padded_K, plan.constants["SUM"])
 
 

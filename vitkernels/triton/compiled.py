@@ -50,7 +50,8 @@ def problem(patch: int, dtype: str, *, B: int = 256, D: int = 768, keep: bool = 
     mean, std = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)) if pixels == torch.uint8 else (None, None)
     return build(
         meta(pixels, B, 3, 224, 224), meta(weights, D, 3, patch, patch), meta(weights, D),
-        meta(weights, 1 + side * side, D), meta(weights, 1, D), meta(torch.int64, B, side * side // 4) if keep else None,
+        meta(weights, 1 + side * side, D), meta(weights, 1, D),
+        meta(torch.int64, B, side * side // 4) if keep else None,
         Arguments((patch, patch), (0, 0), mean, std, 1 / 255 if pixels == torch.uint8 else 1.0, weights, weights),
     )  # fmt: skip
 
@@ -102,11 +103,12 @@ def compile_plan(p: PatchProblem, plan: Plan, arch: int):
 
     kernel, constants = kernel_of(plan)
     if not hasattr(kernel, "cache_key"):
-        raise RuntimeError("kernels were imported for Triton's interpreter; compile in a process without TRITON_INTERPRET")
+        raise RuntimeError("these kernels were made for Triton's interpreter: compile without TRITON_INTERPRET")
     weights, images = NAMES[p.weight_dtype], NAMES[p.image_dtype]
     types: dict[str, str] = {
         "images": f"*{images}", "weight": f"*{NAMES[p.compute_dtype]}", "centred": f"*{NAMES[plan.constants['SUM']]}",
-        "bias": f"*{weights}", "pos": f"*{weights}", "prefix": f"*{weights}", "keep": "*i64", "out": f"*{NAMES[p.out_dtype]}",
+        "bias": f"*{weights}", "pos": f"*{weights}", "prefix": f"*{weights}", "keep": "*i64",
+        "out": f"*{NAMES[p.out_dtype]}",
     }  # fmt: skip
     block_types = {"image_desc": images, "weight_desc": NAMES[p.compute_dtype], "out_desc": NAMES[p.out_dtype]}
     for name, (_shape, _strides, block) in plan.descriptors.items():
@@ -141,7 +143,7 @@ def _disassemble(cubin: bytes) -> tuple[str, str]:
     with tempfile.TemporaryDirectory() as folder:
         file = os.path.join(folder, "kernel.cubin")
         Path(file).write_bytes(cubin)
-        commands = ([tools / "cuobjdump", "-res-usage", file], [tools / "nvdisasm", "-g", "-c", file])
+        commands = ([str(tools / "cuobjdump"), "-res-usage", file], [str(tools / "nvdisasm"), "-g", "-c", file])
         usage, sass = (subprocess.run(c, capture_output=True, text=True, check=True).stdout for c in commands)
     return usage, sass
 
@@ -149,7 +151,7 @@ def _disassemble(cubin: bytes) -> tuple[str, str]:
 def _load_bytes(p: PatchProblem, plan: Plan, sass: str) -> int:
     """Bytes of the narrowest load on the source line that reads pixels."""
     if plan.road == "descriptor":
-        return plan.constants["XK"] * p.image_dtype.itemsize  # type: ignore[operator,return-value]
+        return plan.constants["XK"] * p.image_dtype.itemsize
     from . import kernels
 
     lines = Path(inspect.getsourcefile(kernels)).read_text().splitlines()  # type: ignore[arg-type]

@@ -47,7 +47,7 @@ def _prefix_tile(pid, prefix, pos, out, B, T, rows, D, prefix_b, prefix_t, pos_b
 @triton.jit
 def _pixels(x, k, centred, K_PAD: tl.constexpr, NORMALISED: tl.constexpr, COMPUTE: tl.constexpr, SUM: tl.constexpr,
             INTERPRETED: tl.constexpr):  # fmt: skip
-    """Pixels to the product's operands: (x − m[k])·a[k] in full precision where channels are normalised, then rounded."""
+    """Pixels to the product's operands: (x − m[k])·a[k] where channels are normalised, then rounded once."""
     if NORMALISED:
         x = (x.to(SUM) - tl.load(centred + k)[None, :]) * tl.load(centred + K_PAD + k)[None, :]
     return _rounded(x, COMPUTE, INTERPRETED)
@@ -147,13 +147,16 @@ def gather_kernel(
                     & (h0[:, None] + py[None, :] >= 0) & (h0[:, None] + py[None, :] < H)
                     & (w0[:, None] + px[None, :] >= 0) & (w0[:, None] + px[None, :] < W)
                 )  # fmt: skip
-                x = _pixels(tl.load(pixel, mask=seen, other=0), k, centred, K_PAD, NORMALISED, COMPUTE, SUM, INTERPRETED)
+                x = tl.load(pixel, mask=seen, other=0)
+                x = _pixels(x, k, centred, K_PAD, NORMALISED, COMPUTE, SUM, INTERPRETED)
                 if NORMALISED:
                     x = tl.where(seen, x, 0.0).to(COMPUTE)
-            elif K_PAD > K:
-                x = _pixels(tl.load(pixel, mask=(k < K)[None, :], other=0), k, centred, K_PAD, NORMALISED, COMPUTE, SUM, INTERPRETED)
             else:
-                x = _pixels(tl.load(pixel), k, centred, K_PAD, NORMALISED, COMPUTE, SUM, INTERPRETED)
+                if K_PAD > K:
+                    x = tl.load(pixel, mask=(k < K)[None, :], other=0)
+                else:
+                    x = tl.load(pixel)
+                x = _pixels(x, k, centred, K_PAD, NORMALISED, COMPUTE, SUM, INTERPRETED)
             if WROW < K_PAD:
                 w = tl.load(w_rows + k[:, None], mask=real & (k < K)[:, None], other=0)
             else:
@@ -164,7 +167,8 @@ def gather_kernel(
         if HAS_KEEP:
             acc = tl.where(in_grid[:, None], acc, float("nan"))
         token = (b * (T + rows) + T + row % rows) * D
-        tl.store(out + token[:, None] + d[None, :], _rounded(acc, out.dtype.element_ty, INTERPRETED), mask=(m < M)[:, None] & (d < D)[None, :])
+        tokens = _rounded(acc, out.dtype.element_ty, INTERPRETED)
+        tl.store(out + token[:, None] + d[None, :], tokens, mask=(m < M)[:, None] & real)
 
 
 @triton.jit
@@ -225,7 +229,8 @@ def descriptor_kernel(
             ky = (step // STEPS_X) % STEPS_Y * RK
             c = step // (STEPS_X * STEPS_Y)
             patches = image_desc.load([b0, y0, x0, c * H + ky, kx])
-            pixels = _pixels(patches.reshape(BM, BK), step * BK + tl.arange(0, BK), centred, K, NORMALISED, COMPUTE, SUM, INTERPRETED)
+            k = step * BK + tl.arange(0, BK)
+            pixels = _pixels(patches.reshape(BM, BK), k, centred, K, NORMALISED, COMPUTE, SUM, INTERPRETED)
             weights = weight_desc.load([d0, step * BK])
             acc = _product(pixels, weights.T, acc, PRECISION, SUM, INTERPRETED)
         if SCALED:

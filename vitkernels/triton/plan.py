@@ -153,14 +153,15 @@ def make_plan(
         row = p.T + p.N
         return Plan(
             road, c,
-            grid=prod(-(-n // s) for n, s in zip((p.B, gh, gw), block, strict=True)) * -(-p.D // c.BN) + prefix_programs,
+            grid=prod(-(-n // s) for n, s in zip((p.B, gh, gw, p.D), (*block, c.BN), strict=True)) + prefix_programs,
             scalars={**scalars, "H": p.H, "G_h": gh, "G_w": gw},
             constants={
                 **constants, "C": v.C, "P_h": v.P[1], "P_w": v.P[2],
                 "BB": block[0], "BY": block[1], "BX": block[2], "RK": RK, "XK": XK,
             },
             descriptors={
-                "image_desc": ([p.B, gh, gw, v.C * p.H, v.P[2]], [b if p.B > 1 else gh * v.S[1] * h, v.S[1] * h, v.S[2], h, 1],
+                "image_desc": ([p.B, gh, gw, v.C * p.H, v.P[2]],
+                               [b if p.B > 1 else gh * v.S[1] * h, v.S[1] * h, v.S[2], h, 1],  # one image has no next
                                [*block, RK, XK]),
                 "weight_desc": ([p.D, columns], [columns, 1], [c.BN, RK * XK]),
                 "out_desc": ([p.B, gh, gw, p.D], [row * p.D, gw * p.D, p.D, 1], [*block, c.BN]),
