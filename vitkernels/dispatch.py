@@ -10,7 +10,8 @@ import torch
 
 from .problem import PatchProblem
 
-# Every backend is a module with `why_not(problem) -> reasons` and `forward(problem, *tensors) -> tokens`.
+# Every backend is a module with `why_not(problem) -> reasons`, `how(problem) -> what would happen, for people`, and
+# `forward(problem, *tensors) -> tokens`.
 MODULES = {"triton": ".triton", "cuda": ".cuda", "reference": ".reference"}
 # What `auto` tries, first to last. Triton's interpreter, on a CPU, runs only when it is named.
 AUTO = {"cuda": ("triton", "reference")}
@@ -47,12 +48,13 @@ class Explanation(dict[str, list[str]]):
         super().__init__((name, why_not(p, name)) for name in MODULES)
         self.problem = p
         self.chosen = choose(p, "auto").__name__.rpartition(".")[2]
+        self.notes = {name: backend(name).how(p) for name, reasons in self.items() if not reasons}
 
     def __str__(self) -> str:
         lines = [str(self.problem)]
         for name, reasons in self.items():
             mark = "auto takes it" if name == self.chosen else "would run"
-            lines.append(f"  {name:<10}" + ("no: " + "; ".join(reasons) if reasons else mark))
+            lines.append(f"  {name:<10}" + ("no: " + "; ".join(reasons) if reasons else f"{mark}, {self.notes[name]}"))
         return "\n".join(lines)
 
 

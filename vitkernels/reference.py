@@ -23,6 +23,10 @@ def why_not(p: PatchProblem) -> list[str]:
     return []  # it is the definition: it takes every problem
 
 
+def how(p: PatchProblem) -> str:
+    return f"multiplying in {str(product_dtype(p)).removeprefix('torch.')}, piece by piece"
+
+
 def forward(
     p: PatchProblem,
     images: torch.Tensor,  # [B, C, F, H, W]

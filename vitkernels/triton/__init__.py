@@ -17,6 +17,11 @@ from .plan import Order, Plan, make_plan, no_descriptor, product_of
 INT32 = 2**31
 
 
+def how(p: PatchProblem) -> str:
+    reasons = no_descriptor(p, gpu_of(p.device), product_of(p, tf32()), True)
+    return f"gathering pixels by threads: {'; '.join(reasons)}" if reasons else "patches cut by the copy engine"
+
+
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter, as they were decorated, or would be."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
