@@ -69,11 +69,9 @@ class PatchProblem:
     n_keep: int | None
     video: bool
     image_strides: tuple[int, int, int, int, int]  # of [B, C, F, H, W], in elements
-    weight_strides: tuple[int, ...]
     has_bias: bool
     pos_rows: int  # 0, N or T + N
     pos_per_image: bool
-    prefix_per_image: bool
     mean: tuple[float, ...] | None
     std: tuple[float, ...] | None
     scale: float
@@ -265,10 +263,7 @@ def build(
 
     if bias is not None and bias.shape != (D,):
         raise ValueError(f"bias must be [D] = [{D}], got {list(bias.shape)}")
-    T, prefix_per_image = 0, False
-    if prefix is not None:
-        T = _rows("prefix", prefix, B, D, "T")
-        prefix_per_image = len(prefix.shape) == 3 and prefix.shape[0] != 1
+    T = 0 if prefix is None else _rows("prefix", prefix, B, D, "T")
     n_keep = None
     if keep is not None:
         if len(keep.shape) != 2 or keep.shape[0] != B:
@@ -281,11 +276,9 @@ def build(
         P=(*lead, *patch), S=(*lead, *arguments.stride), pad=(*(() if video else (0,)), *arguments.padding),
         n_keep=n_keep, video=video,
         image_strides=(steps[0], steps[1], *(() if video else (0,)), *steps[2:]),
-        weight_strides=weight.strides,
         has_bias=bias is not None,
         pos_rows=0 if pos_embed is None else _rows("pos_embed", pos_embed, B, D, "N or T+N"),
         pos_per_image=pos_embed is not None and len(pos_embed.shape) == 3 and pos_embed.shape[0] != 1,
-        prefix_per_image=prefix_per_image,
         mean=_per_channel(arguments.mean, C), std=_per_channel(arguments.std, C), scale=arguments.scale,
         image_dtype=images.dtype, weight_dtype=weight.dtype,
         compute_dtype=arguments.compute_dtype, out_dtype=arguments.out_dtype, device=images.device,
@@ -339,8 +332,8 @@ def _sizes(name: str, value: int | Sequence[int], dims: int, least: int) -> tupl
         raise TypeError(f"{name} must be an int or {dims} ints, got {value!r}") from None
     if len(sizes) != dims:
         raise ValueError(f"{name} must be an int or {dims} ints, got {len(sizes)}: {value!r}")
-    if any(v < least for v in sizes):
-        raise ValueError(f"{name} must be at least {least}, got {value!r}")
+    if any(not least <= v < 2**31 for v in sizes):
+        raise ValueError(f"{name} must be at least {least} and below {2**31}, got {value!r}")
     return sizes
 
 

@@ -49,7 +49,7 @@ NOMINAL = {
 TABLE: dict[tuple[int, str, str], tuple[Config, ...]] = {
     (80, "gather", "half"): (Config(128, 128, 32, 8, 3), Config(64, 64, 64, 4, 3, 0.6), Config(32, 64, 64, 4, 3, 0.4)),
     (80, "gather", "tf32"): (Config(128, 64, 32, 8, 3), Config(64, 64, 32, 4, 3, 0.8)),
-    (80, "gather", "fp32"): (Config(128, 64, 16, 8, 3), Config(64, 64, 16, 8, 3, 0.9), Config(32, 32, 32, 4, 3, 0.6)),
+    (80, "gather", "fp32"): (Config(64, 64, 16, 8, 3), Config(32, 32, 16, 4, 3, 0.6)),
     (80, "gather", "fp64"): (Config(64, 64, 16, 4, 3), Config(32, 32, 16, 4, 3, 0.8)),
     (90, "gather", "half"): (
         Config(128, 128, 32, 8, 4, 0.85), Config(64, 256, 32, 8, 4, 0.8), Config(64, 64, 64, 4, 3, 0.5),

@@ -96,9 +96,9 @@ def floor_of(
     """The error that is nobody's fault, beside two times eager's.
 
     One rounding of the largest result to the coarsest of the dtypes it goes through: what is rounded once, the best
-    there is, errs by that, and eager may be right by luck. And one unit, in the dtype of the sum, of the largest sum of absolute `terms`: another order
-    of summation errs by that, whatever cancels. In fp64 eager is the oracle itself and shows no error to double:
-    there a random walk over the sum's `length` is granted.
+    there is, errs by that, and eager may be right by luck. And one unit, in the dtype of the sum, of the largest sum
+    of absolute `terms`: another order of summation errs by that, whatever cancels. In fp64 eager is the oracle itself
+    and shows no error to double: there a random walk over the sum's `length` is granted.
     """
     if exact.numel() == 0:
         return 0.0

@@ -47,7 +47,7 @@ def why_not(p: PatchProblem) -> list[str]:
             reasons.append(f"{name} is sm_{major}{minor}; the kernels need sm_80 or later")
     elif not (p.device.type == "cpu" and interpreted()):
         reasons.append(f"images are on {p.device}; Triton needs a CUDA device (or its interpreter, TRITON_INTERPRET=1)")
-    for name, rows in (("B·N", p.B * p.rows), ("B·T", p.B * p.T)):
+    for name, rows in (("N", p.N), ("B·N", p.B * p.rows), ("B·T", p.B * p.T)):
         if rows + 256 >= INT32:  # the kernel counts the rows of its last tile past the end
             reasons.append(f"{name} = {rows} rows do not fit 32 bits ({INT32})")
     return reasons

@@ -63,6 +63,16 @@ def _product(x, w, acc, PRECISION: tl.constexpr, SUM: tl.constexpr, INTERPRETED:
 
 
 @triton.jit
+def _based(acc, bias, pos, at, d, D, HAS_BIAS: tl.constexpr, HAS_POS: tl.constexpr, SUM: tl.constexpr):
+    """acc + bias[d] + pos[at + d]"""
+    if HAS_BIAS:
+        acc += tl.load(bias + d, mask=d < D, other=0).to(SUM)[None, :]
+    if HAS_POS:
+        acc += tl.load(pos + at[:, None] + d[None, :], mask=(d < D)[None, :], other=0).to(SUM)
+    return acc
+
+
+@triton.jit
 def gather_kernel(
     images,  # [B, C, F, H, W]
     weight,  # [D, WROW], rows in the order (c, t, y, x); WROW is K, or more with zeros after K
@@ -82,7 +92,8 @@ def gather_kernel(
     S_t: tl.constexpr, S_h: tl.constexpr, S_w: tl.constexpr,
     pad_t: tl.constexpr, pad_h: tl.constexpr, pad_w: tl.constexpr,
     VEC: tl.constexpr, WROW: tl.constexpr,
-    NORMALISED: tl.constexpr, SCALED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_POS: tl.constexpr,
+    NORMALISED: tl.constexpr, SCALED: tl.constexpr, BASE_FIRST: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_POS: tl.constexpr,
     POS_PREFIX: tl.constexpr, HAS_KEEP: tl.constexpr,
     COMPUTE: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
@@ -117,16 +128,15 @@ def gather_kernel(
         else:
             origin = origin + w0.to(tl.int64) * image_w
 
-        # Bias and position start the sum: loaded after it they would need registers beside it.
-        acc = tl.zeros((BM, BN), SUM)
-        if HAS_BIAS:
-            acc += tl.load(bias + d, mask=d < D, other=0).to(SUM)[None, :]
+        at = b * pos_b
         if HAS_POS:
             first = T if POS_PREFIX else 0
-            at = b * pos_b + (n + first).to(tl.int64) * pos_n
-            acc += tl.load(pos + at[:, None] + d[None, :], mask=real, other=0).to(SUM)
-        if SCALED:
-            acc *= 1 / scale
+            at += (n + first).to(tl.int64) * pos_n
+        acc = tl.zeros((BM, BN), SUM)
+        if BASE_FIRST:
+            acc = _based(acc, bias, pos, at, d, D, HAS_BIAS, HAS_POS, SUM)
+            if SCALED:
+                acc *= 1 / scale
         w_rows = weight + d.to(tl.int64)[None, :] * WROW
         for k0 in tl.range(0, k_stop, BK):
             k = k0 + tl.arange(0, BK)
@@ -164,6 +174,8 @@ def gather_kernel(
             acc = _product(x, w, acc, PRECISION, SUM, INTERPRETED)
         if SCALED:
             acc *= scale
+        if not BASE_FIRST:
+            acc = _based(acc, bias, pos, at, d, D, HAS_BIAS, HAS_POS, SUM)
         if HAS_KEEP:
             acc = tl.where(in_grid[:, None], acc, float("nan"))
         token = (b * (T + rows) + T + row % rows) * D
@@ -185,7 +197,8 @@ def descriptor_kernel(
     pos_b, pos_n, prefix_b, prefix_t,
     scale,
     C: tl.constexpr, P_h: tl.constexpr, P_w: tl.constexpr,
-    NORMALISED: tl.constexpr, SCALED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_POS: tl.constexpr,
+    NORMALISED: tl.constexpr, SCALED: tl.constexpr, BASE_FIRST: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_POS: tl.constexpr,
     POS_PREFIX: tl.constexpr,
     COMPUTE: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
     BB: tl.constexpr, BY: tl.constexpr, BX: tl.constexpr, BN: tl.constexpr, RK: tl.constexpr, XK: tl.constexpr,
@@ -211,19 +224,17 @@ def descriptor_kernel(
         b0 = (tile // (tiles_x * tiles_y)) * BB
 
         d = d0 + tl.arange(0, BN)
+        row = tl.arange(0, BM)
+        b = tl.minimum(b0 + row // (BY * BX), B - 1).to(tl.int64)
+        y = tl.minimum(y0 + (row // BX) % BY, G_h - 1)
+        x = tl.minimum(x0 + row % BX, G_w - 1)
+        first = T if POS_PREFIX else 0
+        at = b * pos_b + (y * G_w + x + first).to(tl.int64) * pos_n
         acc = tl.zeros((BM, BN), SUM)
-        if HAS_BIAS:
-            acc += tl.load(bias + d, mask=d < D, other=0).to(SUM)[None, :]
-        if HAS_POS:
-            row = tl.arange(0, BM)
-            b = tl.minimum(b0 + row // (BY * BX), B - 1).to(tl.int64)
-            y = tl.minimum(y0 + (row // BX) % BY, G_h - 1)
-            x = tl.minimum(x0 + row % BX, G_w - 1)
-            first = T if POS_PREFIX else 0
-            at = b * pos_b + (y * G_w + x + first).to(tl.int64) * pos_n
-            acc += tl.load(pos + at[:, None] + d[None, :], mask=(d < D)[None, :], other=0).to(SUM)
-        if SCALED:
-            acc *= 1 / scale
+        if BASE_FIRST:
+            acc = _based(acc, bias, pos, at, d, D, HAS_BIAS, HAS_POS, SUM)
+            if SCALED:
+                acc *= 1 / scale
         for step in tl.range(0, C * STEPS_Y * STEPS_X):
             kx = (step % STEPS_X) * XK
             ky = (step // STEPS_X) % STEPS_Y * RK
@@ -235,4 +246,6 @@ def descriptor_kernel(
             acc = _product(pixels, weights.T, acc, PRECISION, SUM, INTERPRETED)
         if SCALED:
             acc *= scale
+        if not BASE_FIRST:
+            acc = _based(acc, bias, pos, at, d, D, HAS_BIAS, HAS_POS, SUM)
         out_desc.store([b0, y0, x0, d0], _rounded(acc, out.dtype.element_ty, INTERPRETED).reshape(BB, BY, BX, BN))

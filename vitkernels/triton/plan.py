@@ -133,6 +133,9 @@ def make_plan(
     constants: dict[str, object] = {
         "NORMALISED": normalised,
         "SCALED": not normalised and p.scale != 1,
+        # Bias and position start the sum, as loaded after it they would need registers beside it; but where tokens keep
+        # more than 16 bits, a sum that starts at them loses what is small beside them.
+        "BASE_FIRST": p.compute_dtype.itemsize == 2,
         "HAS_BIAS": p.has_bias,
         "HAS_POS": p.pos_rows > 0,
         "POS_PREFIX": p.pos_rows > p.N,
