@@ -81,6 +81,7 @@ WRONG = {
     # stride, padding
     "stride: 0": (dict(stride=0), ValueError, "stride must be at least 1, got 0"),
     "stride: negative": (dict(stride=(4, -4)), ValueError, "stride.*at least 1.*(4, -4)"),
+    "stride: past 32 bits": (dict(stride=2**70), ValueError, "stride must be below 2147483648"),
     "stride: a float": (dict(stride=2.0), TypeError, "stride must be an int or 2 ints, got 2.0"),
     "stride: three for a picture": (dict(stride=(1, 2, 2)), ValueError, "stride.*2 ints, got 3: (1, 2, 2)"),
     "stride: one in a tuple": (dict(stride=(2,)), ValueError, "stride.*2 ints, got 1"),

@@ -332,8 +332,10 @@ def _sizes(name: str, value: int | Sequence[int], dims: int, least: int) -> tupl
         raise TypeError(f"{name} must be an int or {dims} ints, got {value!r}") from None
     if len(sizes) != dims:
         raise ValueError(f"{name} must be an int or {dims} ints, got {len(sizes)}: {value!r}")
-    if any(not least <= v < 2**31 for v in sizes):
-        raise ValueError(f"{name} must be at least {least} and below {2**31}, got {value!r}")
+    if any(v < least for v in sizes):
+        raise ValueError(f"{name} must be at least {least}, got {value!r}")
+    if any(v >= 2**31 for v in sizes):
+        raise ValueError(f"{name} must be below {2**31}, got {value!r}")
     return sizes
 
 

@@ -102,7 +102,8 @@ def _cut(p: PatchProblem, dtype: torch.dtype, piece_bytes: int) -> tuple[int, li
     """Images in a piece, and the patches of an image that make one: all of them, unless one image is too large."""
     image_bytes = max(1, p.rows * p.K * dtype.itemsize)
     if image_bytes <= piece_bytes:
-        return piece_bytes // image_bytes, [slice(0, p.rows)]
+        most = piece_bytes // image_bytes
+        return max(1, -(-p.B // -(-p.B // most))), [slice(0, p.rows)]  # pieces of like size
     # Cut along the list of kept patches, or along the lines of the grid, frame by frame.
     frames, lines, line = (1, p.rows, 1) if p.n_keep is not None else p.G
     step = max(1, lines * frames * piece_bytes // image_bytes)
