@@ -125,6 +125,8 @@ def default_impls(call: Call, *, compiled: bool | None = None) -> list[str]:
         for name in PEERS
         if not name.startswith("compile") or ((gpu if compiled is None else compiled) and (gpu or name[-3:] != "max"))
     ]
+    if not gpu and call["weight"].ndim == 5 and call["weight"].dtype.itemsize == 2:
+        peers = [name for name in peers if "conv" not in name]  # conv3d of halves writes past its buffers on a CPU
     return ["auto", *(others if gpu else ()), *peers, *CEILINGS]
 
 

@@ -82,7 +82,7 @@ def pieces(
     grid = None if staged else windows(p, images)  # [B, G_t, G_h, G_w, C, P_t, P_h, P_w]
     block = images.new_empty((min(step, p.B), *images.shape[1:]), dtype=dtype) if staged else None
     buffer = None
-    for first in range(0, p.B if p.rows else 0, step):
+    for first in range(0, p.B if p.rows else 0, max(1, step)):
         b = slice(first, min(first + step, p.B))
         if block is not None:
             here = _normalise(p, block[: b.stop - b.start].copy_(images[b]), 3)
@@ -103,7 +103,7 @@ def _cut(p: PatchProblem, dtype: torch.dtype, piece_bytes: int) -> tuple[int, li
     image_bytes = max(1, p.rows * p.K * dtype.itemsize)
     if image_bytes <= piece_bytes:
         most = piece_bytes // image_bytes
-        return max(1, -(-p.B // -(-p.B // most))), [slice(0, p.rows)]  # pieces of like size
+        return -(-p.B // max(1, -(-p.B // most))), [slice(0, p.rows)]  # pieces of like size
     # Cut along the list of kept patches, or along the lines of the grid, frame by frame.
     frames, lines, line = (1, p.rows, 1) if p.n_keep is not None else p.G
     step = max(1, lines * frames * piece_bytes // image_bytes)
