@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import warnings
 from functools import lru_cache, partial
+from types import ModuleType
 
+import numpy
 import torch
 import torch.nn.functional as F
 
@@ -30,10 +32,16 @@ def interpreted() -> bool:
 @lru_cache(maxsize=1)
 def _missing() -> str:
     try:
-        import triton  # noqa: F401
+        import triton
     except ImportError as error:
         return f"Triton can't be imported: {error}"
+    if interpreted() and _version(triton) < (3, 7) and _version(numpy) >= (2, 4):
+        return f"the interpreter of Triton {triton.__version__} needs NumPy below 2.4, here is {numpy.__version__}"
     return ""
+
+
+def _version(module: ModuleType) -> tuple[int, ...]:
+    return tuple(int(n) for n in module.__version__.split(".")[:2])
 
 
 def why_not(p: PatchProblem) -> list[str]:
