@@ -48,11 +48,15 @@ def arguments(B, C, H, W, P, D, T=1, *, pixels=F32, weights=HALF, channels_last=
         prefix=normal(T, D) if T else None,
         **more,
     )
-    return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in call.items()}
+    return on(device, call)
 
 
 def problem(call):
     return vk.explain(**call).problem
+
+
+def on(device, call):
+    return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in call.items()}
 
 
 def right(call):
@@ -141,11 +145,11 @@ def test_a_written_weight_is_never_stale(device, monkeypatch):
         (dict(stride=7, pos_embed=None), "patches are 28 bytes apart"),
     ],
 )
-def test_the_descriptor_road_says_why_not_with_numbers(change, number):
+def test_the_descriptor_road_says_why_not_with_numbers(change, number, device):
     call = {**arguments(2, 3, 32, 48, 16, 40, pixels=F32), **change}
     reasons = plan.no_descriptor(problem(call), H100, "half", True)
     assert any(number in reason for reason in reasons), reasons
-    right(call)
+    right(on(device, call))
 
 
 def test_what_no_descriptor_can_do_here():
@@ -169,7 +173,7 @@ def test_blocks_cover_the_grid(grid, BM):
         assert waste == 1
 
 
-def test_pixels_past_2_31_elements():
+def test_pixels_past_2_31_elements(device):
     """Addresses are 64-bit: only the last patches of an image of 4.8 · 10⁹ pixels are touched, or paid for."""
     side = 40_000
     pixels = np.zeros((3, side, side), np.uint8)  # pages that are never touched are never there
@@ -177,20 +181,21 @@ def test_pixels_past_2_31_elements():
     images[..., -16:, -32:] = torch.randint(0, 256, (3, 16, 32), dtype=torch.uint8)
     N = (side // 16) ** 2
     call = dict(images=images, weight=torch.randn(8, 3, 16, 16), keep=torch.tensor([[N - 1, 0, N - 2]]))
-    out = {backend: vk.patch_embed(**call, backend=backend) for backend in ("reference", "triton")}
     patch = images[0, :, -16:, -16:].double().flatten() / 255
     exact = patch @ call["weight"].double().flatten(1).t()
-    for tokens in out.values():
+    for backend in ("reference", "triton"):
+        tokens = vk.patch_embed(**on(device, call), backend=backend).cpu()
         torch.testing.assert_close(tokens[0, 0].double(), exact, rtol=1e-5, atol=1e-4)
         assert tokens[0, 1].abs().max() == 0
 
 
-def test_an_index_out_of_range_is_nan_where_it_is_not_checked(monkeypatch):
+def test_an_index_out_of_range_is_nan_where_it_is_not_checked(monkeypatch, device):
     from vitkernels import ops
 
     monkeypatch.setattr(ops, "check_keep", lambda *_: None)
     call = arguments(2, 3, 32, 32, 8, 16, pixels=HALF)
-    tokens = vk.patch_embed(**call, keep=torch.tensor([[0, 16, 3], [-1, 2, 15]]), backend="triton")
+    call["keep"] = torch.tensor([[0, 16, 3], [-1, 2, 15]])
+    tokens = vk.patch_embed(**on(device, call), backend="triton")
     lost = tokens.isnan().all(-1)
     assert lost.tolist() == [[False, False, True, False], [False, True, False, False]]
 
@@ -232,8 +237,8 @@ def test_a_measured_entry_goes_before_the_default(tmp_path, monkeypatch):
     tuning.measured.cache_clear()
 
 
-def test_a_refused_descriptor_falls_to_the_gather_road(monkeypatch):
-    call = arguments(2, 3, 32, 48, 16, 40, pixels=HALF)
+def test_a_refused_descriptor_falls_to_the_gather_road(monkeypatch, device):
+    call = arguments(2, 3, 32, 48, 16, 40, pixels=HALF, device=device)
     real = triton._launch
 
     def launch(p, plan, *rest):
