@@ -63,3 +63,29 @@ def test_a_wrong_architecture_is_one_line():
     command = [sys.executable, "-m", "vitkernels", "inspect", "--arch", "sm_1"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and "sm_1" in done.stderr and "sm_90" in done.stderr
+
+
+BARE = """
+import torch
+from dataclasses import replace
+from vitkernels.triton import compiled
+from vitkernels.tuning import NOMINAL
+
+for patch in (14, 16):
+    full = compiled.problem(patch, "uint8->bf16", B=2)
+    for change in (
+        dict(T=0), dict(has_bias=False), dict(pos_rows=0), dict(T=0, has_bias=False, pos_rows=0),
+        dict(mean=None, std=None), dict(T=0, pos_rows=full.N), dict(B=1, D=8), dict(n_keep=5, T=0),
+        dict(pad=(0, 2, 3)), dict(out_dtype=torch.float32), dict(scale=1.0, mean=None, std=None),
+    ):
+        p = replace(full, **change)
+        print(patch, change, compiled.measure(p, NOMINAL[90], False))
+"""
+
+
+def test_whatever_is_absent_compiles():
+    """The interpreter never looks into a branch that is not taken; a compiler does."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", BARE], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(done.stdout.splitlines()) == 22

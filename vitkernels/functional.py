@@ -45,7 +45,8 @@ def patch_embed(
         prefix: class, distillation and register tokens, ``[T,D]``, ``[1,T,D]`` or ``[B,T,D]``.
         stride: of the patches, in pixels, (t,) y, x; by default the patch size. Smaller: the patches overlap.
         padding: zeros around the normalised image, in pixels, (t,) y, x.
-        mean, std: per channel, of the scaled pixel: ``y = (x·scale - mean)/std``. Numbers, not differentiable.
+        mean, std: per channel, of the scaled pixel: ``y = (x·scale - mean)/std``. Not differentiable. Numbers; a tensor
+            is read back, which neither ``torch.compile(fullgraph=True)`` nor a CUDA graph's capture allows.
         scale: of the raw pixel; by default 1/255 for uint8 and 1 for floats.
         keep: ``[B,N_keep]`` integer patch indices in 0..N-1: only these are embedded, in this order (MAE,
             https://arxiv.org/abs/2111.06377; PatchDropout). On a GPU the values are not checked, which would wait for

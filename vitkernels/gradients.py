@@ -10,7 +10,7 @@ from itertools import product
 
 import torch
 
-from .problem import PatchProblem
+from .problem import PatchProblem, in_grid
 from .reference import centred, pieces, sum_dtype, windows
 
 Needs = tuple[bool, bool, bool, bool, bool]  # images, weight, bias, pos_embed, prefix
@@ -30,6 +30,9 @@ def backward(
     """Gradients of images, weight, bias, pos_embed and prefix, each in its input's shape and dtype."""
     dtype = sum_dtype(p)
     d_prefix, d_tokens = grad[:, : p.T], grad[:, p.T :]
+    keep, outside = in_grid(p, keep)
+    if outside is not None:
+        d_tokens = d_tokens.masked_fill(outside[:, :, None], 0)
     return (
         _d_images(p, d_tokens, images, weight, keep) if needs[0] else None,
         _d_weight(p, d_tokens, images, weight, keep) if needs[1] else None,

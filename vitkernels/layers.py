@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from operator import index
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -190,8 +191,11 @@ class PatchEmbed(nn.Module):
 
 def pair(name: str, value: int | Pair, least: int = 1) -> Pair:
     """(y, x) of one or two ints."""
-    values = (value, value) if isinstance(value, int) else tuple(value)
-    if len(values) != 2 or not all(isinstance(v, int) and v >= least for v in values):
+    try:
+        values = tuple(index(v) for v in value) if isinstance(value, Sequence) else (index(value),) * 2
+    except TypeError:
+        raise TypeError(f"{name} must be an int or two, got {value!r}") from None
+    if len(values) != 2 or min(values) < least:
         raise ValueError(f"{name} must be an int or two, at least {least}; got {value!r}")
     return values
 

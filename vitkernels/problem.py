@@ -304,6 +304,14 @@ def check_keep(problem: PatchProblem, keep: torch.Tensor | None) -> None:
         raise ValueError(f"keep must hold patch indices 0..{problem.N - 1}, got {low}..{high}")
 
 
+def in_grid(problem: PatchProblem, keep: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """`keep` with what is out of range set to 0, and a mask of that; no mask where `check_keep` looked already."""
+    if keep is None or keep.device.type == "cpu":
+        return keep, None
+    outside = (keep < 0) | (keep >= problem.N)
+    return keep.masked_fill(outside, 0), outside
+
+
 def _tensor(name: str, value: Any, dtypes: tuple[torch.dtype, ...]) -> Any:
     """The fields of the tensor's `Meta`, bare: this runs at every call."""
     if isinstance(value, torch.Tensor) and value.dtype in dtypes and value.layout is torch.strided:
@@ -343,12 +351,15 @@ def _channel_values(name: str, value: Any) -> tuple[float, ...] | None:
     if value is None:
         return None
     if hasattr(value, "tolist"):  # a tensor or a NumPy array; a tensor on a GPU is read back, which waits for it
-        value = value.tolist()
+        value = value.reshape(-1).tolist()
     if isinstance(value, Real):
         value = (value,)
     if not isinstance(value, Sequence) or isinstance(value, str) or not all(isinstance(v, Real) for v in value):
         raise TypeError(f"{name} must be one number per channel, got {value!r}")
-    values = tuple(float(v) for v in value)
+    try:
+        values = tuple(float(v) for v in value)
+    except OverflowError:
+        raise ValueError(f"{name} must be finite, got an integer past the range of floats") from None
     if not all(math.isfinite(v) for v in values) or (name == "std" and any(v <= 0 for v in values)):
         raise ValueError(f"{name} must be finite{' and above 0' if name == 'std' else ''}, got {values}")
     return values

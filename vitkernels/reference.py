@@ -16,7 +16,7 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 
-from .problem import PatchProblem
+from .problem import PatchProblem, in_grid
 
 
 def why_not(p: PatchProblem) -> list[str]:
@@ -37,6 +37,7 @@ def forward(
     keep: torch.Tensor | None,  # [B, N_keep]
 ) -> torch.Tensor:  # [B, T+N, D]
     dtype = product_dtype(p)
+    keep, outside = in_grid(p, keep)
     out = images.new_empty(p.out_shape, dtype=p.out_dtype)
     if prefix is not None:
         extra = pos_embed[:, : p.T] if pos_embed is not None and p.pos_rows > p.N else prefix.new_zeros(())
@@ -51,6 +52,8 @@ def forward(
             tokens.copy_(y)
         else:
             torch.add(y, _positions(p, pos_embed, b, n, keep), out=tokens)
+    if outside is not None:
+        out[:, p.T :].masked_fill_(outside[:, :, None], float("nan"))
     return out
 
 
@@ -159,7 +162,8 @@ def _centred(m: tuple[float, ...], a: tuple[float, ...], dtype: torch.dtype, dev
 
 def product_dtype(p: PatchProblem) -> torch.dtype:
     """The operands' dtype: a CPU without instructions for bf16 (any, for fp16) multiplies halves faster as fp32."""
-    if p.device.type == "cpu" and not (p.compute_dtype == torch.bfloat16 and _has_bf16()):
+    native = p.compute_dtype == torch.bfloat16 and p.out_dtype.itemsize == 2 and _has_bf16()
+    if p.device.type == "cpu" and not native:
         return sum_dtype(p)
     return p.compute_dtype
 

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import time
+import warnings
 from collections.abc import Callable
 from functools import lru_cache
 from importlib import resources
@@ -86,13 +87,14 @@ def fitted(p: PatchProblem, c: Config, gpu: Gpu) -> Config:
     return c._replace(stages=max(1, min(c.stages, (gpu.shared_bytes - tile - 4096) // stage)))
 
 
-def key(p: PatchProblem) -> str:
-    """Problems that share a measured entry: all but the batch, which counts by its power of two."""
+def key(p: PatchProblem, product: str, descriptor: bool) -> str:
+    """Problems that share a measured entry: all that has a say in the tile; the batch counts by its power of two."""
     patch, stride = ("x".join(map(str, v)) for v in (p.P, p.S))
     dtypes = "-".join(str(d).removeprefix("torch.") for d in (p.image_dtype, p.compute_dtype, p.out_dtype))
     batch = (p.B * p.rows).bit_length()
-    flags = "".join(f for f, on in (("k", p.n_keep is not None), ("n", p.normalised), ("p", any(p.pad))) if on)
-    return f"{dtypes}/C{p.C}/P{patch}/S{stride}/D{p.D}/M{batch}{'/' + flags if flags else ''}"
+    said = (("d", descriptor), ("k", p.n_keep is not None), ("n", p.normalised), ("p", any(p.pad)))
+    flags = "".join(letter for letter, on in said if on)
+    return f"{product}/{dtypes}/C{p.C}/P{patch}/S{stride}/D{p.D}/M{batch}{'/' + flags if flags else ''}"
 
 
 def cache_file(gpu_name: str) -> Path:
@@ -107,7 +109,10 @@ def measured(gpu_name: str) -> dict[str, dict[str, Any]]:
     shipped = resources.files(__package__) / "tuned" / f"{_slug(gpu_name)}.json"
     for file in (shipped, cache_file(gpu_name)):
         if file.is_file():
-            entries.update(json.loads(file.read_text()))
+            try:
+                entries.update(json.loads(file.read_text()))
+            except ValueError as error:
+                warnings.warn(f"{file} is damaged and not used: {error}", stacklevel=2)
     return entries
 
 
@@ -183,7 +188,8 @@ def tune(
             break
     if not best:
         raise RuntimeError(f"none of {tried} candidates ran for {p}")
-    file = remember(gpu.name, key(p), best)
+    problem_key = triton.tuning_key(p, gpu, aligned)
+    file = remember(gpu.name, problem_key, best)
     triton.forget_plans()
     counts = {"tried": tried, "candidates": len(candidates)}
-    return {"key": key(p), **best, "default_ms": default_ms, **counts, "file": str(file)}
+    return {"key": problem_key, **best, "default_ms": default_ms, **counts, "file": str(file)}

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from . import positive
+
 HELP = "the operation beside its peers on a shape of yours; a model before and after fuse"
 
 
@@ -19,12 +21,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", metavar="SPEC", help="timm:NAME, torchvision:NAME or transformers:CLASS, with random weights")
     add("--image", type=_size, default=224, metavar="H[xW]", help="pixels (224)")
     add("--patch", type=_size, default=16, metavar="P_h[xP_w]", help="pixels (16)")
-    add("--dim", type=int, default=768, metavar="D", help="embedding width (768)")
-    add("--batch", type=int, default=8, metavar="B", help="images (8)")
-    add("--chans", type=int, default=3, metavar="C", help="channels (3)")
+    add("--dim", type=positive, default=768, metavar="D", help="embedding width (768)")
+    add("--batch", type=positive, default=8, metavar="B", help="images (8)")
+    add("--chans", type=positive, default=3, metavar="C", help="channels (3)")
     add("--prefix", type=int, default=1, metavar="T", help="class and register tokens (1)")
-    add("--frames", type=int, metavar="F", help="video of F frames")
-    add("--tubelet", type=int, default=2, metavar="P_t", help="frames of one patch (2)")
+    add("--frames", type=positive, metavar="F", help="video of F frames")
+    add("--tubelet", type=positive, default=2, metavar="P_t", help="frames of one patch (2)")
     add("--keep", type=float, metavar="SHARE", help="embed this share of the patches only, as MAE does")
     add("--dtype", choices=("bf16", "fp16", "fp32", "tf32"), help="of weights and tokens (fp32; bf16 on a GPU)")
     add("--pixels", choices=("uint8", "bf16", "fp16", "fp32"), help="of the images (as --dtype)")
@@ -130,4 +132,4 @@ def _progress(quiet: bool) -> Iterator[Callable[[str], None]]:
 
 def _size(text: str) -> int | tuple[int, int]:
     height, _, width = text.partition("x")
-    return (int(height), int(width)) if width else int(height)
+    return (positive(height), positive(width)) if width else positive(height)

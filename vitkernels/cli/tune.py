@@ -7,14 +7,16 @@ from __future__ import annotations
 
 from typing import Any
 
+from . import positive
+
 HELP = "search the fastest tiles for your shapes on this GPU and remember them"
 
 
 def arguments(parser) -> None:
-    parser.add_argument("--image", type=int, default=224, help="height and width in pixels (default: %(default)s)")
-    parser.add_argument("--patch", type=int, default=16)
-    parser.add_argument("--channels", type=int, default=3)
-    parser.add_argument("--dim", type=int, default=768)
+    parser.add_argument("--image", type=positive, default=224, help="height and width in pixels (default: %(default)s)")
+    parser.add_argument("--patch", type=positive, default=16)
+    parser.add_argument("--channels", type=positive, default=3)
+    parser.add_argument("--dim", type=positive, default=768)
     parser.add_argument("--batch", default="1,8,64,256", help="comma-separated (default: %(default)s)")
     parser.add_argument("--dtype", default="bf16", choices=("bf16", "fp16", "fp32"), help="of the weights")
     parser.add_argument("--pixels", choices=("uint8", "bf16", "fp16", "fp32"), help="(default: as the weights)")

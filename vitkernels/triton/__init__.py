@@ -74,6 +74,11 @@ def tf32() -> bool:
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
+def tuning_key(p: PatchProblem, gpu: Gpu, aligned: bool) -> str:
+    product = product_of(p, tf32())
+    return tuning.key(p, product, not no_descriptor(p, gpu, product, aligned))
+
+
 def candidates(p: PatchProblem, gpu: Gpu, aligned: bool) -> list[tuple[str, Config]]:
     """(road, tile) to try when tuning, the default first."""
     product = product_of(p, tf32())
@@ -190,16 +195,22 @@ def packed(p: PatchProblem, plan: Plan, weight: torch.Tensor) -> torch.Tensor:
 
 def _centred(p: PatchProblem, plan: Plan) -> torch.Tensor:
     """[2, padded_K]: m and a of y = (x − m)·a for each element of a patch, in the weight's order."""
-    # Memory of a graph's pool must not outlive it in our cache.
-    capturing = p.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    constant = _centred_in_order.__wrapped__ if capturing else _centred_in_order
-    return constant(p, plan.order, plan.padded_K, plan.constants["SUM"])
+    dtype = plan.constants["SUM"]
+    if p.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        # Memory of a graph's pool must not outlive it in our cache.
+        return _each_in_order(p, plan.order, plan.padded_K, reference.centred(p, dtype))  # type: ignore[arg-type]
+    return _centred_constant(p, plan.order, plan.padded_K, dtype)  # type: ignore[arg-type]
 
 
 @lru_cache(maxsize=256)
-def _centred_in_order(p: PatchProblem, order: Order, columns: int, dtype: torch.dtype) -> torch.Tensor:
-    each = reference.centred(p, dtype).view(2, p.C, 1, 1, 1).expand(2, p.C, *p.P)
-    return _in_order(p, order, each, columns)
+def _centred_constant(p: PatchProblem, order: Order, columns: int, dtype: torch.dtype) -> torch.Tensor:
+    # Made on the host: when the copy returns, it is there for every stream.
+    return _each_in_order(p, order, columns, torch.tensor(p.centred, dtype=dtype)).to(p.device)
+
+
+def _each_in_order(p: PatchProblem, order: Order, columns: int, channels: torch.Tensor) -> torch.Tensor:
+    """[2, C] -> [2, columns]"""
+    return _in_order(p, order, channels.view(2, p.C, 1, 1, 1).expand(2, p.C, *p.P), columns)
 
 
 def _in_order(p: PatchProblem, order: Order, x: torch.Tensor, columns: int) -> torch.Tensor:

@@ -35,7 +35,7 @@ def _prefix_tile(pid, prefix, pos, out, B, T, rows, D, prefix_b, prefix_t, pos_b
     r = (pid // tiles_d) * BT + tl.arange(0, BT)
     d = (pid % tiles_d) * BD + tl.arange(0, BD)
     b = (r // T).to(tl.int64)
-    t = r % T
+    t = (r % T).to(tl.int64)
     mask = (r < B * T)[:, None] & (d < D)[None, :]
     value = tl.load(prefix + (b * prefix_b + t * prefix_t)[:, None] + d[None, :], mask=mask, other=0).to(SUM)
     if HAS_POS:
@@ -94,7 +94,7 @@ def gather_kernel(
     VEC: tl.constexpr, WROW: tl.constexpr,
     NORMALISED: tl.constexpr, SCALED: tl.constexpr, BASE_FIRST: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_POS: tl.constexpr,
-    POS_PREFIX: tl.constexpr, HAS_KEEP: tl.constexpr,
+    POS_PREFIX: tl.constexpr, HAS_PREFIX: tl.constexpr, HAS_KEEP: tl.constexpr,
     COMPUTE: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
@@ -103,7 +103,7 @@ def gather_kernel(
     M = B * rows
     tiles_n = tl.cdiv(D, BN)
     tiles = tl.cdiv(M, BM) * tiles_n
-    if pid >= tiles:
+    if HAS_PREFIX and pid >= tiles:
         _prefix_tile(pid - tiles, prefix, pos, out, B, T, rows, D, prefix_b, prefix_t, pos_b, pos_n, 16, BN,
                      POS_PREFIX, SUM, INTERPRETED)  # fmt: skip
     else:
@@ -199,7 +199,7 @@ def descriptor_kernel(
     C: tl.constexpr, P_h: tl.constexpr, P_w: tl.constexpr,
     NORMALISED: tl.constexpr, SCALED: tl.constexpr, BASE_FIRST: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_POS: tl.constexpr,
-    POS_PREFIX: tl.constexpr,
+    POS_PREFIX: tl.constexpr, HAS_PREFIX: tl.constexpr,
     COMPUTE: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
     BB: tl.constexpr, BY: tl.constexpr, BX: tl.constexpr, BN: tl.constexpr, RK: tl.constexpr, XK: tl.constexpr,
 ):  # fmt: skip
@@ -213,7 +213,7 @@ def descriptor_kernel(
     tiles_y = tl.cdiv(G_h, BY)
     tiles_x = tl.cdiv(G_w, BX)
     tiles = tl.cdiv(B, BB) * tiles_y * tiles_x * tiles_n
-    if pid >= tiles:
+    if HAS_PREFIX and pid >= tiles:
         _prefix_tile(pid - tiles, prefix, pos, out, B, T, G_h * G_w, D, prefix_b, prefix_t, pos_b, pos_n, 16, BN,
                      POS_PREFIX, SUM, INTERPRETED)  # fmt: skip
     else:

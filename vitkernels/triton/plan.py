@@ -81,7 +81,7 @@ def no_descriptor(p: PatchProblem, gpu: Gpu, product: str, aligned: bool) -> lis
         (v.C > 1 and c != p.H * h, f"channels are {c} apart, not H·row = {p.H * h}"),
         (not aligned, "images do not start on 16 bytes"),
         (p.B > 1 and (b == 0 or b * size % 16 != 0), f"images are {b * size} bytes apart, no multiple of 16"),
-        (h * size % 16 != 0, f"rows are {h * size} bytes apart, no multiple of 16"),
+        (h == 0 or h * size % 16 != 0, f"rows are {h * size} bytes apart, no multiple of 16"),
         (v.S[2] * size % 16 != 0, f"patches are {v.S[2] * size} bytes apart, no multiple of 16"),
         (p.D * out % 16 != 0, f"a token has {p.D * out} bytes, no multiple of 16"),
         (steps is None, f"patch rows of {v.P[2] * size} bytes do not split into blocks of 16 bytes or more"),
@@ -120,8 +120,8 @@ def make_plan(
     descriptor = not no_descriptor(p, gpu, product, aligned)
     if choice is None:
         road = "descriptor" if descriptor else "gather"
-        entry = tuning.measured(gpu.name).get(tuning.key(p))
-        if entry and (entry["road"] == "gather" or descriptor):
+        entry = tuning.measured(gpu.name).get(tuning.key(p, product, descriptor))
+        if entry:
             choice = entry["road"], Config(*entry["config"])
         else:
             choice = road, tuning.default(p, road, product, gpu)
@@ -139,6 +139,7 @@ def make_plan(
         "HAS_BIAS": p.has_bias,
         "HAS_POS": p.pos_rows > 0,
         "POS_PREFIX": p.pos_rows > p.N,
+        "HAS_PREFIX": p.T > 0,
         "COMPUTE": p.compute_dtype,
         "INTERPRETED": interpreted,
         "SUM": torch.float64 if product == "fp64" else torch.float32,
