@@ -136,3 +136,27 @@ def test_images_are_not_copied(view, monkeypatch):
     with Allocations(images, weight) as made:
         reference.forward(problem, images.unsqueeze(2), weight.unsqueeze(2), None, None, None, None)
     assert 0 < made.largest <= images.numel() // 8
+
+
+def test_what_cannot_be_checked_on_a_gpu_is_nan_and_has_no_gradient(monkeypatch):
+    from vitkernels import gradients, ops, problem, reference
+
+    def unchecked(p, keep):  # as on a GPU, where looking at the values would wait for it
+        outside = (keep < 0) | (keep >= p.N)
+        return keep.masked_fill(outside, 0), outside
+
+    monkeypatch.setattr(ops, "check_keep", lambda *_: None)
+    for module in (reference, gradients):
+        monkeypatch.setattr(module, "in_grid", unchecked)
+    images, weight = torch.randn(2, 3, 8, 8), torch.randn(5, 3, 4, 4, requires_grad=True)
+    pos = torch.randn(4, 5, requires_grad=True)
+    right = vk.patch_embed(images, weight, pos_embed=pos, keep=torch.tensor([[1, 3], [2, 0]]), backend="reference")
+    wrong = vk.patch_embed(
+        images, weight, pos_embed=pos, keep=torch.tensor([[1, 9, 3], [-1, 2, 0]]), backend="reference"
+    )
+    assert wrong.isnan().all(-1).tolist() == [[False, True, False], [True, False, False]]
+    assert torch.equal(wrong[~wrong.isnan().all(-1)].view(2, 2, 5), right)
+    ours = torch.autograd.grad(wrong, (weight, pos), torch.ones_like(wrong))
+    theirs = torch.autograd.grad(right, (weight, pos), torch.ones_like(right))
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(ours, theirs, strict=True))
+    assert problem.in_grid(vk.explain(images, weight).problem, None) == (None, None)

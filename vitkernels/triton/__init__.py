@@ -198,8 +198,8 @@ def _centred(p: PatchProblem, plan: Plan) -> torch.Tensor:
     dtype = plan.constants["SUM"]
     if p.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         # Memory of a graph's pool must not outlive it in our cache.
-        return _each_in_order(p, plan.order, plan.padded_K, reference.centred(p, dtype))  # type: ignore[arg-type]
-    return _centred_constant(p, plan.order, plan.padded_K, dtype)  # type: ignore[arg-type]
+        return _each_in_order(p, plan.order, plan.padded_K, reference.centred(p, dtype))
+    return _centred_constant(p, plan.order, plan.padded_K, dtype)
 
 
 @lru_cache(maxsize=256)
