@@ -3,9 +3,11 @@
 import shutil
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import vitkernels as vk
@@ -67,11 +69,17 @@ CHECKED = {
 
 @pytest.mark.parametrize("name", CHECKED)
 def test_opcheck(name, device):
-    arguments = {n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in CHECKED[name].items()}
+    tensors = {n: t.to(device).detach() for n, t in CHECKED[name].items() if isinstance(t, torch.Tensor)}
+    arguments = {**CHECKED[name], **tensors}
     args = op_arguments(arguments, "auto")
     torch.library.opcheck(OP, args)
     grad = torch.randn(OP(*args).shape, device=device)
     needs = [arguments.get(n) is not None and arguments[n].is_floating_point() for n in TENSORS[:5]]
+    torch.library.opcheck(OP_BACKWARD, (grad, *args, needs))
+    for t in (grad, *args):  # and with what autograd records
+        if isinstance(t, torch.Tensor) and t.is_floating_point():
+            t.requires_grad_()
+    torch.library.opcheck(OP, args)
     torch.library.opcheck(OP_BACKWARD, (grad, *args, needs))
 
 
@@ -91,10 +99,10 @@ def test_fakes_are_like_the_results(name):
     assert len(real) == len(meta)
     for r, m in zip(real, meta, strict=True):
         assert (r.shape, r.dtype, r.stride()) == (m.shape, m.dtype, m.stride())
-        assert r.is_contiguous()
-    assert [(g.shape, g.dtype) for g in real[1:]] == [
-        (tensors[n].shape, tensors[n].dtype) for n in TENSORS[:5] if n in tensors and tensors[n].is_floating_point()
-    ]
+    assert real[0].is_contiguous()
+    inputs = [tensors[n] for n in TENSORS[:5] if n in tensors and tensors[n].is_floating_point()]
+    for g, like in zip(real[1:], map(torch.empty_like, inputs), strict=True):  # an optimiser copies nothing
+        assert (g.shape, g.dtype, g.stride()) == (like.shape, like.dtype, like.stride())
 
 
 def test_on_meta_as_on_the_cpu():
@@ -237,6 +245,232 @@ def test_random_problems_through_aot(seed):
     found = verify.evaluate(torch.compile(vk.patch_embed, fullgraph=True, backend="aot_eager"), arguments)
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], rtol=0, atol=0)
+
+
+# Derivatives of every order
+
+EAGER = verify.eager  # the chain that is replaced, differentiated by PyTorch
+
+
+def leaves_of(arguments):
+    return {n: arguments[n] for n in verify.LEARNT if arguments.get(n) is not None and arguments[n].is_floating_point()}
+
+
+def weighed(tensors, seed):
+    """A number from tensors, by random weights; a third of them is left out."""
+    g = torch.Generator().manual_seed(seed)
+    drawn = [(t * torch.randn(t.shape, generator=g, dtype=t.dtype)).sum() for t in tensors]
+    return sum(drawn[i] for i in range(len(drawn)) if len(drawn) == 1 or i % 3 != seed % 3)
+
+
+def derivatives(call, arguments, seed):
+    """First, second and third derivatives of a function of the tokens, in all that is learnt, by name."""
+    leaves = {n: t.detach().clone().requires_grad_() for n, t in leaves_of(arguments).items()}
+    found, total = {}, call(**{**arguments, **leaves}).sin().square().sum()
+    for order in range(1, 4):
+        options = dict(create_graph=True, materialize_grads=True)
+        grads = torch.autograd.grad(total, list(leaves.values()), **options)
+        found |= {f"{n} {order}": g.detach() for n, g in zip(leaves, grads, strict=True)}
+        total = weighed(grads, seed + order)
+    return found
+
+
+DOUBLE = dict(image_dtype=torch.float64, weight_dtype=torch.float64, out_dtype=None, scale=0.9, contrast=1, gain=1)
+
+
+def assert_same(found, expected, tolerance=1e-10):
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert (found[name].shape, found[name].dtype) == (value.shape, value.dtype), name
+        bound = tolerance * max(1.0, value.abs().max().item() if value.numel() else 0.0)
+        torch.testing.assert_close(found[name], value, rtol=tolerance, atol=bound, msg=lambda m, n=name: f"{n}: {m}")
+
+
+SEEDS = {"reference": range(6000, 6060), "triton": range(6060, 6066)}
+
+
+@pytest.mark.parametrize(("backend", "seed"), [(b, s) for b, seeds in SEEDS.items() for s in seeds])
+def test_derivatives_of_random_problems(backend, seed):
+    arguments = verify.case(seed, 1 << 13, **DOUBLE, mean=0.4 if seed % 2 else None, std=0.7 if seed % 3 else None)
+    arguments = arguments.tensors()
+    if reasons := vk.explain(**arguments)[backend]:
+        pytest.skip(f"{backend}: {'; '.join(reasons)}")
+    found = derivatives(partial(vk.patch_embed, backend=backend), arguments, seed)
+    assert_same(found, derivatives(EAGER, arguments, seed))
+
+
+def small(**change):
+    return call_arguments(dtype=torch.float64, pixels=torch.float64, images=torch.rand(2, 3, 8, 8).double()) | {
+        "pos_embed": torch.randn(1, 6, 5).double(), "mean": (0.1, 0.2, 0.3), "std": (1.0, 0.5, 2.0), **change
+    }  # fmt: skip
+
+
+CHECKED_TWICE = {
+    "plain": {},
+    "alone": dict(bias=None, pos_embed=None, prefix=None, mean=None, std=None),
+    "kept": dict(keep=torch.tensor([[0, 3, 3], [2, 1, 0]]), pos_embed=torch.randn(2, 4, 5).double()),
+    "overlapping": dict(stride=(3, 2), padding=(0, 1), pos_embed=None, prefix=torch.randn(2, 1, 5).double()),
+    "video": dict(images=torch.rand(1, 2, 3, 4, 4).double(), weight=torch.randn(5, 2, 2, 4, 2).double(),
+                  stride=(1, 4, 2), mean=(0.3, 0.4), std=0.5, pos_embed=torch.randn(6, 5).double()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHECKED_TWICE)
+def test_gradcheck(name):
+    arguments = small(**CHECKED_TWICE[name])
+    names = list(leaves_of(arguments))
+
+    def call(*leaves):
+        return vk.patch_embed(**{**arguments, **dict(zip(names, leaves, strict=True))})
+
+    leaves = [arguments[n].requires_grad_() for n in names]
+    torch.autograd.gradcheck(call, leaves, fast_mode=True, check_forward_ad=True)
+    torch.autograd.gradgradcheck(call, leaves, fast_mode=True, check_fwd_over_rev=True)
+
+
+@pytest.mark.parametrize("learnt", [("weight",), ("images",), ("bias", "prefix"), ("weight", "images")])
+def test_second_derivatives_of_some(learnt):
+    """What is not learnt gets none, and where only tables are learnt the second derivative is that of the loss."""
+    arguments = small()
+
+    def second(call):
+        leaves = {n: arguments[n].detach().clone().requires_grad_() for n in learnt}
+        loss = call(**{**arguments, **leaves}).pow(3).sum()
+        grads = torch.autograd.grad(loss, list(leaves.values()), create_graph=True)
+        sum(g.square().sum() for g in grads).backward()
+        return {n: t.grad for n, t in leaves.items()}
+
+    assert_same(second(vk.patch_embed), second(EAGER))
+
+
+def test_gradient_penalty_in_16_bits():
+    """Wasserstein's critic: the norm of the images' gradient, trained under autocast."""
+    arguments = call_arguments(dtype=torch.float32)
+    arguments["images"] /= 255
+
+    def penalty(call):
+        weight, images = (arguments[n].detach().clone().requires_grad_() for n in ("weight", "images"))
+        with torch.autocast("cpu", torch.bfloat16):
+            score = call(**arguments | dict(weight=weight, images=images)).tanh().sum()
+            (slope,) = torch.autograd.grad(score, images, create_graph=True)
+            (slope.flatten(1).norm(dim=1) - 1).square().sum().backward()
+        return weight.grad
+
+    ours, theirs = penalty(vk.patch_embed), penalty(EAGER)
+    assert ours.dtype == torch.float32
+    assert (ours - theirs).norm() <= 0.05 * theirs.norm()
+
+
+# torch.func
+
+func = torch.func
+P = {n: t.double() for n, t in call_arguments().items()}
+IMAGES = P.pop("images") / 255
+STACKED = {n: torch.stack([t, -t, t + 1]) for n, t in P.items()}
+TABLES = torch.randn(2, 2, 8, 5, dtype=torch.float64)  # of two batches of two images
+
+
+def transformed(call):
+    """What torch.func makes of a call, by name."""
+
+    def f(p, x):
+        return call(**p, images=x, mean=(0.1, 0.2, 0.3), std=0.5)
+
+    def loss(p, x):
+        return f(p, x).sin().sum()
+
+    def one(p, x):
+        return loss(p, x[None])
+
+    def of(name, p=P):
+        return lambda t, x=IMAGES: f({**p, name: t}, x)
+
+    def norm(p, x):
+        return sum(g.square().sum() for g in func.grad(loss, (0, 1))(p, x)[0].values())
+
+    batches = torch.stack([IMAGES, IMAGES.flip(0)])
+    kept = torch.tensor([[[0, 1], [1, 5]], [[2, 2], [3, 0]]])
+    return {
+        "grad": lambda: func.grad(loss, (0, 1))(P, IMAGES),
+        "vjp": lambda: func.vjp(f, P, IMAGES)[1](torch.ones(2, 8, 5).double()),
+        "vmap": lambda: func.vmap(f, (None, 0))(P, batches),
+        "vmap, second dimension": lambda: func.vmap(f, (None, 1), 2)(P, batches),
+        "vmap of tables": lambda: func.vmap(of("pos_embed"), (0, None))(STACKED["pos_embed"], IMAGES),
+        "vmap of tables per image": lambda: func.vmap(of("pos_embed"))(TABLES, batches),
+        "vmap of kept": lambda: func.vmap(lambda k, x: f({**P, "keep": k}, x))(kept, batches),
+        "vmap of kept alone": lambda: func.vmap(lambda k: f({**P, "keep": k}, IMAGES))(kept),
+        "per sample": lambda: func.vmap(func.grad(one, (0, 1)), (None, 0))(P, IMAGES),
+        "per sample, images": lambda: func.vmap(func.grad(one, 1), (None, 0))(P, IMAGES),
+        "ensemble": lambda: func.vmap(f, (0, None))(STACKED, IMAGES),
+        "ensemble's gradients": lambda: func.vmap(func.grad(loss), (0, None))(STACKED, IMAGES),
+        "ensemble's, images": lambda: func.vmap(func.grad(loss, 1), (0, None))(STACKED, IMAGES),
+        "ensemble's per sample": lambda: func.vmap(func.vmap(func.grad(one), (None, 0)), (0, None))(STACKED, IMAGES),
+        "jacrev": lambda: func.jacrev(of("weight"))(P["weight"], IMAGES[:1]),
+        "jacrev of images": lambda: func.jacrev(lambda x: f(P, x))(IMAGES[:1]),
+        "jvp": lambda: func.jvp(f, (P, IMAGES), (P, IMAGES)),
+        "jvp of bytes": lambda: func.jvp(lambda p: f(p, (IMAGES * 255).byte()), (P,), (P,)),
+        "jacfwd": lambda: func.jacfwd(of("prefix"))(P["prefix"]),
+        "linearize": lambda: func.linearize(lambda p: f(p, IMAGES), P)[1](P),
+        "hessian": lambda: func.hessian(lambda w: loss({**P, "weight": w}, IMAGES[:1]))(P["weight"]),
+        "Hessian times vector": lambda: func.jvp(func.grad(loss, (0, 1)), (P, IMAGES), (P, IMAGES)),
+        "reverse twice": lambda: func.grad(norm, (0, 1))(P, IMAGES),
+        "reverse three times": lambda: func.grad(lambda p: func.grad(norm, 1)(p, IMAGES).square().sum())(P),
+    }
+
+
+TRANSFORMED, EXPECTED = transformed(vk.patch_embed), transformed(EAGER)
+
+
+def flat(tree):
+    return dict(enumerate(torch.utils._pytree.tree_leaves(tree)))
+
+
+@pytest.mark.parametrize("name", TRANSFORMED)
+def test_torch_func(name):
+    assert_same(flat(TRANSFORMED[name]()), flat(EXPECTED[name]()))
+
+
+@pytest.mark.parametrize("name", ["grad", "per sample", "ensemble", "jvp", "reverse twice", "Hessian times vector"])
+def test_torch_func_compiled(name):
+    torch.compiler.reset()
+    found = torch.compile(TRANSFORMED[name], fullgraph=True, backend="aot_eager")()
+    assert_same(flat(found), flat(EXPECTED[name]()))
+
+
+class Seen(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.ops = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.ops.append(op)
+        return op(*args, **(kwargs or {}))
+
+
+def test_vmap_below_ordinary_autograd():
+    """One call for all images, and one for the gradient."""
+    leaves = {n: t.detach().clone().requires_grad_() for n, t in P.items()}
+    batches = torch.stack([IMAGES] * 4)
+    with Seen() as seen:
+        func.vmap(lambda x: vk.patch_embed(images=x, **leaves))(batches).sin().sum().backward()
+    assert [op for op in seen.ops if op.namespace == "vitkernels"] == [OP, OP_BACKWARD]
+    other = {n: t.detach().clone().requires_grad_() for n, t in P.items()}
+    EAGER(images=batches.flatten(0, 1), **other).sin().sum().backward()
+    assert_same({n: t.grad for n, t in leaves.items()}, {n: t.grad for n, t in other.items()})
+
+
+@pytest.mark.parametrize("over_reverse", [False, True])
+def test_forward_mode(over_reverse):
+    def tangents(call):
+        with torch.autograd.forward_ad.dual_level():
+            leaves = {n: t.detach().clone().requires_grad_(over_reverse) for n, t in P.items()}
+            duals = {n: torch.autograd.forward_ad.make_dual(t, t + 1) for n, t in leaves.items()}
+            found = [call(**duals, images=IMAGES)]
+            if over_reverse:
+                found += torch.autograd.grad(found[0].sin().sum(), list(leaves.values()), create_graph=True)
+            return dict(enumerate(torch.autograd.forward_ad.unpack_dual(t).tangent for t in found))
+
+    assert_same(tangents(vk.patch_embed), tangents(EAGER))
 
 
 def python(code):

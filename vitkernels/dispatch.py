@@ -10,8 +10,8 @@ import torch
 
 from .problem import PatchProblem
 
-# Every backend is a module with `why_not(problem) -> reasons`, `how(problem) -> what would happen, for people`, and
-# `forward(problem, *tensors) -> tokens`.
+# Every backend is a module with `why_not(problem) -> reasons`, `how(problem) -> what would happen, for people`,
+# `forward(problem, *tensors) -> tokens`, and `backward(problem, grad, *tensors, grads)`, which writes the gradients.
 MODULES = {"triton": ".triton", "cuda": ".cuda", "reference": ".reference"}
 # What `auto` tries, first to last. Triton's interpreter, on a CPU, runs only when it is named.
 AUTO = {"cuda": ("triton", "reference")}
@@ -60,7 +60,6 @@ class Explanation(dict[str, list[str]]):
 
 def canonical(images, weight, bias, pos_embed, prefix, keep) -> tuple[torch.Tensor | None, ...]:
     """The tensors as every backend reads them: a picture is a video of one frame, tables have a batch dimension."""
-    if images.ndim == 4:
-        images, weight = images.unsqueeze(2), weight.unsqueeze(2)
+    images, weight = (t if t is None or t.ndim == 5 else t.unsqueeze(2) for t in (images, weight))
     pos_embed, prefix = (t if t is None or t.ndim == 3 else t.unsqueeze(0) for t in (pos_embed, prefix))
     return images, weight, bias, pos_embed, prefix, keep

@@ -1,4 +1,4 @@
-"""The one place where PyTorch is told about the operation: schema, fake, autograd, FLOP count.
+"""The one place where PyTorch is told about the operation: schema, fake, FLOP count, derivatives, vmap.
 
 `define` + `impl` inside an `autograd.Function` costs 7 µs a call with gradients, `register_autograd` 20 µs
 (torch 2.15, 2 cores of an AMD EPYC; 9 and 26 µs in 2.11): hence the Function outside.
@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 
 import torch
-from torch.autograd.function import once_differentiable
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
 from torch.utils.flop_counter import register_flop_formula
 
 from . import dispatch
-from .gradients import backward
 from .problem import Arguments, PatchProblem, check_keep, problem_of
 
 _TENSORS = "Tensor images, Tensor weight, Tensor? bias, Tensor? pos_embed, Tensor? prefix, Tensor? keep"
@@ -49,16 +50,18 @@ def _forward_fake(*args):
 
 
 def _backward(grad, *args):
-    tensors, (*arguments, _backend, needs) = args[:6], args[6:]
+    tensors, (*arguments, backend, needs) = args[:6], args[6:]
     p = _problem(*tensors, *arguments)
+    grads = [torch.empty_like(t) if need else None for t, need in zip(tensors, needs, strict=False)]
     with torch.autocast(grad.device.type, enabled=False):  # the product's dtype was settled by the forward
-        grads = backward(p, grad, *dispatch.canonical(*tensors), needs=tuple(needs))
-    return [g.reshape(t.shape) for g, t in zip(grads, tensors, strict=False) if g is not None]
+        backend = dispatch.choose(p, backend)
+        backend.backward(p, grad, *dispatch.canonical(*tensors), grads=dispatch.canonical(*grads, None)[:5])
+    return [g for g in grads if g is not None]
 
 
 def _backward_fake(grad, *args):
     tensors, needs = args[:5], args[-1]
-    return [t.new_empty(t.shape) for t, need in zip(tensors, needs, strict=True) if need]
+    return [torch.empty_like(t) for t, need in zip(tensors, needs, strict=True) if need]
 
 
 library.impl("patch_embed", _forward, "CompositeExplicitAutograd")
@@ -68,6 +71,7 @@ torch.library.register_fake("vitkernels::patch_embed_backward", _backward_fake, 
 
 _op = torch.ops.vitkernels.patch_embed.default
 _op_backward = torch.ops.vitkernels.patch_embed_backward.default
+_in_torch_func = torch._C._are_functorch_transforms_active
 
 
 def _product_flops(out_shape, weight_shape, prefix_shape) -> int:
@@ -86,36 +90,197 @@ def _flops_backward(grad, images, weight, bias, pos_embed, prefix, *rest, **_) -
     return _product_flops(grad, weight, prefix) * (needs[0] + needs[1])
 
 
-class _PatchEmbed(torch.autograd.Function):
+# Tokens are linear in the images, and in all that is learnt together: every derivative is one of the two calls again.
+# Not `torch.autograd.Function`: for torch.func that wants a `setup_context`, which costs every call 16 µs. So the
+# dispatcher comes to the Autograd kernels below once for each of torch.func's levels; eagerly it would be a detour.
+
+
+class _PatchEmbed(_SingleLevelFunction):
     @staticmethod
     def forward(ctx, *args):
-        ctx.save_for_backward(*args[:6])
+        _save(ctx, args[:6])
         ctx.arguments = args[6:]
-        return _below_autograd(*args)
+        return _below_function(_op, args)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
         needs = list(ctx.needs_input_grad[:5])
-        grads = iter(_op_backward(grad, *ctx.saved_tensors, *ctx.arguments, needs))
-        return (*(next(grads) if need else None for need in needs), *(None,) * 9)
+        return *_spread(_call_backward(grad, *ctx.saved_tensors, *ctx.arguments, needs), needs), *(None,) * 9
+
+    @staticmethod
+    def jvp(ctx, *d):
+        return _change(ctx.saved_tensors, ctx.arguments, d[:5])
 
 
-def _below_autograd(*args) -> torch.Tensor:
+class _PatchEmbedBackward(_SingleLevelFunction):
+    @staticmethod
+    def forward(ctx, *args):
+        _save(ctx, args[:7])
+        ctx.set_materialize_grads(False)
+        ctx.arguments, ctx.needs = args[7:-1], args[-1]
+        return tuple(_below_function(_op_backward, args))
+
+    @staticmethod
+    def backward(ctx, *grads):
+        grad, *tensors = ctx.saved_tensors
+        d = _spread(grads, ctx.needs)
+        d_grad = _change(tensors, ctx.arguments, d) if ctx.needs_input_grad[0] else None
+        return d_grad, *_change_of_grads(grad, tensors, ctx.arguments, d, ctx.needs_input_grad[1:3]), *(None,) * 13
+
+    @staticmethod
+    def jvp(ctx, d_grad, *d):
+        grad, *tensors = ctx.saved_tensors
+        changes = [*_change_of_grads(grad, tensors, ctx.arguments, d, ctx.needs), None, None, None]
+        if d_grad is not None:
+            more = _spread(_call_backward(d_grad, *tensors, *ctx.arguments, ctx.needs), ctx.needs)
+            changes = [_sum(a, b) for a, b in zip(changes, more, strict=True)]
+        needed = ((c, t) for c, t, need in zip(changes, tensors[:5], ctx.needs, strict=True) if need)
+        return tuple(torch.zeros_like(t) if c is None else c for c, t in needed)
+
+
+def _save(ctx, tensors) -> None:
+    ctx.save_for_backward(*tensors)
+    if _forward_mode():
+        ctx.set_materialize_grads(False)
+        ctx.save_for_forward(*tensors)
+
+
+def _change(tensors, arguments, d) -> torch.Tensor | None:
+    """Of the tokens, where images, weight, bias, pos_embed and prefix change by d; None is no change."""
+    images, *learnt, keep = tensors
+    d_images, *d_learnt = d
+    by_learnt = by_images = None
+    with torch.autocast(images.device.type, enabled=False):  # as in the backward
+        if any(change is not None for change in d_learnt):
+            zeros = (t if t is None else torch.zeros_like(t) for t in learnt)
+            d_learnt = [zero if change is None else change for change, zero in zip(d_learnt, zeros, strict=True)]
+            by_learnt = _call(images, *d_learnt, keep, *arguments)
+        if d_images is not None:
+            prefix = None if learnt[3] is None else torch.zeros_like(learnt[3])
+            by_images = _call(d_images, learnt[0], None, None, prefix, keep, *_without_mean(arguments))
+    return _sum(by_learnt, by_images)
+
+
+def _change_of_grads(grad, tensors, arguments, d, needs) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Of the images' gradient where the weight changes by d, and of the weight's where the images do."""
+    images, weight, *others = tensors
+    of_images = of_weight = None
+    if needs[0] and d[1] is not None:
+        (of_images,) = _call_backward(grad, images, d[1], *others, *arguments, [True, False, False, False, False])
+    if needs[1] and d[0] is not None:
+        arguments = _without_mean(arguments)
+        (of_weight,) = _call_backward(grad, d[0], weight, *others, *arguments, [False, True, False, False, False])
+    return of_images, of_weight
+
+
+def _without_mean(arguments) -> tuple:
+    return *arguments[:2], None, *arguments[3:]
+
+
+def _spread(grads, needs) -> list[torch.Tensor | None]:
+    """Gradients of those inputs that need one, at the places of all five."""
+    grads = iter(grads)
+    return [next(grads) if need else None for need in needs]
+
+
+def _sum(a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor | None:
+    return b if a is None else a if b is None else a + b
+
+
+def _below_autograd(op, args):
     with torch._C._AutoDispatchBelowAutograd():
-        return _op(*args)
+        return op(*args)
+
+
+def _below_function(op, args):
+    """In a Function's forward PyTorch records nothing; of torch.func's levels, that goes for the one that is here."""
+    if not _in_torch_func():
+        return _below_autograd(op, args)
+    with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+        return _below_autograd(op, args)
+
+
+def _forward_mode() -> bool:
+    return forward_ad._current_level >= 0 or _in_torch_func()
+
+
+def _recorded(function, op, args, inputs):
+    if _in_torch_func():
+        with enable_single_level_autograd_function():  # the dispatcher comes here for one level after the other
+            return function.apply(*args)
+    differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    if differentiable or _forward_mode():
+        return function.apply(*args)
+    return _below_autograd(op, args)
 
 
 def _autograd(*args) -> torch.Tensor:
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:5]):
-        return _PatchEmbed.apply(*args)
-    return _below_autograd(*args)
+    return _recorded(_PatchEmbed, _op, args, args[:5])
 
 
-library.impl("patch_embed", _autograd, "Autograd")  # for graphs that call the operation: torch.compile, torch.export
+def _autograd_backward(*args) -> list[torch.Tensor]:
+    return list(_recorded(_PatchEmbedBackward, _op_backward, args, args[:3]))
+
+
+def _dispatched() -> bool:
+    return _in_torch_func() or torch.compiler.is_compiling()
+
+
+def _call(*args) -> torch.Tensor:
+    return (_op if _dispatched() else _autograd)(*args)
+
+
+def _call_backward(*args) -> list[torch.Tensor]:
+    return (_op_backward if _dispatched() else _autograd_backward)(*args)
+
+
+def _vmap(info, in_dims, *args):
+    V = info.batch_size
+    if in_dims[1] is in_dims[2] is None:
+        B, tensors = _folded(V, in_dims, args[:6])
+        return _op(*tensors, *args[6:]).unflatten(0, (V, B)), 0
+    return torch.stack(_one_by_one(_op, V, in_dims, args, 6)), 0
+
+
+def _vmap_backward(info, in_dims, *args):
+    V, needs = info.batch_size, args[-1]
+    if in_dims[2] is None and not any(needs[1:]):
+        B, tensors = _folded(V, in_dims[1:], args[1:7])
+        grad = _fold(args[0], in_dims[0], V, B)
+        return [g.unflatten(0, (V, B)) for g in _op_backward(grad, *tensors, *args[7:])], 0
+    grads = _one_by_one(_op_backward, V, in_dims, args, 7)
+    return [torch.stack(g) for g in zip(*grads, strict=True)], 0
+
+
+def _folded(V, in_dims, tensors) -> tuple[int, list[torch.Tensor | None]]:
+    """B, and the tensors of V·B images: where weight and bias are not mapped over, what is mapped over are images."""
+    images, dim = tensors[0], in_dims[0]
+    B = images.shape[0] if dim is None else images.movedim(dim, 0).shape[1]
+    return B, [
+        t if t is None or i in (1, 2) else _fold(t, dim, V, B, is_table=i in (3, 4))
+        for i, (t, dim) in enumerate(zip(tensors, in_dims, strict=False))
+    ]
+
+
+def _fold(t, dim, V, B, is_table=False) -> torch.Tensor:
+    t = t.unsqueeze(0) if dim is None else t.movedim(dim, 0)
+    if is_table:
+        t = t.unsqueeze(1) if t.ndim == 3 else t
+        if t.shape[:2] == (1, 1):  # all images share it
+            return t[0]
+    return t.expand(V, B, *t.shape[2:]).flatten(0, 1)
+
+
+def _one_by_one(op, V, in_dims, args, tensors) -> list:
+    columns = [[t] * V if dim is None else t.unbind(dim) for t, dim in zip(args[:tensors], in_dims, strict=False)]
+    return [op(*row, *args[tensors:]) for row in zip(*columns, strict=True)]
+
+
+library.impl("patch_embed", _autograd, "Autograd")
+library.impl("patch_embed_backward", _autograd_backward, "Autograd")
+torch.library.register_vmap("vitkernels::patch_embed", _vmap, lib=library)
+torch.library.register_vmap("vitkernels::patch_embed_backward", _vmap_backward, lib=library)
 
 
 def patch_embed(tensors: tuple[torch.Tensor | None, ...], arguments: Arguments, backend: str) -> torch.Tensor:
-    """Call the registered operation; eagerly without the detour through its Autograd kernel."""
-    call = _op if torch.compiler.is_compiling() else _autograd
-    return call(*tensors, *arguments, backend)
+    return _call(*tensors, *arguments, backend)

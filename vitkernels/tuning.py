@@ -61,6 +61,26 @@ TABLE: dict[tuple[int, str, str], tuple[Config, ...]] = {
         Config(64, 64, 64, 4, 4, 0.5),
     ),
     (90, "descriptor", "tf32"): (Config(128, 128, 32, 8, 3), Config(64, 64, 32, 4, 4, 0.6)),
+    # Of the backward: BM channels × BN elements of a patch, BK patches at a step ("weight"), and BM cells × BN pixels,
+    # BK channels at a step ("images").
+    (80, "weight", "half"): (Config(128, 128, 32, 8, 3), Config(64, 64, 32, 4, 3, 0.6)),
+    (80, "weight", "tf32"): (Config(128, 64, 16, 8, 3), Config(64, 64, 16, 8, 3, 0.8)),
+    (80, "weight", "fp32"): (Config(64, 64, 16, 8, 3), Config(32, 32, 16, 4, 3, 0.6)),
+    (80, "weight", "fp64"): (Config(64, 64, 16, 4, 3), Config(32, 32, 16, 4, 3, 0.8)),
+    (80, "images", "half"): (Config(128, 128, 32, 8, 3), Config(64, 64, 64, 4, 3, 0.6)),
+    (80, "images", "tf32"): (Config(128, 64, 32, 8, 3), Config(64, 64, 32, 8, 3, 0.8)),
+    (80, "images", "fp32"): (Config(64, 64, 16, 8, 3), Config(32, 32, 16, 4, 3, 0.6)),
+    (80, "images", "fp64"): (Config(64, 64, 16, 4, 3), Config(32, 32, 16, 4, 3, 0.8)),
+    (90, "weight", "half"): (
+        Config(128, 256, 64, 8, 3), Config(128, 128, 64, 8, 4, 0.85), Config(64, 64, 64, 4, 4, 0.5),
+    ),
+    # Halves whose pixels are read by less than 16 bytes at a time: more addresses to hold. 256×128×32 spills 8 bytes.
+    (90, "weight", "narrow"): (Config(128, 128, 64, 8, 4), Config(64, 64, 64, 4, 4, 0.6)),
+    (90, "weight", "kept"): (Config(128, 128, 32, 8, 4), Config(64, 64, 64, 4, 4, 0.6)),  # halves, and a keep list
+    (90, "weight", "tf32"): (Config(128, 128, 32, 8, 3), Config(64, 64, 32, 4, 3, 0.6)),
+    (90, "images", "half"): (Config(128, 128, 32, 8, 4), Config(64, 64, 64, 4, 3, 0.5)),
+    (90, "images", "tf32"): (Config(128, 128, 32, 8, 3), Config(64, 64, 32, 8, 3, 0.6)),
+    (100, "weight", "half"): (Config(128, 128, 64, 8, 4), Config(64, 64, 64, 4, 4, 0.5)),
 }  # fmt: skip
 
 
@@ -82,9 +102,13 @@ def default(p: PatchProblem, road: str, product: str, gpu: Gpu) -> Config:
 
 
 def fitted(p: PatchProblem, c: Config, gpu: Gpu) -> Config:
-    stage = c.BK * (c.BM * p.image_dtype.itemsize + c.BN * p.compute_dtype.itemsize)
-    tile = c.BM * c.BN * p.out_dtype.itemsize
-    return c._replace(stages=max(1, min(c.stages, (gpu.shared_bytes - tile - 4096) // stage)))
+    return staged(c, gpu, p.image_dtype.itemsize, p.compute_dtype.itemsize, c.BM * c.BN * p.out_dtype.itemsize)
+
+
+def staged(c: Config, gpu: Gpu, left: int, right: int, beside: int = 0) -> Config:
+    """With no more stages than fit: left, right are the bytes of an operand's element, `beside` is taken by others."""
+    stage = c.BK * (c.BM * left + c.BN * right)
+    return c._replace(stages=max(1, min(c.stages, (gpu.shared_bytes - beside - 4096) // stage)))
 
 
 def key(p: PatchProblem, product: str, descriptor: bool) -> str:

@@ -132,7 +132,7 @@ def compare(arguments: Arguments, backend: str, gradients: bool = False) -> list
         error, eager_error = error_of(ours, exact) if ours.shape == exact.shape else math.inf, error_of(theirs, exact)
         bound = 2 * eager_error + floor_of(exact, terms, [dtype, theirs.dtype], sum_dtype, length)
         row = dict(what=what, error=error, eager_error=eager_error, bound=bound, ok=error <= bound < math.inf)
-        if reason := _form(ours, theirs):
+        if reason := _form(ours, theirs, arguments.get(what)):
             row.update(ok=False, reason=reason)
         elif not row["ok"]:
             row["reason"] = f"error {error:.3g} above {bound:.3g}"
@@ -177,11 +177,12 @@ def _absolute(arguments: Arguments, sum_dtype: torch.dtype) -> Arguments:
             "mean": None, "scale": abs(scale)}  # fmt: skip
 
 
-def _form(ours: torch.Tensor, theirs: torch.Tensor) -> str:
-    """What is wrong with a result's shape, dtype or strides."""
+def _form(ours: torch.Tensor, theirs: torch.Tensor, learnt: torch.Tensor | None) -> str:
+    """What is wrong with a result's shape, dtype or strides: tokens are contiguous, gradients lie as what is learnt."""
     if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
         return f"{list(ours.shape)} {ours.dtype} instead of {list(theirs.shape)} {theirs.dtype}"
-    return "" if ours.is_contiguous() else f"not contiguous: {list(ours.shape)} with strides {ours.stride()}"
+    wanted = theirs.new_empty(theirs.shape) if learnt is None else torch.empty_like(learnt)
+    return "" if ours.stride() == wanted.stride() else f"{list(ours.shape)} with strides {ours.stride()}"
 
 
 class _fp32_is_fp32:

@@ -17,7 +17,7 @@ HELP = "machine, versions, and which backend would run here"
 
 PACKAGES = ("torch", "triton", "numpy", "timm", "transformers", "torchvision", "vit_pytorch")
 BACKENDS = {
-    "triton": "Triton kernels for the forward pass; gradients by the reference's formulas",
+    "triton": "Triton kernels, forward and backward",
     "cuda": "CUDA C++: not part of this version",
     "reference": "the definition, in plain PyTorch: any device, any dtype, every problem",
 }

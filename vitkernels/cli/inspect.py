@@ -75,7 +75,8 @@ def _faults(row: dict[str, Any]) -> list[str]:
         return []
     arch = int(row["arch"].removeprefix("sm_"))
     limit = tuning.NOMINAL[arch].shared_bytes
-    needed = None if row["dtype"] == "fp32" else "wgmma" if arch == 90 else "mma"
+    product = row["dtype"] != "fp32" and row["kernel"] not in ("sums", "kept", "finish")
+    needed = None if not product else "wgmma" if arch == 90 else "mma"
     checks = (
         (row["spill_bytes"] > 0, f"{row['spill_bytes']} bytes spilt"),
         (row["shared_bytes"] > limit, f"{row['shared_bytes']} bytes of shared memory, {limit} fit"),

@@ -24,8 +24,8 @@ def fuse(model: nn.Module, backend: str = "auto") -> Report:
     pickles of the model are fused too. A second call sees what changed since, and sets another backend.
 
     A fused model takes what the model took, and floats of any dtype. Integer pixels meet the library's own code, which
-    refuses them or not: only the model knows how it wants them normalised. `torch.fx.symbolic_trace`, `torch.func`'s
-    grad and vmap, forward-mode AD and second derivatives need the model unfused.
+    refuses them or not: only the model knows how it wants them normalised. `torch.fx.symbolic_trace` needs
+    the model unfused.
 
     Returns:
         A list of `FrontEnd`, one for each that was found, fused or not; it prints as a table.

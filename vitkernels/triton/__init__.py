@@ -1,20 +1,21 @@
-"""The Triton backend: declares what it takes (`why_not`), plans the launch (plan.py), launches (kernels.py)."""
+"""The Triton backend: what it takes (`why_not`), and the forward, planned by plan.py, run by kernels.py."""
 
 from __future__ import annotations
 
-import os
 import warnings
 from functools import lru_cache, partial
 from types import ModuleType
 
 import numpy
 import torch
-import torch.nn.functional as F
 
-from .. import reference, tuning
+from .. import tuning
 from ..problem import PatchProblem
 from ..tuning import Config, Gpu
-from .plan import Order, Plan, make_plan, no_descriptor, product_of
+from .backward import backward as backward
+from .backward import forget as forget_gradients
+from .launching import bound, centred, gpu_of, interpreted, packed, tf32
+from .plan import Plan, make_plan, no_descriptor, product_of
 
 INT32 = 2**31
 
@@ -22,11 +23,6 @@ INT32 = 2**31
 def how(p: PatchProblem) -> str:
     reasons = no_descriptor(p, gpu_of(p.device), product_of(p, tf32()), True)
     return f"gathering pixels by threads: {'; '.join(reasons)}" if reasons else "patches cut by the copy engine"
-
-
-def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter, as they were decorated, or would be."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 @lru_cache(maxsize=1)
@@ -59,19 +55,6 @@ def why_not(p: PatchProblem) -> list[str]:
         if rows + 256 >= INT32:  # the kernel counts the rows of its last tile past the end
             reasons.append(f"{name} = {rows} rows do not fit 32 bits ({INT32})")
     return reasons
-
-
-@lru_cache(maxsize=64)
-def gpu_of(device: torch.device) -> Gpu:
-    if device.type == "cpu":
-        return tuning.NOMINAL[90]._replace(name="interpreter")
-    properties = torch.cuda.get_device_properties(device)
-    arch = properties.major * 10 + properties.minor
-    return Gpu(properties.name, arch, properties.multi_processor_count, properties.shared_memory_per_block_optin)
-
-
-def tf32() -> bool:
-    return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def tuning_key(p: PatchProblem, gpu: Gpu, aligned: bool) -> str:
@@ -131,10 +114,12 @@ _refused: set[PatchProblem] = set()
 
 
 def _launch(p, plan: Plan, kernel, images, weight, bias, pos_embed, prefix, keep, out) -> None:
-    weight = packed(p, plan, weight)
+    weight = packed(p, plan.order, plan.weight_columns, weight)
+    if plan.road == "descriptor" and weight.data_ptr() % 16:
+        weight = weight.clone()
     tensors: dict[str, object] = {
         "bias": bias, "pos": pos_embed, "prefix": prefix, "out": out,
-        "centred": _centred(p, plan) if plan.constants["NORMALISED"] else None,
+        "centred": centred(p, plan.order, plan.padded_K) if plan.constants["NORMALISED"] else None,
     }  # fmt: skip
     if plan.road == "descriptor":
         from triton.tools.tensor_descriptor import TensorDescriptor
@@ -156,69 +141,11 @@ def _launch(p, plan: Plan, kernel, images, weight, bias, pos_embed, prefix, keep
 def _prepared(p: PatchProblem, aligned: bool, tf32: bool, interpreted: bool, choice) -> tuple[Plan, partial]:
     """The plan, and its kernel with every argument that is no tensor's."""
     plan = make_plan(p, gpu_of(p.device), aligned, tf32, interpreted, choice)
-    kernel, constants = kernel_of(plan)
-    return plan, partial(kernel[(plan.grid,)], **plan.scalars, **constants, **options(plan))
+    return plan, bound(f"{plan.road}_kernel", plan.config, plan.grid, plan.scalars, plan.constants)
 
 
 def forget_plans() -> None:
     """Plan again at the next call: the measured tiles have changed."""
     make_plan.cache_clear()
     _prepared.cache_clear()
-
-
-def options(plan: Plan) -> dict[str, object]:
-    return {"num_warps": plan.config.warps, "num_stages": plan.config.stages, "enable_fp_fusion": True}
-
-
-def kernel_of(plan: Plan):
-    """The plan's kernel and its constants, dtypes as Triton names them."""
-    import triton.language as tl
-
-    from . import kernels
-
-    names = {
-        torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64,
-    }  # fmt: skip
-    kernel = {"gather": kernels.gather_kernel, "descriptor": kernels.descriptor_kernel}[plan.road]
-    return kernel, {k: names.get(v, v) if isinstance(v, torch.dtype) else v for k, v in plan.constants.items()}
-
-
-def packed(p: PatchProblem, plan: Plan, weight: torch.Tensor) -> torch.Tensor:
-    """The weight [D, weight_columns] in the kernel's order and dtype: the parameter itself where it is that already.
-
-    Never cached. A copy is a few microseconds before a launch that is worth it; a cache would have to notice every
-    write, and neither `.data` nor FSDP2, which refills a parameter's storage, raises the parameter's version.
-    """
-    rows = _in_order(p, plan.order, weight.to(p.compute_dtype), plan.weight_columns)
-    return rows.clone() if plan.road == "descriptor" and rows.data_ptr() % 16 else rows
-
-
-def _centred(p: PatchProblem, plan: Plan) -> torch.Tensor:
-    """[2, padded_K]: m and a of y = (x − m)·a for each element of a patch, in the weight's order."""
-    dtype = plan.constants["SUM"]
-    if p.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        # Memory of a graph's pool must not outlive it in our cache.
-        return _each_in_order(p, plan.order, plan.padded_K, reference.centred(p, dtype))
-    return _centred_constant(p, plan.order, plan.padded_K, dtype)
-
-
-@lru_cache(maxsize=256)
-def _centred_constant(p: PatchProblem, order: Order, columns: int, dtype: torch.dtype) -> torch.Tensor:
-    # Made on the host: when the copy returns, it is there for every stream.
-    return _each_in_order(p, order, columns, torch.tensor(p.centred, dtype=dtype)).to(p.device)
-
-
-def _each_in_order(p: PatchProblem, order: Order, columns: int, channels: torch.Tensor) -> torch.Tensor:
-    """[2, C] -> [2, columns]"""
-    return _in_order(p, order, channels.view(2, p.C, 1, 1, 1).expand(2, p.C, *p.P), columns)
-
-
-def _in_order(p: PatchProblem, order: Order, x: torch.Tensor, columns: int) -> torch.Tensor:
-    """[n, C, P_t, P_h, P_w] -> [n, columns], in the order in which the kernel meets the pixels, zeros behind them."""
-    if order.channels_last:
-        x = x.permute(0, 2, 3, 4, 1)
-    if order.steps is not None:
-        C, P_h, P_w, RK, XK = order.steps
-        x = x.reshape(-1, C, P_h // RK, RK, P_w // XK, XK).transpose(3, 4)
-    x = x.reshape(x.shape[0], p.K)
-    return F.pad(x, (0, columns - p.K)) if columns > p.K else x.contiguous()
+    forget_gradients()

@@ -11,6 +11,8 @@ import os
 import re
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,12 @@ import torch
 
 from .. import tuning
 from ..problem import Arguments, Meta, PatchProblem, build
-from ..tuning import Config, Gpu
+from ..tuning import Config, Gpu, rows
+from .backward_plan import Launch, Wanted, image_launch, reduction, weight_tiles
 from .plan import Plan, make_plan, no_descriptor, product_of
 
+# Roads of the backward: dW and sums in one launch, sums alone, sums where patches are kept, second pass; dX.
+GRADIENTS = ("weight", "sums", "kept", "finish", "images")
 ARCHS = (80, 90, 100)
 PATCHES = (14, 16, 32)
 DTYPES = {  # name -> pixels, weights, TF32 asked for
@@ -60,50 +65,56 @@ def shipped(arch: int, patch: int, dtype: str) -> list[tuple[PatchProblem, str, 
     """Every (problem, road, tile, default) of the tables for this patch and dtype on this architecture."""
     gpu, tf32 = tuning.NOMINAL[arch], DTYPES[dtype][2]
     found: dict[tuple[str, Config], tuple[PatchProblem, bool]] = {}
-    for keep in (False, True):  # a keep list takes the gather road everywhere
-        for D in WIDTHS:
-            for B in BATCHES:
-                p = problem(patch, dtype, B=B, D=D, keep=keep)
-                product = product_of(p, tf32)
-                road = "gather" if no_descriptor(p, gpu, product, True) else "descriptor"
-                picked = tuning.default(p, road, product, gpu)
-                found[road, picked] = p, True
-                for c in tuning.rows(gpu.arch, road, product):
-                    found.setdefault((road, tuning.fitted(p, c, gpu)), (p, False))
+    for keep, D, B in product((False, True), WIDTHS, BATCHES):
+        p = problem(patch, dtype, B=B, D=D, keep=keep)
+        for road, picked, others in _roads(p, gpu, tf32):
+            found[road, picked] = p, True
+            for c in others:
+                found.setdefault((road, c), (p, False))
     return [(p, road, c, default) for (road, c), (p, default) in found.items()]
 
 
+def _roads(p: PatchProblem, gpu: Gpu, tf32: bool) -> Iterator[tuple[str, Config, list[Config]]]:
+    """(road, the tile that its table picks, all its tiles) of the forward and of the backward."""
+    kind = product_of(p, tf32)
+    road = "gather" if no_descriptor(p, gpu, kind, True) else "descriptor"
+    yield road, tuning.default(p, road, kind, gpu), [tuning.fitted(p, c, gpu) for c in rows(gpu.arch, road, kind)]
+    tiles = {"weight": weight_tiles(p, gpu, kind), "sums": (), "kept" if p.n_keep else "finish": ()}
+    if p.image_dtype.is_floating_point and p.n_keep is None:
+        tiles["images"] = rows(gpu.arch, "images", kind)
+    for road, configs in tiles.items():
+        yield road, _gradient(p, gpu, tf32, road).config, [_gradient(p, gpu, tf32, road, c).config for c in configs]
+
+
 def measure(p: PatchProblem, gpu: Gpu, tf32: bool, choice: tuple[str, Config] | None = None) -> dict[str, Any]:
-    """Compile the kernel of this problem for `gpu` and count what is in its machine code.
+    """Compile a kernel of this problem for `gpu` and count what is in its machine code.
+
+    The forward's, unless `choice` names a road of the backward.
 
     Returns:
         {"kernel", "registers", "spill_bytes" (stack), "shared_bytes", "wgmma", "mma" (mma.sync and tcgen05), "tma",
-        "load_bytes" (of one image load; of one row of a copy-engine block)}.
+        "load_bytes" (of one image load; of one row of a copy-engine block; 0 where no image is read)}.
     """
-    plan = make_plan(p, gpu, True, tf32, False, choice)
-    kernel = compile_plan(p, plan, gpu.arch)
+    road = choice[0] if choice else "forward"
+    if road in GRADIENTS:
+        kernel, load = _compile_gradient(p, gpu, tf32, *choice), None  # type: ignore[misc]
+    else:
+        plan = make_plan(p, gpu, True, tf32, False, choice)
+        road, kernel = plan.road, compile_plan(p, plan, gpu.arch)
+        load = plan.constants["XK"] * p.image_dtype.itemsize if road == "descriptor" else None
     usage, sass = _disassemble(kernel.asm["cubin"])
     registers, stack = (int(v) for v in re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())  # type: ignore[union-attr]
     count = {name: len(re.findall(rf"\b{pattern}\b", sass)) for name, pattern in (
         ("wgmma", r"[HQI]GMMA"), ("mma", r"(?:[HDIQ]MMA|UTC[A-Z]*MMA)"), ("tma", r"UTMA(?:LDG|STG)"),
     )}  # fmt: skip
     return {
-        "kernel": plan.road, "registers": registers, "spill_bytes": stack, "shared_bytes": kernel.metadata.shared,
-        **count, "load_bytes": _load_bytes(p, plan, sass),
+        "kernel": road, "registers": registers, "spill_bytes": stack, "shared_bytes": kernel.metadata.shared,
+        **count, "load_bytes": _load_bytes(sass) if load is None else load,
     }  # fmt: skip
 
 
 def compile_plan(p: PatchProblem, plan: Plan, arch: int):
-    """The plan's kernel as Triton compiles it for sm_`arch`, its arguments specialised as the launcher would."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from . import kernel_of, options
-
-    kernel, constants = kernel_of(plan)
-    if not hasattr(kernel, "cache_key"):
-        raise RuntimeError("these kernels were made for Triton's interpreter: compile without TRITON_INTERPRET")
+    """The forward's kernel as Triton compiles it for sm_`arch`."""
     weights, images = NAMES[p.weight_dtype], NAMES[p.image_dtype]
     types: dict[str, str] = {
         "images": f"*{images}", "weight": f"*{NAMES[p.compute_dtype]}", "centred": f"*{NAMES[plan.constants['SUM']]}",
@@ -116,24 +127,75 @@ def compile_plan(p: PatchProblem, plan: Plan, arch: int):
     absent = [name for name, there in (
         ("keep", p.n_keep is not None), ("centred", plan.constants["NORMALISED"]), ("bias", p.has_bias),
         ("pos", p.pos_rows), ("prefix", p.T),
-    ) if not there and name in kernel.arg_names]  # fmt: skip
+    ) if not there]  # fmt: skip
     scalars = {**plan.scalars, "pos_b": 0, "pos_n": p.D, "prefix_b": 0, "prefix_t": p.D}
-    constants |= dict.fromkeys(absent)
-    constants |= {name: 1 for name, value in scalars.items() if value == 1 and isinstance(value, int)}
+    return _compile(f"{plan.road}_kernel", plan.config, scalars, plan.constants, types, absent, arch)
+
+
+def _gradient(p: PatchProblem, gpu: Gpu, tf32: bool, road: str, config: Config | None = None) -> Launch:
+    """The launch of one road of the backward, every gradient asked for and dY in the tokens' dtype."""
+    if road == "images":
+        return image_launch(p, p.image_strides, gpu, p.out_dtype, tf32, choice=config)[0]
+    wanted = Wanted(road != "sums", p.has_bias, p.pos_rows > 0 and not p.pos_per_image, p.T > 0)
+    plan = reduction(p, gpu, p.out_dtype, wanted, tf32, choice=config if road == "weight" else None)
+    return {"kept": plan.kept, "finish": plan.finish}.get(road, plan.reduce)
+
+
+def _compile_gradient(p: PatchProblem, gpu: Gpu, tf32: bool, road: str, config: Config | None = None):
+    """A kernel of the backward as Triton compiles it, dY contiguous."""
+    launch = _gradient(p, gpu, tf32, road, config)
+    constants = launch.constants
+    weights, images, total = NAMES[p.weight_dtype], NAMES[p.image_dtype], NAMES[constants["SUM"]]
+    types = {
+        "images": images, "grad": NAMES[p.out_dtype], "centred": total, "keep": "i64", "factor": total,
+        "weight": NAMES[p.compute_dtype], **dict.fromkeys(("weight_parts", "table_parts", "bias_parts"), total),
+        "d_images": images, **dict.fromkeys(("d_weight", "d_bias", "d_pos", "d_prefix"), weights),
+    }  # fmt: skip
+    normalised = constants.get("NORMALISED", False)
+    absent = [name for name, there in (
+        ("keep", p.n_keep is not None), ("centred", normalised), ("factor", normalised), ("d_bias", p.has_bias),
+        ("bias_parts", p.has_bias), ("d_pos", p.pos_rows), ("d_prefix", p.T), ("table_parts", p.pos_rows or p.T),
+        ("weight_parts", road != "sums"), ("images", road == "weight"),
+    ) if not there]  # fmt: skip
+    element = [p.K, p.K // p.C, p.P[1] * p.P[2], p.P[2], 1]
+    scalars = {
+        "T": p.T, **launch.scalars, "grad_b": (p.T + p.rows) * p.D, "grad_n": p.D, "grad_d": 1,
+        **{f"weight_{axis}": step for axis, step in zip("dcthw", element, strict=True)},
+        "pos_r": p.D, "pos_d": 1, "prefix_r": p.D, "prefix_d": 1, "bias_d": 1,
+    }  # fmt: skip
+    types = {name: f"*{dtype}" for name, dtype in types.items()}
+    return _compile(launch.kernel, launch.config, scalars, constants, types, absent, gpu.arch)
+
+
+def _compile(name: str, config: Config, scalars, constants, types, absent: list[str], arch: int):
+    """A kernel, its arguments specialised as the launcher would."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from .launching import constants_of, kernel_of, options
+
+    kernel = kernel_of(name)
+    if not hasattr(kernel, "cache_key"):
+        raise RuntimeError("these kernels were made for Triton's interpreter: compile without TRITON_INTERPRET")
+    constants = constants_of(constants) | {n: None for n in absent if n in kernel.arg_names}
+    constants |= {
+        n: 1 for n, value in scalars.items() if value == 1 and isinstance(value, int) and n in kernel.arg_names
+    }
     signature, attributes = {}, {}
-    for i, name in enumerate(kernel.arg_names):
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name in scalars:
-            value = scalars[name]
-            signature[name] = "fp32" if isinstance(value, float) else "i32" if abs(value) < 2**31 else "i64"
+    for i, argument in enumerate(kernel.arg_names):
+        value = scalars.get(argument, 0)  # a pointer is aligned, too
+        if argument in constants:
+            signature[argument] = "constexpr"
+            continue
+        if argument in scalars:
+            signature[argument] = "fp32" if isinstance(value, float) else "i32" if abs(value) < 2**31 else "i64"
         else:
-            signature[name] = types[name]
-        divisible = scalars.get(name, 0)
-        if signature[name] not in ("constexpr", "fp32") and "desc" not in name and divisible % 16 == 0:
+            signature[argument] = types[argument]
+        if signature[argument] != "fp32" and "desc" not in argument and value % 16 == 0:
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options(plan))
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options(config))
 
 
 def _disassemble(cubin: bytes) -> tuple[str, str]:
@@ -148,18 +210,16 @@ def _disassemble(cubin: bytes) -> tuple[str, str]:
     return usage, sass
 
 
-def _load_bytes(p: PatchProblem, plan: Plan, sass: str) -> int:
-    """Bytes of the narrowest load on the source line that reads pixels."""
-    if plan.road == "descriptor":
-        return plan.constants["XK"] * p.image_dtype.itemsize
-    from . import kernels
+def _load_bytes(sass: str) -> int:
+    """Bytes of the narrowest load on the source line that reads pixels; 0 where none is."""
+    from . import tiles
 
-    lines = Path(inspect.getsourcefile(kernels)).read_text().splitlines()  # type: ignore[arg-type]
+    lines = Path(inspect.getsourcefile(tiles)).read_text().splitlines()  # type: ignore[arg-type]
     pixel_lines = {i for i, text in enumerate(lines, 1) if "tl.load(pixel" in text}
     widths, here = set(), False
     for text in sass.splitlines():
         if at := re.search(r'File ".*?(\w+\.py)", line (\d+)', text):
-            here = at[1] == "kernels.py" and int(at[2]) in pixel_lines
-        elif here and (load := re.search(r"\b(?:LDG|LDGSTS)\.E([.\w]*)", text)):
+            here = at[1] == "tiles.py" and int(at[2]) in pixel_lines
+        elif here and (load := re.search(r"\b(?:LDG|LDGSTS)\.E([.\w]*)", text.replace("LTC128B", ""))):
             widths.add(next((n for mark, n in ((".128", 16), (".64", 8), ("16", 2), ("8", 1)) if mark in load[1]), 4))
     return min(widths, default=0)

@@ -10,21 +10,7 @@ programs after the last tile write the prefix tokens. All offsets into images, t
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _rounded(value, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
-    """`value` to the nearest of `dtype`, ties to even.
-
-    By way of fp32, as there is no instruction from fp64 or uint8 to bf16. The interpreter truncates to bf16: there the
-    bits are rounded first.
-    """
-    if value.dtype != dtype and value.dtype != tl.float32 and dtype != tl.float64:
-        value = value.to(tl.float32)
-    if INTERPRETED and dtype == tl.bfloat16 and value.dtype == tl.float32:
-        bits = value.to(tl.int32, bitcast=True)
-        bits += 0x7FFF + ((bits >> 16) & 1)
-        value = (bits & -0x10000).to(tl.float32, bitcast=True)
-    return value.to(dtype)
+from .tiles import corners, elements, gathered, pixels, product, rounded
 
 
 @triton.jit
@@ -41,25 +27,7 @@ def _prefix_tile(pid, prefix, pos, out, B, T, rows, D, prefix_b, prefix_t, pos_b
     if HAS_POS:
         value += tl.load(pos + (b * pos_b + t * pos_n)[:, None] + d[None, :], mask=mask, other=0).to(SUM)
     row = b * (T + rows) + t
-    tl.store(out + (row * D)[:, None] + d[None, :], _rounded(value, out.dtype.element_ty, INTERPRETED), mask=mask)
-
-
-@triton.jit
-def _pixels(x, k, centred, K_PAD: tl.constexpr, NORMALISED: tl.constexpr, COMPUTE: tl.constexpr, SUM: tl.constexpr,
-            INTERPRETED: tl.constexpr):  # fmt: skip
-    """Pixels to the product's operands: (x − m[k])·a[k] where channels are normalised, then rounded once."""
-    if NORMALISED:
-        x = (x.to(SUM) - tl.load(centred + k)[None, :]) * tl.load(centred + K_PAD + k)[None, :]
-    return _rounded(x, COMPUTE, INTERPRETED)
-
-
-@triton.jit
-def _product(x, w, acc, PRECISION: tl.constexpr, SUM: tl.constexpr, INTERPRETED: tl.constexpr):
-    """acc + x·w; the interpreter would multiply bf16 as the integers that hold it."""
-    if INTERPRETED and SUM == tl.float32:
-        x = x.to(tl.float32)
-        w = w.to(tl.float32)
-    return tl.dot(x, w, acc, input_precision=PRECISION, out_dtype=SUM)
+    tl.store(out + (row * D)[:, None] + d[None, :], rounded(value, out.dtype.element_ty, INTERPRETED), mask=mask)
 
 
 @triton.jit
@@ -119,14 +87,8 @@ def gather_kernel(
             n = tl.where(in_grid, n, 0)
         else:
             n = row % rows
-        f0 = (n // (G_h * G_w)) * S_t - pad_t
-        h0 = ((n // G_w) % G_h) * S_h - pad_h
-        w0 = (n % G_w) * S_w - pad_w
-        origin = b * image_b + f0.to(tl.int64) * image_f + h0.to(tl.int64) * image_h
-        if VEC > 1:
-            origin = origin * VEC + w0
-        else:
-            origin = origin + w0.to(tl.int64) * image_w
+        f0, h0, w0, origin = corners(n, b, G_h, G_w, image_b, image_f, image_h, image_w, S_t, S_h, S_w,
+                                     pad_t, pad_h, pad_w, VEC)  # fmt: skip
 
         at = b * pos_b
         if HAS_POS:
@@ -140,38 +102,14 @@ def gather_kernel(
         w_rows = weight + d.to(tl.int64)[None, :] * WROW
         for k0 in tl.range(0, k_stop, BK):
             k = k0 + tl.arange(0, BK)
-            px = k % P_w
-            py = (k // P_w) % P_h
-            pt = (k // (P_w * P_h)) % P_t
-            c = k // (P_w * P_h * P_t)
-            inside = c.to(tl.int64) * image_c + pt.to(tl.int64) * image_f + py.to(tl.int64) * image_h
-            if VEC > 1:
-                inside = inside * VEC + px
-            else:
-                inside = inside + px.to(tl.int64) * image_w
-            pixel = images + origin[:, None] + inside[None, :]
-            if PADDED:
-                seen = (
-                    (k < K)[None, :]
-                    & (f0[:, None] + pt[None, :] >= 0) & (f0[:, None] + pt[None, :] < F)
-                    & (h0[:, None] + py[None, :] >= 0) & (h0[:, None] + py[None, :] < H)
-                    & (w0[:, None] + px[None, :] >= 0) & (w0[:, None] + px[None, :] < W)
-                )  # fmt: skip
-                x = tl.load(pixel, mask=seen, other=0)
-                x = _pixels(x, k, centred, K_PAD, NORMALISED, COMPUTE, SUM, INTERPRETED)
-                if NORMALISED:
-                    x = tl.where(seen, x, 0.0).to(COMPUTE)
-            else:
-                if K_PAD > K:
-                    x = tl.load(pixel, mask=(k < K)[None, :], other=0)
-                else:
-                    x = tl.load(pixel)
-                x = _pixels(x, k, centred, K_PAD, NORMALISED, COMPUTE, SUM, INTERPRETED)
+            pt, py, px, inside = elements(k, image_c, image_f, image_h, image_w, P_t, P_h, P_w, VEC)
+            x = gathered(images, origin, f0, h0, w0, None, k, pt, py, px, inside, F, H, W, centred, K, K_PAD,
+                         False, PADDED, NORMALISED, COMPUTE, SUM, INTERPRETED)  # fmt: skip
             if WROW < K_PAD:
                 w = tl.load(w_rows + k[:, None], mask=real & (k < K)[:, None], other=0)
             else:
                 w = tl.load(w_rows + k[:, None], mask=real, other=0)
-            acc = _product(x, w, acc, PRECISION, SUM, INTERPRETED)
+            acc = product(x, w, acc, PRECISION, SUM, INTERPRETED)
         if SCALED:
             acc *= scale
         if not BASE_FIRST:
@@ -179,7 +117,7 @@ def gather_kernel(
         if HAS_KEEP:
             acc = tl.where(in_grid[:, None], acc, float("nan"))
         token = (b * (T + rows) + T + row % rows) * D
-        tokens = _rounded(acc, out.dtype.element_ty, INTERPRETED)
+        tokens = rounded(acc, out.dtype.element_ty, INTERPRETED)
         tl.store(out + token[:, None] + d[None, :], tokens, mask=(m < M)[:, None] & real)
 
 
@@ -241,11 +179,11 @@ def descriptor_kernel(
             c = step // (STEPS_X * STEPS_Y)
             patches = image_desc.load([b0, y0, x0, c * H + ky, kx])
             k = step * BK + tl.arange(0, BK)
-            pixels = _pixels(patches.reshape(BM, BK), k, centred, K, NORMALISED, COMPUTE, SUM, INTERPRETED)
+            operand = pixels(patches.reshape(BM, BK), k, centred, K, NORMALISED, COMPUTE, SUM, INTERPRETED)
             weights = weight_desc.load([d0, step * BK])
-            acc = _product(pixels, weights.T, acc, PRECISION, SUM, INTERPRETED)
+            acc = product(operand, weights.T, acc, PRECISION, SUM, INTERPRETED)
         if SCALED:
             acc *= scale
         if not BASE_FIRST:
             acc = _based(acc, bias, pos, at, d, D, HAS_BIAS, HAS_POS, SUM)
-        out_desc.store([b0, y0, x0, d0], _rounded(acc, out.dtype.element_ty, INTERPRETED).reshape(BB, BY, BX, BN))
+        out_desc.store([b0, y0, x0, d0], rounded(acc, out.dtype.element_ty, INTERPRETED).reshape(BB, BY, BX, BN))

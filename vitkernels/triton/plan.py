@@ -6,6 +6,7 @@ read the same plan, so what is inspected without a GPU is what runs on one.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from math import gcd, prod
 from typing import NamedTuple
@@ -52,12 +53,38 @@ class Plan(NamedTuple):
     padded_K: int
 
 
-def view_of(p: PatchProblem) -> View:
-    b, c, f, h, w = p.image_strides
+def view_of(p: PatchProblem, strides: tuple[int, ...] | None = None) -> View:
+    """The problem's images, or their gradient in its own strides."""
+    b, c, f, h, w = strides or p.image_strides
     if p.C > 1 and c == 1 and w == p.C:
         wide = lambda v: (v[0], v[1], v[2] * p.C)  # noqa: E731
         return View(1, p.W * p.C, wide(p.P), wide(p.S), wide(p.pad), (b, 0, f, h, 1), True)
-    return View(p.C, p.W, p.P, p.S, p.pad, p.image_strides, False)
+    return View(p.C, p.W, p.P, p.S, p.pad, (b, c, f, h, w), False)
+
+
+def vector_of(p: PatchProblem, v: View) -> tuple[int, tuple[int, int, int, int, int]]:
+    """How many pixels are certain to begin at a multiple of as many, and the strides in units of that, the pixels' own
+    excepted: so the compiler sees that addresses are aligned."""
+    vec = 1
+    if v.strides[4] == 1:
+        vec = gcd(16, *(s for s, n in zip(v.strides[:4], (p.B, v.C, p.F, p.H), strict=True) if n > 1))
+    b, c, f, h, w = v.strides
+    return vec, (b // vec, c // vec, f // vec, h // vec, w)
+
+
+def by_axis(**values: Sequence[int]) -> dict[str, int]:
+    """P=(1, 16, 16) -> P_t, P_h, P_w"""
+    return {f"{name}_{axis}": n for name, sizes in values.items() for axis, n in zip("thw", sizes, strict=True)}
+
+
+def scaling(p: PatchProblem, product: str) -> tuple[bool, bool]:
+    """Whether pixels are normalised one by one, or else whether the sum is scaled.
+
+    The scale of all channels is a factor of the sum. One that differs by channel, or that leaves fp32's range (or its
+    precision, in an fp64 problem), is applied to the pixels.
+    """
+    normalised = p.normalised or (p.scale != 1 and (product == "fp64" or not 1e-4 <= abs(p.scale) <= 1e4))
+    return normalised, not normalised and p.scale != 1
 
 
 def product_of(p: PatchProblem, tf32: bool) -> str:
@@ -127,12 +154,10 @@ def make_plan(
             choice = road, tuning.default(p, road, product, gpu)
     road, c = choice
     v = view_of(p)
-    # The scale of all channels is a factor of the sum. One that differs by channel, or that leaves fp32's range
-    # (or its precision, in an fp64 problem), is applied to the pixels.
-    normalised = p.normalised or (p.scale != 1 and (product == "fp64" or not 1e-4 <= abs(p.scale) <= 1e4))
+    normalised, scaled = scaling(p, product)
     constants: dict[str, object] = {
         "NORMALISED": normalised,
-        "SCALED": not normalised and p.scale != 1,
+        "SCALED": scaled,
         # Bias and position start the sum, as loaded after it they would need registers beside it; but where tokens keep
         # more than 16 bits, a sum that starts at them loses what is small beside them.
         "BASE_FIRST": p.compute_dtype.itemsize == 2,
@@ -173,10 +198,7 @@ def make_plan(
             order=Order(v.channels_last, None if XK == v.P[2] else (v.C, v.P[1], v.P[2], RK, XK)),
             weight_columns=columns, padded_K=columns,
         )  # fmt: skip
-    vec = 1
-    if v.strides[4] == 1:
-        vec = gcd(16, *(s for s, n in zip(v.strides[:4], (p.B, v.C, p.F, p.H), strict=True) if n > 1))
-    b, ch, f, h = (s // vec for s in v.strides[:4])
+    vec, (b, ch, f, h, w) = vector_of(p, v)
     padded_K = -(-p.K // c.BK) * c.BK
     # Rows of the weight that are no multiple of 16 bytes (P = 14: 1176) are repacked with zeros behind them, so that
     # they are loaded 16 bytes at a time; below this much work the copy would cost more than narrow loads.
@@ -186,13 +208,12 @@ def make_plan(
         grid=-(-p.B * p.rows // c.BM) * -(-p.D // c.BN) + prefix_programs,
         scalars={
             **scalars, "rows": p.rows, "F": p.F, "H": p.H, "W": v.W, "G_t": p.G[0], "G_h": p.G[1], "G_w": p.G[2],
-            "image_b": b, "image_c": ch, "image_f": f, "image_h": h, "image_w": v.strides[4], "k_stop": padded_K,
+            "image_b": b, "image_c": ch, "image_f": f, "image_h": h, "image_w": w, "k_stop": padded_K,
         },
         constants={
             **constants, "HAS_KEEP": p.n_keep is not None, "K": p.K, "K_PAD": padded_K, "VEC": vec,
             "WROW": padded_K if repack else p.K, "BM": c.BM, "BK": c.BK,
-            **{f"{letter}_{axis}": n for letter, values in (("P", v.P), ("S", v.S), ("pad", v.pad))
-               for axis, n in zip("thw", values, strict=True)},
+            **by_axis(P=v.P, S=v.S, pad=v.pad),
         },
         descriptors={}, order=Order(v.channels_last, None),
         weight_columns=padded_K if repack else p.K, padded_K=padded_K,

@@ -1,0 +1,108 @@
+"""An image in patches, piece by piece: what the definition (reference.py) and its gradients (gradients.py) multiply.
+
+The pieces are all that is here for speed: one piece's patches stay in the cache (CPU) or in a bounded buffer (GPU).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+
+from .problem import PatchProblem
+
+
+def pieces(
+    p: PatchProblem, images: torch.Tensor, keep: torch.Tensor | None, dtype: torch.dtype
+) -> Iterator[tuple[slice, slice, torch.Tensor]]:
+    """Images b, patches n of each, and their normalised pixels [b·n, K]. The buffers are reused by the next piece."""
+    step, spans = _cut(p, dtype, _piece_bytes(p.device.type))
+    # Read in the order of memory and normalised first, an image's patches are then gathered from the cache.
+    staged = any(p.pad) or (p.B > 1 and keep is None and len(spans) == 1 and p.image_strides[-1] == 1)
+    grid = None if staged else windows(p, images)  # [B, G_t, G_h, G_w, C, P_t, P_h, P_w]
+    block = images.new_empty((min(step, p.B), *images.shape[1:]), dtype=dtype) if staged else None
+    buffer = None
+    for first in range(0, p.B if p.rows else 0, max(1, step)):
+        b = slice(first, min(first + step, p.B))
+        if block is not None:
+            here = _normalise(p, block[: b.stop - b.start].copy_(images[b]), 3)
+        for n in spans:
+            part = _part(p, windows(p, here) if grid is None else grid[b], n, None if keep is None else keep[b, n])
+            if buffer is None:
+                buffer = images.new_empty(part.numel(), dtype=dtype)
+            x = buffer[: part.numel()].view(part.shape)
+            x.copy_(part)
+            if not staged:
+                _normalise(p, x, 3)
+            yield b, n, x.view(-1, p.K)
+
+
+@lru_cache(maxsize=256)
+def _cut(p: PatchProblem, dtype: torch.dtype, piece_bytes: int) -> tuple[int, list[slice]]:
+    """Images in a piece, and the patches of an image that make one: all of them, unless one image is too large."""
+    image_bytes = max(1, p.rows * p.K * dtype.itemsize)
+    if image_bytes <= piece_bytes:
+        most = piece_bytes // image_bytes
+        return -(-p.B // max(1, -(-p.B // most))), [slice(0, p.rows)]  # pieces of like size
+    # Cut along the list of kept patches, or along the lines of the grid, frame by frame.
+    frames, lines, line = (1, p.rows, 1) if p.n_keep is not None else p.G
+    step = max(1, lines * frames * piece_bytes // image_bytes)
+    starts = [(t, y) for t in range(frames) for y in range(0, lines, step)]
+    return 1, [slice((t * lines + y) * line, (t * lines + min(y + step, lines)) * line) for t, y in starts]
+
+
+def windows(p: PatchProblem, images: torch.Tensor) -> torch.Tensor:
+    """The patches of normalised images, [b, G_t, G_h, G_w, C, P_t, P_h, P_w], a view where nothing is padded."""
+    if any(p.pad):
+        images = F.pad(images, [size for pad in reversed(p.pad) for size in (pad, pad)])
+    b, c, *sides = images.stride()
+    steps = [side * step for side, step in zip(sides, p.S, strict=True)]
+    return images.as_strided((images.shape[0], *p.G, p.C, *p.P), (b, *steps, c, *sides))
+
+
+def _part(p: PatchProblem, grid: torch.Tensor, n: slice, keep: torch.Tensor | None) -> torch.Tensor:
+    """Patches n of every image in the grid, [b, ..., C, P_t, P_h, P_w]."""
+    if keep is not None:
+        t, y, x = torch.unravel_index(keep.long(), p.G)
+        return grid[torch.arange(grid.shape[0], device=grid.device)[:, None], t, y, x]
+    if n.stop - n.start == p.N:
+        return grid
+    t, line = divmod(n.start // p.G[2], p.G[1])
+    return grid[:, t, line : line + (n.stop - n.start) // p.G[2]]
+
+
+def _normalise(p: PatchProblem, x: torch.Tensor, after: int) -> torch.Tensor:
+    """(x·scale − mean)/std in place; the channel is the dimension before the last `after`."""
+    if p.normalised:
+        # Rounded to 16 bits, m and a would err alike for every pixel, and that does not cancel in the sum.
+        m, a = centred(p, sum_dtype(p)).view(2, p.C, *(1,) * after)
+        return x.sub_(m).mul_(a)
+    return x if p.scale == 1 else x.mul_(p.scale)
+
+
+def centred(p: PatchProblem, dtype: torch.dtype) -> torch.Tensor:
+    """[2, C]: the m and a of `PatchProblem.centred`, on the problem's device."""
+    m, a = p.centred
+    if p.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        # A copy from the host can't be captured, and memory of the graph's pool must not outlive it in our cache.
+        values = torch.empty(2 * p.C, dtype=dtype, device=p.device)
+        for slot, value in zip(values, m + a, strict=True):
+            slot.fill_(value)
+        return values.view(2, p.C)
+    return _centred(tuple(m), tuple(a), dtype, p.device)
+
+
+@lru_cache(maxsize=256)
+def _centred(m: tuple[float, ...], a: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.tensor([m, a], dtype=dtype, device=device)
+
+
+def sum_dtype(p: PatchProblem) -> torch.dtype:
+    return torch.float64 if p.compute_dtype == torch.float64 else torch.float32
+
+
+def _piece_bytes(device_type: str) -> int:
+    """A piece's patches: what the second-level caches of the cores hold; on a GPU, enough to fill it."""
+    return (1 << 21) * torch.get_num_threads() if device_type == "cpu" else 1 << 28
