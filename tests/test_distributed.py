@@ -1,0 +1,184 @@
+"""A fused model in two processes (gloo): the same as one process on the whole batch."""
+
+import time
+import traceback
+import warnings
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import vitkernels as vk
+
+vision_transformer = pytest.importorskip("timm.models.vision_transformer")
+
+pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="no gloo")
+WORLD, STEPS, SECONDS = 2, 2, 300
+
+
+def model():
+    torch.manual_seed(0)
+    vit = vision_transformer.VisionTransformer(
+        img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=5
+    )
+    with torch.no_grad():
+        for name, parameter in vit.named_parameters():
+            if "norm" not in name:
+                parameter.normal_(std=0.2)
+    return vit
+
+
+def fuse(vit):
+    assert [entry.fused for entry in vk.fuse(vit)] == [True]
+    return vit
+
+
+def freeze(vit):
+    return vit.patch_embed.requires_grad_(False) and vit
+
+
+def steps(vit, rank=0, world=1):
+    """Train on this rank's part of every batch."""
+    optimiser = torch.optim.SGD([p for p in vit.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
+    for step in range(STEPS):
+        g = torch.Generator().manual_seed(step)
+        images, labels = torch.randn(8, 3, 32, 32, generator=g), torch.randint(5, (8,), generator=g)
+        optimiser.zero_grad()
+        y = vit(images.chunk(world)[rank])
+        torch.nn.functional.cross_entropy(y.float(), labels.chunk(world)[rank]).backward()
+        optimiser.step()
+    return vit
+
+
+def result(vit):
+    return {n: t.detach().clone() for n, t in vit.state_dict().items()}
+
+
+def assert_moved_alike(found, expected, tolerance):
+    start = model().state_dict()
+    assert found.keys() == expected.keys() == start.keys()
+    for name, before in start.items():
+        moved, error = (expected[name] - before).norm(), (found[name] - expected[name]).norm()
+        assert error <= tolerance * moved, f"{name} is off by {error:.3g}, having moved by {moved:.3g}"
+
+
+class Calls(TorchDispatchMode):
+    """Counts the calls of the registered operation."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.vitkernels.patch_embed.default
+        return func(*args, **(kwargs or {}))
+
+
+def ddp(rank, when, frozen, options):
+    vit = freeze(model()) if frozen else model()
+    if when == "before":
+        fuse(vit)
+    wrapped = DistributedDataParallel(vit, **options)
+    if when == "after":
+        fuse(wrapped)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*[sS]trides do not match bucket view")
+        steps(wrapped, rank, WORLD)
+    calls = Calls()
+    with calls, torch.no_grad():
+        vit(torch.randn(1, 3, 32, 32))
+    assert calls.count == 1  # still fused
+    return result(vit)
+
+
+def fsdp(rank, when, reshard, policy):
+    mesh = dist.init_device_mesh("cpu", (WORLD,))
+    vit = model()
+    if when == "before":
+        fuse(vit)
+    kwargs = dict(mesh=mesh, reshard_after_forward=reshard, mp_policy=policy)
+    for block in vit.blocks:
+        fully_shard(block, **kwargs)
+    fully_shard(vit, **kwargs)
+    if when == "after":
+        fuse(vit)
+    calls = Calls()
+    with calls:
+        steps(vit, rank, WORLD)
+    assert calls.count == STEPS
+    if when == "before":
+        with pytest.raises(RuntimeError, match="FSDP"):  # it swapped the class since
+            vk.unfuse(vit)
+    full = get_model_state_dict(vit, options=StateDictOptions(full_state_dict=True))
+    return {n: t.clone() for n, t in full.items()}
+
+
+# name -> what runs in both processes, its arguments, and how near it comes to one process
+BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+DDP = {
+    "plain": {},
+    "bucket views": dict(gradient_as_bucket_view=True),
+    "static graph": dict(static_graph=True, gradient_as_bucket_view=True),
+    "unused parameters": dict(find_unused_parameters=True),
+}
+RUNS = {
+    **{
+        f"DDP, {name}, fused {when}{', frozen' * frozen}": (ddp, (when, frozen, options), 1e-3)
+        for name, options in DDP.items()
+        for when in ("before", "after")
+        for frozen in (False, True)
+    },
+    **{
+        f"FSDP2, {name}, fused {when}, {'' if reshard else 'not '}resharded": (fsdp, (when, reshard, policy), tolerance)
+        for name, policy, tolerance in (("fp32", MixedPrecisionPolicy(), 1e-3), ("bf16", BF16, 0.1))
+        for when in ("before", "after")
+        for reshard in (True, False)
+    },
+}
+
+
+def process(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/init", rank=rank, world_size=WORLD, timeout=timedelta(seconds=60)
+    )
+    for i, (work, args, _) in enumerate(RUNS.values()):
+        try:
+            found = work(rank, *args)
+        except Exception:
+            found = traceback.format_exc()
+        torch.save(found, folder / f"{i}.{rank}")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def in_two_processes(tmp_path_factory):
+    """Folder with what each of RUNS gave; one start of two processes for all."""
+    folder = tmp_path_factory.mktemp("distributed")
+    context = mp.spawn(process, (folder,), WORLD, join=False)
+    end = time.monotonic() + SECONDS
+    try:
+        while not context.join(end - time.monotonic()):
+            assert time.monotonic() < end, f"not done after {SECONDS} s"
+    finally:
+        for child in context.processes:
+            if child.is_alive():
+                child.kill()
+    return folder
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_as_one_process(name, in_two_processes):
+    _, _, tolerance = RUNS[name]
+    found = [torch.load(in_two_processes / f"{list(RUNS).index(name)}.{rank}") for rank in range(WORLD)]
+    for each in found:
+        assert isinstance(each, dict), each
+    expected = result(steps(freeze(model()) if "frozen" in name else model()))
+    for ours in filter(None, found):  # FSDP's full state is on rank 0 alone, unless it is broadcast
+        assert_moved_alike(ours, expected, tolerance)
+        model().load_state_dict(ours, strict=True)
+    assert found[0]
