@@ -10,11 +10,14 @@ WORKERS ?= auto
 
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench picture clean
+.PHONY: demo train test lint bench picture clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.has-demo
 	$(BIN)/vitkernels demo $(ARGS)
+
+train: $(VENV)/.has-examples
+	$(BIN)/python examples/train.py $(ARGS)
 
 test: $(VENV)/.has-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --benchmark-disable $(ARGS)
@@ -37,5 +40,5 @@ picture: demo
 	cp demo-output/vitkernels-demo.png docs/demo.png
 
 clean:
-	rm -rf build dist *.egg-info .venv .pytest_cache .ruff_cache .mypy_cache .benchmarks demo-output
+	rm -rf build dist *.egg-info .venv .pytest_cache .ruff_cache .mypy_cache .benchmarks demo-output train-output
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
