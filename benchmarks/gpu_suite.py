@@ -29,6 +29,7 @@ STAGES = {
     "build": (300, "the C++ extension, where there is one"),
     "smoke": (150, "each backend against fp64"),
     "headline": (240, "the headline shapes: ours, the peers, the ceilings"),
+    "training": (240, "ViT-B/16 and L/14, forward and backward, beside torch.compile too"),
     "compiled": (240, "the headline shapes beside torch.compile"),
     "tests": (240, "pytest tests/"),
     "tune": (240, "tuning of the headline shapes, which are then timed again"),
@@ -104,17 +105,29 @@ def smoke(args, out, deadline):
 def headline(args, out, deadline):
     cases, tiny = _headline(args)
     _time(args, out, deadline, cases, ["forward"], compiled=False, seconds=0.02 if tiny else 0.5)
-    _time(args, out, deadline, cases[:2], ["both"], compiled=False, seconds=0.02 if tiny else 0.3)
+
+
+def training(args, out, deadline):
+    from shapes import TINY, TRAINING
+
+    cases = TINY[:1] if args.dry_run else TRAINING
+    _time(args, out, deadline, cases, ["both", "backward"], compiled=False, seconds=0.02 if args.dry_run else 0.4)
+    _beside_compilers(args, out, deadline, cases, "both")
 
 
 def compiled(args, out, deadline):
-    cases, tiny = _headline(args)
+    cases, _ = _headline(args)
+    _beside_compilers(args, out, deadline, cases, "forward")
+
+
+def _beside_compilers(args, out, deadline, cases, mode):
     peers = ["compile_conv", "compile_linear"]
     if args.device != "cpu":
         peers += ["compile_conv_max", "compile_linear_max"]
+    tiny = args.dry_run
     for case in cases[: 1 if tiny else None]:
         for peer in peers[: 1 if tiny else None]:  # one at a time: a compiler that hangs costs one row
-            _time(args, out, deadline, [case], ["forward"], impls=["auto", peer], seconds=0.02 if tiny else 0.3)
+            _time(args, out, deadline, [case], [mode], impls=["auto", peer], seconds=0.02 if tiny else 0.3)
 
 
 def tests(args, out, deadline):

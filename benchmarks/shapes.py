@@ -10,6 +10,8 @@ HEADLINE = [
     Case(batch=1),
 ]
 
+TRAINING = [Case(), Case(patch=14, dim=1024), Case(pixels="uint8"), Case(keep=0.25), Case(dtype="fp32")]
+
 CASES = [
     *HEADLINE,
     Case(patch=14, dim=1024, pixels="uint8"),

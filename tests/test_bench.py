@@ -150,7 +150,7 @@ def test_a_model_before_and_after(capsys):
 
 
 def test_dry_run_of_the_gpu_suite(tmp_path):
-    stages = "build,smoke,headline"  # each is a process, and most of its time goes into importing torch
+    stages = "build,smoke,headline,training"  # each is a process, and most of its time goes into importing torch
     script = [sys.executable, str(ROOT / "benchmarks" / "gpu_suite.py"), "--out", str(tmp_path), "--dry-run"]
     subprocess.run([*script, "--stages", stages], check=True, timeout=240, capture_output=True)
     result = json.loads((tmp_path / "results.json").read_text())
@@ -158,7 +158,11 @@ def test_dry_run_of_the_gpu_suite(tmp_path):
     for row in result["rows"]:
         check_row(row)
         assert row["ms"], row
-    assert {(row["stage"], row["mode"]) for row in result["rows"]} == {("headline", "forward"), ("headline", "both")}
+    assert {(row["stage"], row["mode"]) for row in result["rows"]} == {
+        ("headline", "forward"),
+        ("training", "both"),
+        ("training", "backward"),
+    }
     assert [note["check"] for note in result["notes"] if note.get("impl") == "reference"] == ["right"] * len(TINY)
     assert "| headline |" in (tmp_path / "summary.md").read_text()
 
