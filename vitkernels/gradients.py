@@ -5,12 +5,13 @@ No atomics: the same inputs give the same bits.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
-from itertools import product
 
 import torch
+import torch.nn.functional as F
 
-from .patches import centred, pieces, sum_dtype, windows
+from .patches import centred, linear_of, pieces, sum_dtype, windows
 from .problem import PatchProblem, in_grid
 
 Grads = tuple[torch.Tensor | None, ...]  # of images, weight, bias, pos_embed, prefix
@@ -28,31 +29,30 @@ def backward(
     grads: Grads,  # of images, weight, bias, pos_embed and prefix, to be written; None: nobody asks
 ) -> None:
     d_images, d_weight, d_bias, d_pos, d_prefix = grads
-    d_tokens, index = of_patches(p, grad, keep)
+    grad, index = masked(p, grad, keep)
     if d_images is not None:
-        _images(p, d_tokens, weight, index, d_images)
+        _images(p, grad[:, p.T :], weight, index, d_images)
     if d_weight is not None:
-        _weight(p, d_tokens, images, index, d_weight)
-    if d_bias is not None:
-        d_bias.copy_(d_tokens.sum((0, 1), dtype=sum_dtype(p)))
+        _weight(p, grad[:, p.T :], images, index, d_weight)
     if d_pos is not None:
-        position(p, grad, keep, d_pos)
+        position(p, grad, index, d_pos)
     if d_prefix is not None:
         _each_or_sum(p, grad[:, : p.T], d_prefix)
+    if d_bias is not None:
+        d_bias.copy_(grad[:, p.T :].sum(0, dtype=sum_dtype(p)).sum(0))
 
 
-def of_patches(p: PatchProblem, grad: torch.Tensor, keep: torch.Tensor | None):
-    """The patches' part of the gradient, [B, N|N_keep, D], and their indices; 0 for an index that is out of range."""
-    d_tokens = grad[:, p.T :]
+def masked(p: PatchProblem, grad: torch.Tensor, keep: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The tokens' gradient, 0 where an index is out of range, and indices that are not."""
     keep, outside = in_grid(p, keep)
-    return (d_tokens if outside is None else d_tokens.masked_fill(outside[:, :, None], 0)), keep
+    return (grad if outside is None else grad.masked_fill(F.pad(outside, (p.T, 0))[:, :, None], 0)), keep
 
 
 def position(p: PatchProblem, grad: torch.Tensor, keep: torch.Tensor | None, out: torch.Tensor) -> None:
-    """The position table's gradient, [1|B, N|T+N, D]."""
-    d_tokens, index = of_patches(p, grad, keep)
-    if index is not None:
-        d_tokens = scattered(p, d_tokens, index, per_image=p.pos_per_image)
+    """The position table's gradient, [1|B, N|T+N, D]; `keep` holds no index out of range."""
+    d_tokens = grad[:, p.T :]
+    if keep is not None:
+        d_tokens = scattered(p, d_tokens, keep, per_image=p.pos_per_image)
     first = p.pos_rows - p.N
     _each_or_sum(p, d_tokens, out[:, first:])
     _each_or_sum(p, grad[:, :first], out[:, :first])
@@ -81,15 +81,20 @@ def _each_or_sum(p: PatchProblem, g: torch.Tensor, out: torch.Tensor) -> None:
 
 def _weight(p, d_tokens, images, keep, out) -> None:
     dtype = sum_dtype(p)
-    total = images.new_zeros((p.D, p.K), dtype=dtype)
-    for b, n, x in pieces(p, images, keep, dtype):  # x [b·n, K]
-        total.addmm_(d_tokens[b, n].to(dtype).reshape(-1, p.D).t(), x)
+    total, buffer = images.new_zeros((p.D, p.K), dtype=dtype), None
+    linear = linear_of(p.device.type, dtype)
+    for b, n, x in pieces(p, images, keep, dtype, upright=True):  # x [K, b·n]
+        dy = d_tokens[b, n].flatten(0, 1).t()  # [D, b·n]
+        if buffer is None:  # the first piece is the largest
+            buffer = x.new_empty(dy.numel())
+        total += linear(buffer[: dy.numel()].view(dy.shape).copy_(dy), x, None)
     out.copy_(total.view(out.shape))
 
 
 def _images(p, d_tokens, weight, keep, out) -> None:
     dtype = sum_dtype(p)
-    W = weight.reshape(p.D, p.K).to(dtype)
+    W = weight.reshape(p.D, p.K).to(dtype).t().contiguous()
+    linear = linear_of(p.device.type, dtype)
     if keep is not None:
         d_tokens = scattered(p, d_tokens, keep, per_image=True)
     size = [s + 2 * pad for s, pad in zip((p.F, p.H, p.W), p.pad, strict=True)]
@@ -98,12 +103,14 @@ def _images(p, d_tokens, weight, keep, out) -> None:
     for b in range(p.B):
         d_image = out.new_zeros((1, p.C, *size), dtype=dtype)
         grid = windows(raw, d_image)  # [1, G_t, G_h, G_w, C, P_t, P_h, P_w], a view
-        d_x = (d_tokens[b].to(dtype) @ W).view(grid.shape)
+        d_x = linear(d_tokens[b].to(dtype).contiguous(), W, None).view(grid.shape)
         if p.normalised:
             d_x *= centred(p, dtype)[1].view(p.C, 1, 1, 1)
         elif p.scale != 1:
             d_x *= p.scale
-        for first in product(*map(range, overlap)):  # windows `overlap` apart share no pixel: one such set at a time
+        for first in itertools.product(
+            *map(range, overlap)
+        ):  # windows `overlap` apart share no pixel: one such set at a time
             apart = (slice(None), *(slice(f, None, o) for f, o in zip(first, overlap, strict=True)))
             grid[apart].add_(d_x[apart])
         inner = (0, slice(None), *(slice(pad, pad + s) for pad, s in zip(p.pad, (p.F, p.H, p.W), strict=True)))

@@ -5,7 +5,7 @@ The pieces are all that is here for speed: one piece's patches stay in the cache
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 
 import torch
@@ -15,9 +15,12 @@ from .problem import PatchProblem
 
 
 def pieces(
-    p: PatchProblem, images: torch.Tensor, keep: torch.Tensor | None, dtype: torch.dtype
+    p: PatchProblem, images: torch.Tensor, keep: torch.Tensor | None, dtype: torch.dtype, upright: bool = False
 ) -> Iterator[tuple[slice, slice, torch.Tensor]]:
-    """Images b, patches n of each, and their normalised pixels [b·n, K]. The buffers are reused by the next piece."""
+    """Images b, patches n of each, and their normalised pixels [b·n, K], `upright` [K, b·n], contiguous.
+
+    The buffers are reused by the next piece.
+    """
     step, spans = _cut(p, dtype, _piece_bytes(p.device.type))
     # Read in the order of memory and normalised first, an image's patches are then gathered from the cache.
     staged = any(p.pad) or (p.B > 1 and keep is None and len(spans) == 1 and p.image_strides[-1] == 1)
@@ -32,11 +35,15 @@ def pieces(
             part = _part(p, windows(p, here) if grid is None else grid[b], n, None if keep is None else keep[b, n])
             if buffer is None:
                 buffer = images.new_empty(part.numel(), dtype=dtype)
-            x = buffer[: part.numel()].view(part.shape)
+            piece = buffer[: part.numel()]
+            if upright:
+                x = piece.view(*part.shape[-4:], *part.shape[:-4]).permute(*range(4, part.ndim), 0, 1, 2, 3)
+            else:
+                x = piece.view(part.shape)
             x.copy_(part)
             if not staged:
                 _normalise(p, x, 3)
-            yield b, n, x.view(-1, p.K)
+            yield b, n, piece.view(p.K, -1) if upright else piece.view(-1, p.K)
 
 
 @lru_cache(maxsize=256)
@@ -97,6 +104,19 @@ def centred(p: PatchProblem, dtype: torch.dtype) -> torch.Tensor:
 @lru_cache(maxsize=256)
 def _centred(m: tuple[float, ...], a: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     return torch.tensor([m, a], dtype=dtype, device=device)
+
+
+def linear_of(device_type: str, dtype: torch.dtype) -> Callable[..., torch.Tensor]:
+    """x·Wᵀ + bias. For fp32 by what Inductor calls: oneDNN multiplies up to 2.2 × faster than MKL, which F.linear
+    takes, on a CPU that isn't Intel's."""
+    if device_type == "cpu" and dtype == torch.float32 and _has_onednn() and torch.backends.mkldnn.enabled:
+        return lambda x, W, bias: torch.ops.mkldnn._linear_pointwise(x, W, bias, "none", [], "")
+    return F.linear
+
+
+@lru_cache(maxsize=1)
+def _has_onednn() -> bool:
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def sum_dtype(p: PatchProblem) -> torch.dtype:

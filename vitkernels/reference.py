@@ -9,14 +9,12 @@ It is evaluated piece by piece (patches.py). Gradients by the same formulas: gra
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from functools import lru_cache
 
 import torch
-import torch.nn.functional as F
 
 from .gradients import backward as backward
-from .patches import pieces, sum_dtype
+from .patches import linear_of, pieces, sum_dtype
 from .problem import PatchProblem, in_grid
 
 
@@ -45,7 +43,7 @@ def forward(
         out[:, : p.T] = prefix.to(sum_dtype(p)) + extra
     W = weight.reshape(p.D, p.K).to(dtype).contiguous()  # oneDNN reads past the strides of either
     bias = bias if bias is None else bias.to(dtype).contiguous()
-    linear = _linear(p.device.type, dtype)
+    linear = linear_of(p.device.type, dtype)
     for b, n, x in pieces(p, images, keep, dtype):  # x [b·n, K]
         tokens = out[b, p.T + n.start : p.T + n.stop]  # [b, n, D]
         y = linear(x, W, bias).view(tokens.shape)
@@ -56,14 +54,6 @@ def forward(
     if outside is not None:
         out[:, p.T :].masked_fill_(outside[:, :, None], float("nan"))
     return out
-
-
-def _linear(device_type: str, dtype: torch.dtype) -> Callable[..., torch.Tensor]:
-    """x·Wᵀ + bias. For fp32 by what Inductor calls: oneDNN multiplies up to 2.2 × faster than MKL, which F.linear
-    takes, on a CPU that isn't Intel's."""
-    if device_type == "cpu" and dtype == torch.float32 and _has_onednn() and torch.backends.mkldnn.enabled:
-        return lambda x, W, bias: torch.ops.mkldnn._linear_pointwise(x, W, bias, "none", [], "")
-    return F.linear
 
 
 def _positions(p, pos_embed, b: slice, n: slice, keep) -> torch.Tensor:
@@ -82,11 +72,6 @@ def product_dtype(p: PatchProblem) -> torch.dtype:
     if p.device.type == "cpu" and not native:
         return sum_dtype(p)
     return p.compute_dtype
-
-
-@lru_cache(maxsize=1)
-def _has_onednn() -> bool:
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 @lru_cache(maxsize=1)

@@ -52,7 +52,7 @@ def backward(
     if d_prefix is not None and (d_prefix.shape[0] > 1 or p.T == 0):
         d_prefix = None
     if d_pos is not None and p.pos_per_image:
-        gradients.position(p, grad, keep, d_pos)
+        gradients.position(p, *gradients.masked(p, grad, keep), d_pos)
         d_pos = None
     if any(g is not None for g in (d_weight, d_bias, d_pos, d_prefix)):
         _reduce(p, grad, images, keep, d_weight, d_bias, d_pos, d_prefix)
@@ -83,7 +83,8 @@ def _reduce(p, grad, images, keep, d_weight, d_bias, d_pos, d_prefix) -> None:
 def _images(p, grad, weight, keep, d_images) -> None:
     T = p.T
     if keep is not None:  # back at their places among all patches, first
-        grad, T = gradients.scattered(p, *gradients.of_patches(p, grad, keep), per_image=True), 0
+        grad, keep = gradients.masked(p, grad, keep)
+        grad, T = gradients.scattered(p, grad[:, T:], keep, per_image=True), 0
     launch, order, images_kernel = _prepared_images(p, d_images.stride(), grad.dtype, tf32(), interpreted())
     factor = patches.centred(p, patches.sum_dtype(p))[1] if launch.constants["NORMALISED"] else None
     with torch.cuda.device_of(grad):
