@@ -37,7 +37,7 @@ def backward(
     if d_pos is not None:
         position(p, grad, index, d_pos)
     if d_prefix is not None:
-        _each_or_sum(p, grad[:, : p.T], d_prefix)
+        each_or_sum(p, grad[:, : p.T], d_prefix)
     if d_bias is not None:
         d_bias.copy_(grad[:, p.T :].sum(0, dtype=sum_dtype(p)).sum(0))
 
@@ -54,8 +54,8 @@ def position(p: PatchProblem, grad: torch.Tensor, keep: torch.Tensor | None, out
     if keep is not None:
         d_tokens = scattered(p, d_tokens, keep, per_image=p.pos_per_image)
     first = p.pos_rows - p.N
-    _each_or_sum(p, d_tokens, out[:, first:])
-    _each_or_sum(p, grad[:, :first], out[:, :first])
+    each_or_sum(p, d_tokens, out[:, first:])
+    each_or_sum(p, grad[:, :first], out[:, :first])
 
 
 def scattered(p: PatchProblem, d_tokens: torch.Tensor, keep: torch.Tensor, *, per_image: bool) -> torch.Tensor:
@@ -74,7 +74,7 @@ def scattered(p: PatchProblem, d_tokens: torch.Tensor, keep: torch.Tensor, *, pe
     return total.view(images, p.N, p.D)
 
 
-def _each_or_sum(p: PatchProblem, g: torch.Tensor, out: torch.Tensor) -> None:
+def each_or_sum(p: PatchProblem, g: torch.Tensor, out: torch.Tensor) -> None:
     """out [1|b, rows, D] takes each image's rows of g [b, rows, D], or their sum where there is one table for all."""
     out.copy_(g if out.shape[0] == g.shape[0] else g.sum(0, keepdim=True, dtype=sum_dtype(p)))
 

@@ -47,9 +47,8 @@ def backward(
     keep = None if keep is None else keep.contiguous()
     if d_images is not None:
         _images(p, grad, weight, keep, d_images)
-    if d_prefix is not None and d_prefix.shape[0] > 1:
-        d_prefix.copy_(grad[:, : p.T])
-    if d_prefix is not None and (d_prefix.shape[0] > 1 or p.T == 0):
+    if d_prefix is not None and (p.T == 0 or d_prefix.shape[0] > 1):
+        gradients.each_or_sum(p, grad[:, : p.T], d_prefix)
         d_prefix = None
     if d_pos is not None and p.pos_per_image:
         gradients.position(p, *gradients.masked(p, grad, keep), d_pos)
