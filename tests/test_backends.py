@@ -44,7 +44,8 @@ def test_triton_takes_nearly_everything(device):
     pytest.importorskip("triton")
     declined = {}
     for case in verify.cases(0, 120):
-        if reasons := vk.explain(**case.tensors(device))["triton"]:
+        reasons = vk.explain(**case.tensors(device))["triton"]
+        if reasons and "in fp64" not in reasons[0]:  # which Triton 3.6 can't, and a quarter of the problems are
             declined[str(case)] = reasons
     assert len(declined) <= 6, declined
 

@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("triton")
 # Of what `inspect` has, the part that a test has time for: fp16 is as bf16, and P = 32 as 16.
-DTYPES = ("bf16", "uint8->bf16", "fp32", "tf32")
+DTYPES = ("bf16", "uint8->bf16", "fp32", "tf32", "autocast")
 CHOSEN = ("--patch", "14,16", "--dtype", ",".join(DTYPES))
 ROADS = ("weight", "sums", "kept", "finish", "images")
 KEYS = {

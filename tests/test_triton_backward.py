@@ -1,6 +1,7 @@
 """The Triton backward by kernel and tile, in the interpreter where there is no GPU; its plans by arithmetic."""
 
 import importlib
+from dataclasses import replace
 
 import pytest
 import torch
@@ -73,6 +74,8 @@ CASES = {
     "overlap, padding": dict(P=7, stride=4, padding=2, H=30, W=27, D=16, pos="N"),
     "patches apart": dict(H=40, W=72, P=8, stride=11, D=16),
     "position per image": dict(pos="B"),
+    "one patch, strides past the image": dict(H=16, W=16, stride=500, D=16),
+    "strides past the padded image": dict(H=20, W=18, padding=9, stride=700, D=16),
     "pixels left over": dict(H=57, W=83, D=16),
     "13 channels, fp32": dict(B=1, C=13, P=8, D=16, pixels=F32, weights=F32),
     "fp16 to fp32": dict(weights=torch.float16, out_dtype=F32),
@@ -183,7 +186,8 @@ def test_gradients_of_the_tokens_in_any_strides(kind, name, device):
         assert torch.equal(ours, dense)
 
 
-def test_an_index_out_of_range_has_no_gradient(monkeypatch, device):
+@pytest.mark.parametrize("lost", [1.0, float("nan")])
+def test_an_index_out_of_range_has_no_gradient(lost, monkeypatch, device):
     from vitkernels import ops
 
     monkeypatch.setattr(ops, "check_keep", lambda *_: None)
@@ -197,11 +201,10 @@ def test_an_index_out_of_range_has_no_gradient(monkeypatch, device):
         leaves = [c[n].detach().requires_grad_() for n in verify.LEARNT]
         tokens = vk.patch_embed(**{**c, **dict(zip(verify.LEARNT, leaves, strict=True))}, backend="triton")
         grad = torch.randn(tokens.shape, generator=torch.Generator().manual_seed(1)).to(tokens)
-        if c is real:
-            grad[0, 3] = grad[1, 2] = grad[2, 4] = 0
+        grad[0, 3] = grad[1, 2] = grad[2, 4] = 0 if c is real else lost  # the token of an index that is none is NaN
         found.append(torch.autograd.grad(tokens, leaves, grad))
-    for lost, zero in zip(*found, strict=True):
-        torch.testing.assert_close(lost, zero)
+    for ours, zero in zip(*found, strict=True):
+        torch.testing.assert_close(ours, zero)
 
 
 def unchecked(p, keep):
@@ -232,7 +235,7 @@ HEADLINE = {
 @pytest.mark.parametrize("name", HEADLINE)
 @pytest.mark.parametrize("keep", [False, True])
 def test_memory_and_occupation(name, keep):
-    """The parts stay below 32 MB whatever the batch; from 64 images on every multiprocessor has a part of dW."""
+    """The parts of these stay below 32 MB whatever the batch; from 64 images on all multiprocessors work on dW."""
     patch, D = HEADLINE[name]
     for B in (1, 8, 64, 256, 1024):
         p = compiled.problem(patch, "bf16", B=B, D=D, keep=keep)
@@ -276,6 +279,20 @@ def test_gradients_past_2_31_elements(device, tmp_path):
         found.append(torch.autograd.grad(tokens, leaves, grad))
     for a, b in zip(*found, strict=True):
         assert torch.equal(a, b)
+
+
+def test_rows_near_2_31_are_declined():
+    """What a kernel counts past the last row would not fit: 11 parts of dW end past 2³¹."""
+    p = replace(compiled.problem(16, "bf16"), B=2**31 - 300, H=16, W=16, T=0, pos_rows=0)
+    assert any("32 bits" in reason for reason in triton.why_not(p))
+
+
+def test_triton_before_3_7_declines_what_it_cannot_multiply(monkeypatch):
+    monkeypatch.setattr(triton, "_triton_version", lambda: (3, 6))
+    monkeypatch.setattr(triton, "interpreted", lambda: False)
+    p = replace(compiled.problem(16, "fp32"), compute_dtype=F64, out_dtype=F64)
+    assert any("fp64 what it loads as torch.float32" in reason for reason in triton.why_not(p))
+    assert not any("fp64" in reason for reason in triton.why_not(replace(p, image_dtype=F64)))
 
 
 def test_problems_are_planned_once(device):

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import torch
 from torch._functorch.utils import enable_single_level_autograd_function
@@ -150,7 +151,8 @@ def _change(tensors, arguments, d) -> torch.Tensor | None:
     images, *learnt, keep = tensors
     d_images, *d_learnt = d
     by_learnt = by_images = None
-    with torch.autocast(images.device.type, enabled=False):  # as in the backward
+    autocast = nullcontext() if images.is_meta else torch.autocast(images.device.type, enabled=False)
+    with autocast:  # off, as in the backward
         if any(change is not None for change in d_learnt):
             zeros = (t if t is None else torch.zeros_like(t) for t in learnt)
             d_learnt = [zero if change is None else change for change, zero in zip(d_learnt, zeros, strict=True)]

@@ -182,7 +182,8 @@ def _form(ours: torch.Tensor, theirs: torch.Tensor, learnt: torch.Tensor | None)
     if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
         return f"{list(ours.shape)} {ours.dtype} instead of {list(theirs.shape)} {theirs.dtype}"
     wanted = theirs.new_empty(theirs.shape) if learnt is None else torch.empty_like(learnt)
-    return "" if ours.stride() == wanted.stride() else f"{list(ours.shape)} with strides {ours.stride()}"
+    what = "not contiguous" if learnt is None else "not laid out as what it is the gradient of"
+    return "" if ours.stride() == wanted.stride() else f"{what}: {list(ours.shape)} with strides {ours.stride()}"
 
 
 class _fp32_is_fp32:

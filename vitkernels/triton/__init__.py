@@ -14,10 +14,12 @@ from ..problem import PatchProblem
 from ..tuning import Config, Gpu
 from .backward import backward as backward
 from .backward import forget as forget_gradients
+from .backward_plan import cells_of
 from .launching import bound, centred, gpu_of, interpreted, packed, tf32
 from .plan import Plan, make_plan, no_descriptor, product_of
 
 INT32 = 2**31
+SLACK = 1 << 17  # rows that a kernel may count past the end, of its last tile or of its last part
 
 
 def how(p: PatchProblem) -> str:
@@ -36,6 +38,12 @@ def _missing() -> str:
     return ""
 
 
+def _triton_version() -> tuple[int, ...]:
+    import triton
+
+    return _version(triton)
+
+
 def _version(module: ModuleType) -> tuple[int, ...]:
     return tuple(int(n) for n in module.__version__.split(".")[:2])
 
@@ -51,9 +59,13 @@ def why_not(p: PatchProblem) -> list[str]:
             reasons.append(f"{name} is sm_{major}{minor}; the kernels need sm_80 or later")
     elif not (p.device.type == "cpu" and interpreted()):
         reasons.append(f"images are on {p.device}; Triton needs a CUDA device (or its interpreter, TRITON_INTERPRET=1)")
-    for name, rows in (("N", p.N), ("B·N", p.B * p.rows), ("B·T", p.B * p.T)):
-        if rows + 256 >= INT32:  # the kernel counts the rows of its last tile past the end
+    for name, rows in (("N", p.N), ("B·N", p.B * p.rows), ("B·T", p.B * p.T), ("B·cells", p.B * cells_of(p))):
+        if rows + SLACK >= INT32:
             reasons.append(f"{name} = {rows} rows do not fit 32 bits ({INT32})")
+    loaded = [d for d in (p.image_dtype, p.out_dtype) if d != torch.float64]
+    if p.compute_dtype == torch.float64 and loaded and not interpreted() and _triton_version() < (3, 7):
+        # "Currently fp64 don't support largeK MMA": the forward's pixels, the backward's dY
+        reasons.append(f"Triton before 3.7 can't multiply in fp64 what it loads as {loaded[0]}")
     return reasons
 
 

@@ -140,7 +140,8 @@ def kept_kernel(
 ):  # fmt: skip
     """Σ of dY over the kept patches that are patch n, BM of them × BN channels, over the `chunk` images of a split.
 
-    A scatter without atomics: dY times the matrix that is 1 where row m keeps patch n, and 0 elsewhere.
+    A scatter without atomics: dY times the matrix that is 1 where row m keeps patch n, and 0 elsewhere. (So what is not
+    finite in one row comes to all.)
     """
     pid = tl.program_id(0)
     tiles_d = tl.cdiv(D, BN)
@@ -155,7 +156,8 @@ def kept_kernel(
     for m0 in tl.range(split * chunk * rows, stop, BK):
         m = m0 + tl.arange(0, BK)
         real = m < stop
-        kept = tl.load(keep + m, mask=real, other=-1).to(tl.int64)
+        kept = tl.load(keep + m, mask=real, other=0).to(tl.int64)
+        real = real & (kept >= 0) & (kept < N)  # the token of an index that is none is NaN, and its dY may be
         at = (m // rows).to(tl.int64) * grad_b + (T + m % rows).to(tl.int64) * grad_n
         dy = tl.load(grad_column[None, :] + at[:, None], mask=real[:, None] & (d < D)[None, :], other=0)
         chosen = tl.where(kept[None, :] == n[:, None], 1.0, 0.0).to(COMPUTE)
@@ -228,9 +230,11 @@ def finish_kernel(
                 d_prefix + at, rounded(total, d_prefix.dtype.element_ty, INTERPRETED), mask=real & (r < prefix_stop)
             )
     elif BIAS:
-        e = (pid - weight_programs - table_programs).to(tl.int64) * BE + tl.arange(0, BE)
-        total = _added(bias_parts, D, e, e < D, bias_splits, SUM, BS, BE)
-        tl.store(d_bias + e * bias_d, rounded(total, d_bias.dtype.element_ty, INTERPRETED), mask=e < D)
+        # Many parts of few channels. Other names than above: a variable has one type in both arms of a branch.
+        FEW: tl.constexpr = BE // 16
+        channel = (pid - weight_programs - table_programs).to(tl.int64) * FEW + tl.arange(0, FEW)
+        sums = _added(bias_parts, D, channel, channel < D, bias_splits, SUM, BS * 16, FEW)
+        tl.store(d_bias + channel * bias_d, rounded(sums, d_bias.dtype.element_ty, INTERPRETED), mask=channel < D)
 
 
 @triton.jit

@@ -15,14 +15,12 @@ from ..problem import PatchProblem
 from ..tuning import Config, Gpu
 from .plan import Order, by_axis, product_of, scaling, vector_of, view_of
 
-WEIGHT_BYTES = (
-    20 << 20
-)  # of the parts of dW, at most, and of those of the sums: what a call needs besides its gradients
+# What a call needs beside its gradients: several parts of dW, or of the table, have at most so many bytes together.
+WEIGHT_BYTES = 20 << 20
 TABLE_BYTES = 8 << 20
 
-
 FINISH = Config(0, 0, 512, 4, 1)  # BK elements of a table in one program of finish_kernel
-KEPT = Config(64, 64, 32, 8, 3)  # BM patches × BN channels, BK kept patches at a step
+KEPT = Config(64, 64, 16, 8, 3)  # BM patches × BN channels, BK kept patches at a step
 SUMS = Config(0, 0, 16, 4, 1)  # of reduce_kernel, where there is no product in it
 
 
@@ -70,10 +68,10 @@ class Sums(NamedTuple):
     BD: int
 
 
-def weight_tiles(p: PatchProblem, gpu: Gpu, product: str) -> tuple[Config, ...]:
+def weight_tiles(p: PatchProblem, gpu: Gpu, grad_dtype: torch.dtype, product: str) -> tuple[Config, ...]:
     v, kind = view_of(p), product
-    if product == "half" and p.n_keep is not None:
-        kind = "kept"
+    if product == "half" and (p.n_keep is not None or grad_dtype.itemsize > 2):
+        kind = "crowded"
     elif product == "half" and gcd(vector_of(p, v)[0], v.P[2], v.S[2]) * p.image_dtype.itemsize < 16:
         kind = "narrow"
     return tuning.rows(gpu.arch, "weight", kind) or tuning.rows(gpu.arch, "weight", product)
@@ -87,7 +85,9 @@ def splits_of(p: PatchProblem, c: Config, gpu: Gpu) -> tuple[float, int]:
     """
     tiles = -(-p.D // c.BM) * -(-p.K // c.BN)
     steps = -(-p.B * p.rows // c.BK)
-    most = max(1, min(steps, WEIGHT_BYTES // (p.D * p.K * 4), 4 * gpu.multiprocessors // tiles))
+    most = max(
+        1, min(steps, WEIGHT_BYTES // (p.D * p.K * patches.sum_dtype(p).itemsize), 4 * gpu.multiprocessors // tiles)
+    )
 
     def cost(splits: int) -> float:
         waves = -(-tiles * splits // gpu.multiprocessors)
@@ -121,7 +121,7 @@ def reduction(
     c, splits, chunk = choice or SUMS, 0, 0
     if wanted.weight:
         sizes = max(grad_dtype.itemsize, p.compute_dtype.itemsize), p.image_dtype.itemsize
-        tiles = (choice,) if choice else weight_tiles(p, gpu, product)
+        tiles = (choice,) if choice else weight_tiles(p, gpu, grad_dtype, product)
         c = min((tuning.staged(c, gpu, *sizes) for c in tiles), key=lambda c: splits_of(p, c, gpu))
         chunk = -(-p.B * p.rows // (splits_of(p, c, gpu)[1] * c.BK)) * c.BK
         splits = -(-p.B * p.rows // chunk)
@@ -167,7 +167,7 @@ def reduction(
     table_blocks = -(-sums.rows * p.D // FINISH.BK)
     finish = Launch(
         "finish_kernel", FINISH,
-        grid=weight_blocks + table_blocks + (-(-p.D // FINISH.BK) if wanted.bias else 0),
+        grid=weight_blocks + table_blocks + (-(-p.D // (FINISH.BK // 16)) if wanted.bias else 0),
         scalars={
             "D": p.D, "weight_splits": splits, "sums_splits": sums.splits, "bias_splits": sums.splits * sums.blocks,
             "weight_size": p.D * p.K, "table_size": sums.rows * p.D,
@@ -187,6 +187,12 @@ def reduction(
     return Reduction(reduce, kept, finish, parts, Order(v.channels_last, None), padded_K)
 
 
+def cells_of(p: PatchProblem) -> int:
+    """Cells of one image, as images_kernel counts them; 0 where pixels are bytes, which have no gradient."""
+    sides = zip((p.F, p.H, p.W), p.pad, p.S, strict=True)
+    return prod(-(-(n + pad) // S) for n, pad, S in sides) if p.image_dtype.is_floating_point else 0
+
+
 def image_launch(
     p: PatchProblem, strides: tuple[int, ...], gpu: Gpu, grad_dtype: torch.dtype, tf32: bool,
     interpreted: bool = False, choice: Config | None = None,
@@ -194,6 +200,9 @@ def image_launch(
     """The launch that gives the images' gradient, in these strides; and the order in which it reads the weight."""
     product, v = product_of(p, tf32), view_of(p, strides)
     vec, (b, ch, f, h, w) = vector_of(p, v)
+    # A stride past the image is as good as one that ends with it.
+    t, y, x = (min(S, max(P, n + pad)) for S, P, n, pad in zip(v.S, v.P, (p.F, p.H, v.W), v.pad, strict=True))
+    v = v._replace(S=(t, y, x))
     cells = [-(-(n + pad) // S) for n, pad, S in zip((p.F, p.H, v.W), v.pad, v.S, strict=True)]
     overlap = [-(-P // S) for P, S in zip(v.P, v.S, strict=True)]
     M, columns = p.B * prod(cells), v.C * prod(v.S)

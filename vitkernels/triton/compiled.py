@@ -34,6 +34,7 @@ DTYPES = {  # name -> pixels, weights, TF32 asked for
     "uint8->bf16": (torch.uint8, torch.bfloat16, False),
     "fp32": (torch.float32, torch.float32, False),
     "tf32": (torch.float32, torch.float32, True),
+    "autocast": (torch.float32, torch.float32, False),  # to bf16; the tokens are added up in fp32, as models do
 }
 NAMES = {
     torch.uint8: "u8", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64",
@@ -46,6 +47,7 @@ BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 def problem(patch: int, dtype: str, *, B: int = 256, D: int = 768, keep: bool = False) -> PatchProblem:
     """A ViT of 224×224 pixels with a class token, position table and, for uint8 pixels, a normalisation."""
     pixels, weights, _ = DTYPES[dtype]
+    compute = torch.bfloat16 if dtype == "autocast" else weights
     side = 224 // patch
     cpu = torch.device("cpu")  # only the plan looks at it, and it asks the GPU's figures instead
 
@@ -57,7 +59,7 @@ def problem(patch: int, dtype: str, *, B: int = 256, D: int = 768, keep: bool = 
         meta(pixels, B, 3, 224, 224), meta(weights, D, 3, patch, patch), meta(weights, D),
         meta(weights, 1 + side * side, D), meta(weights, 1, D),
         meta(torch.int64, B, side * side // 4) if keep else None,
-        Arguments((patch, patch), (0, 0), mean, std, 1 / 255 if pixels == torch.uint8 else 1.0, weights, weights),
+        Arguments((patch, patch), (0, 0), mean, std, 1 / 255 if pixels == torch.uint8 else 1.0, compute, weights),
     )  # fmt: skip
 
 
@@ -79,7 +81,7 @@ def _roads(p: PatchProblem, gpu: Gpu, tf32: bool) -> Iterator[tuple[str, Config,
     kind = product_of(p, tf32)
     road = "gather" if no_descriptor(p, gpu, kind, True) else "descriptor"
     yield road, tuning.default(p, road, kind, gpu), [tuning.fitted(p, c, gpu) for c in rows(gpu.arch, road, kind)]
-    tiles = {"weight": weight_tiles(p, gpu, kind), "sums": (), "kept" if p.n_keep else "finish": ()}
+    tiles = {"weight": weight_tiles(p, gpu, p.out_dtype, kind), "sums": (), "kept" if p.n_keep else "finish": ()}
     if p.image_dtype.is_floating_point and p.n_keep is None:
         tiles["images"] = rows(gpu.arch, "images", kind)
     for road, configs in tiles.items():
