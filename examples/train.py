@@ -121,6 +121,8 @@ def options(argv: list[str] | None) -> Namespace:
         args.lr = recipe["lr"] * (args.batch or recipe["batch"]) / recipe["batch"]
     if args.model is not None and args.model_args is None:
         args.model_args = {}
+    if args.warmup is None and args.epochs is not None:
+        args.warmup = min(recipe["warmup"], args.epochs // 10)
     vars(args).update((name, value) for name, value in recipe.items() if getattr(args, name) is None)
     if args.device is None:
         args.device = "cuda" if torch.cuda.is_available() else "cpu"

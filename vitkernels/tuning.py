@@ -65,7 +65,7 @@ TABLE: dict[tuple[int, str, str], tuple[Config, ...]] = {
     # BK channels at a step ("images").
     (80, "weight", "half"): (Config(128, 128, 32, 8, 3), Config(64, 64, 64, 8, 3, 0.6)),
     # Beside a keep list, or a wider dY that is rounded on its way (autocast, where tokens stay fp32).
-    (80, "weight", "crowded"): (Config(64, 128, 32, 8, 3), Config(64, 64, 32, 4, 3, 0.8)),
+    (80, "weight", "crowded"): (Config(128, 64, 16, 8, 3), Config(64, 64, 32, 4, 3, 0.8)),
     (80, "weight", "tf32"): (Config(128, 64, 16, 8, 3), Config(64, 64, 16, 8, 3, 0.8)),
     (80, "weight", "fp32"): (Config(64, 64, 16, 8, 3), Config(32, 32, 16, 4, 3, 0.6)),
     (80, "weight", "fp64"): (Config(64, 64, 16, 4, 3), Config(32, 32, 16, 4, 3, 0.8)),
@@ -82,6 +82,7 @@ TABLE: dict[tuple[int, str, str], tuple[Config, ...]] = {
     (90, "weight", "tf32"): (Config(128, 128, 32, 8, 3), Config(64, 64, 32, 4, 3, 0.6)),
     (90, "images", "half"): (Config(128, 128, 32, 8, 4), Config(64, 64, 64, 4, 3, 0.5)),
     (90, "images", "tf32"): (Config(128, 128, 32, 8, 3), Config(64, 64, 32, 8, 3, 0.6)),
+    (100, "weight", "crowded"): (Config(64, 64, 64, 8, 4),),
     (100, "weight", "half"): (Config(128, 128, 64, 8, 4), Config(64, 64, 64, 4, 4, 0.5)),
 }  # fmt: skip
 

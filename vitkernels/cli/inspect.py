@@ -100,7 +100,8 @@ def show(result: dict[str, Any]) -> None:
     table = Table("tile", "default", *(c.replace("_", " ") for c in columns), "")
     for row in result["kernels"]:
         c = row["config"]
-        tile = f"{c['BM']}x{c['BN']}x{c['BK']} {c['warps']}w {c['stages']}s"
+        tile = f"{c['BM']}x{c['BN']}x{c['BK']} " * (c["BM"] > 0) + f"{c['warps']}w {c['stages']}s"
         table.add_row(tile, "yes" if row["default"] else "", *(str(row[n]) for n in columns), "; ".join(_faults(row)))
-    Console().print(table)
+    console = Console()
+    (console if console.is_terminal else Console(width=150)).print(table)  # a file has room for what a row holds
     print("every default configuration is sound" if result["ok"] else "a default configuration is not sound")

@@ -102,7 +102,7 @@ def sums_of(p: PatchProblem, gpu: Gpu, grad_dtype: torch.dtype, wanted: Wanted, 
     last = p.T + p.rows if wanted.bias or (wanted.pos and not kept) else p.T
     rows = (p.T + p.N if wanted.pos else p.T) - first
     size = patches.sum_dtype(p).itemsize
-    BI, BR, BD = 16 // grad_dtype.itemsize, warps, 256 if p.D > 128 else 128
+    BI, BR, BD = 16 // grad_dtype.itemsize, warps, (512 if p.D > 128 else 256) // grad_dtype.itemsize
     blocks = -(-(last - first) // BR)
     tiles = blocks * -(-p.D // BD)
     kept_tiles = -(-p.N // KEPT.BM) * -(-p.D // KEPT.BN) if wanted.pos and kept else 0

@@ -66,14 +66,15 @@ def problem(patch: int, dtype: str, *, B: int = 256, D: int = 768, keep: bool = 
 def shipped(arch: int, patch: int, dtype: str) -> list[tuple[PatchProblem, str, Config, bool]]:
     """Every (problem, road, tile, default) of the tables for this patch and dtype on this architecture."""
     gpu, tf32 = tuning.NOMINAL[arch], DTYPES[dtype][2]
-    found: dict[tuple[str, Config], tuple[PatchProblem, bool]] = {}
+    found: dict[tuple[str, Config, bool], tuple[PatchProblem, bool]] = {}
     for keep, D, B in product((False, True), WIDTHS, BATCHES):
         p = problem(patch, dtype, B=B, D=D, keep=keep)
         for road, picked, others in _roads(p, gpu, tf32):
-            found[road, picked] = p, True
+            apart = keep and road in ("weight", "sums")  # there it is a kernel of its own
+            found[road, picked, apart] = p, True
             for c in others:
-                found.setdefault((road, c), (p, False))
-    return [(p, road, c, default) for (road, c), (p, default) in found.items()]
+                found.setdefault((road, c, apart), (p, False))
+    return [(p, road, c, default) for (road, c, _), (p, default) in found.items()]
 
 
 def _roads(p: PatchProblem, gpu: Gpu, tf32: bool) -> Iterator[tuple[str, Config, list[Config]]]:
