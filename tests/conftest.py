@@ -1,4 +1,4 @@
-"""The device of this machine, and memory that shows what nobody wrote."""
+"""The device of this machine, its CUDA kernels or their emulation, and memory that shows what nobody wrote."""
 
 import os
 
@@ -12,6 +12,39 @@ if not torch.cuda.is_available():
 @pytest.fixture(scope="session")
 def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(scope="session")
+def host_extension():
+    """The extension's very source, compiled for the CPU: tests/host/."""
+    from host import build
+
+    try:
+        return build.load()
+    except build.NoCompiler as error:
+        pytest.skip(f"csrc/ can't be emulated: {error}")
+
+
+@pytest.fixture
+def on_cuda_kernels(request, device, monkeypatch):
+    """Makes backend "cuda" run here, on a GPU or emulated; call it with the architecture to emulate."""
+    from vitkernels import cuda, dispatch, extension, tuning
+
+    def forget():
+        for cached in (cuda._gpu, cuda._plan, cuda._problem, dispatch.choose):
+            cached.cache_clear()
+
+    def use(arch: int = 90) -> None:
+        if device == "cuda":
+            return
+        module = request.getfixturevalue("host_extension")
+        monkeypatch.setattr(extension, "load", lambda: module)
+        monkeypatch.setattr(extension, "missing", lambda: "")
+        monkeypatch.setattr(cuda, "gpu_of", lambda device: tuning.NOMINAL[arch])
+        forget()
+
+    yield use
+    forget()
 
 
 def poison(tensor: torch.Tensor) -> torch.Tensor:

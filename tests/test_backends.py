@@ -9,13 +9,15 @@ import vitkernels as vk
 from vitkernels import dispatch, verify
 
 BACKENDS = tuple(dispatch.MODULES)
-# Triton compiles each of its problems on a GPU, and its interpreter takes 0.2 s for one. CUDA C++ declines all, so far.
-SEEDS = {"reference": range(400), "triton": range(120), "cuda": range(1)}
+# Triton compiles each of its problems on a GPU, and its interpreter takes 0.2 s for one.
+SEEDS = {"reference": range(400), "triton": range(120), "cuda": range(300)}
 pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 @pytest.fixture(params=BACKENDS)
-def backend(request):
+def backend(request, on_cuda_kernels):
+    if request.param == "cuda":
+        on_cuda_kernels()
     return request.param
 
 
@@ -28,7 +30,7 @@ def normal(*shape, device="cpu", dtype=torch.float32, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
 
 
-@pytest.mark.parametrize(("backend", "seed"), [(b, s) for b in BACKENDS for s in SEEDS[b]])
+@pytest.mark.parametrize(("backend", "seed"), [(b, s) for b in BACKENDS for s in SEEDS[b]], indirect=["backend"])
 def test_random_problem(backend, seed, device):
     arguments = verify.case(seed).tensors(device)
     skip_where_declined(backend, arguments)
@@ -48,6 +50,12 @@ def test_triton_takes_nearly_everything(device):
         if reasons and "in fp64" not in reasons[0]:  # which Triton 3.6 can't, and a quarter of the problems are
             declined[str(case)] = reasons
     assert len(declined) <= 6, declined
+
+
+@pytest.mark.parametrize("seed", range(120))
+def test_cuda_takes_everything(device, on_cuda_kernels, seed):
+    on_cuda_kernels()
+    assert vk.explain(**verify.case(seed).tensors(device))["cuda"] == []
 
 
 @pytest.mark.parametrize("seed", range(2000, 2020))

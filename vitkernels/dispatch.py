@@ -13,7 +13,8 @@ from .problem import PatchProblem
 # Every backend is a module with `why_not(problem) -> reasons`, `how(problem) -> what would happen, for people`,
 # `forward(problem, *tensors) -> tokens`, and `backward(problem, grad, *tensors, grads)`, which writes the gradients.
 MODULES = {"triton": ".triton", "cuda": ".cuda", "reference": ".reference"}
-# What `auto` tries, first to last. Triton's interpreter, on a CPU, runs only when it is named.
+# What `auto` tries, first to last. Triton's interpreter, on a CPU, runs only when it is named. `cuda` joins once a file
+# of benchmarks/results shows it right, and fast, on the GPU's architecture: so far it has not been run on one.
 AUTO = {"cuda": ("triton", "reference")}
 
 

@@ -177,6 +177,7 @@ def tune(
         NotImplementedError: Triton can't take the problem on this machine; the message has the reasons.
     """
     from . import dispatch, triton
+    from .device import gpu_of
     from .functional import explain
 
     p = explain(**call).problem
@@ -185,7 +186,7 @@ def tune(
         raise NotImplementedError(f"tuning times kernels on a GPU; images are on {p.device}")
     from triton.testing import do_bench
 
-    gpu = triton.gpu_of(p.device)
+    gpu = gpu_of(p.device)
     names = ("images", "weight", "bias", "pos_embed", "prefix", "keep")
     tensors = dispatch.canonical(*(call.get(name) for name in names))
     aligned = call["images"].data_ptr() % 16 == 0

@@ -10,12 +10,13 @@ import numpy
 import torch
 
 from .. import tuning
+from ..device import gpu_of, tf32
 from ..problem import PatchProblem
 from ..tuning import Config, Gpu
 from .backward import backward as backward
 from .backward import forget as forget_gradients
 from .backward_plan import cells_of
-from .launching import bound, centred, gpu_of, interpreted, packed, tf32
+from .launching import bound, centred, interpreted, packed
 from .plan import Plan, make_plan, no_descriptor, product_of
 
 INT32 = 2**31

@@ -7,9 +7,10 @@ from functools import lru_cache, partial
 import torch
 
 from .. import gradients, patches
+from ..device import gpu_of, tf32
 from ..problem import PatchProblem
 from .backward_plan import Launch, Reduction, Wanted, image_launch, reduction
-from .launching import bound, centred, gpu_of, interpreted, packed, tf32
+from .launching import bound, centred, interpreted, packed
 from .plan import Order
 
 

@@ -8,28 +8,15 @@ from functools import lru_cache, partial
 import torch
 import torch.nn.functional as F
 
-from .. import patches, tuning
+from .. import patches
 from ..problem import PatchProblem
-from ..tuning import Config, Gpu
+from ..tuning import Config
 from .plan import Order
 
 
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter, as they were decorated, or would be."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
-
-
-def tf32() -> bool:
-    return torch.backends.cuda.matmul.fp32_precision == "tf32"
-
-
-@lru_cache(maxsize=64)
-def gpu_of(device: torch.device) -> Gpu:
-    if device.type == "cpu":
-        return tuning.NOMINAL[90]._replace(name="interpreter")
-    properties = torch.cuda.get_device_properties(device)
-    arch = properties.major * 10 + properties.minor
-    return Gpu(properties.name, arch, properties.multi_processor_count, properties.shared_memory_per_block_optin)
 
 
 def kernel_of(name: str):

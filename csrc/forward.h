@@ -1,0 +1,36 @@
+// The forward's arguments, as every road takes them.
+#pragma once
+
+#include "plan.h"
+#include "walk.h"
+
+namespace vk {
+
+struct ForwardArguments {
+    Walk walk;
+    const void* images;       // [B, C, F, H, W], read by walk
+    Dtype image;
+    const void* weight;       // [D, weight_row] in the walk's order, of the operands' type; from K on zeros or not read
+    int64_t weight_row;
+    int weight_chunk;         // bytes of one copy; they divide K and the rows
+    const void* centred;      // [2, C] of the sum's type: m and a of y = (x − m)·a; null: pixels as they are
+    int C;
+    double scale;             // of the sum
+    Tensor bias, pos, prefix, keep, out;  // [D], [1|B, N|T+N, D], [1|B, T, D], [B, rows], [B, T+rows, D]
+    int64_t B, D, T, N, rows, M, pos_first;  // M = B·rows; pos_first: the table's row of patch 0
+    Divisor by_rows;
+
+    // Of the plan (plan.h)
+    Divisor by_tiles_n, by_weight_chunks;
+    int64_t tiles;            // of the product; what comes after them writes prefix tokens
+    int step_k, steps, stages, chunk, a_bytes, b_pitch, stage_bytes, table_bytes;
+    int stage_rows, slot_bytes, segment_bytes, segments;
+    Divisor by_segment_chunks;
+};
+
+struct ForwardTensors {       // data is null where a tensor is absent
+    Tensor images, weight, bias, pos, prefix, keep, centred, out;
+    void* scratch;            // of Forward::scratch_bytes, aligned to 256 bytes
+};
+
+}  // namespace vk

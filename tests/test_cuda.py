@@ -1,0 +1,166 @@
+"""The CUDA C++ backend: every road of the forward with every tile on random problems, and what it says of itself.
+
+Without a GPU the kernels' own source runs on the CPU (tests/host): threads of a block in random order, copies that
+land as late as they may, poisoned shared memory.
+"""
+
+import random
+
+import pytest
+import torch
+
+import vitkernels as vk
+from vitkernels import cuda, extension, verify
+from vitkernels.dispatch import canonical
+from vitkernels.triton.compiled import problem
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+HALF, BF16, F32, U8 = torch.float16, torch.bfloat16, torch.float32, torch.uint8
+NAMES = ("images", "weight", "bias", "pos_embed", "prefix", "keep")
+
+
+def drawn(seed: int) -> dict:
+    """A random problem of the kind that the fast roads are for: patches of 16, 14, …, pixels side by side in memory."""
+    rng = random.Random(seed)
+    one = rng.choice
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator)
+
+    T = F32 if rng.random() < 0.1 else one((BF16, HALF))
+    pixels = one((U8, T, F32))
+    P, C = one((16, 16, 14, 14, 32, 8, 12, 10)), one((3, 3, 1, 4))
+    B, D = rng.randint(1, 6), one((8, 24, 64, 72, 130, 200, 256, 264))
+    H = rng.randint(1, 5) * P + one((0, 0, 1, 5))
+    W = rng.randint(1, 6) * P + one((0, 0, 0, 2, 6) if rng.random() < 0.4 else (0,))
+    images = torch.rand(B, C, H, W, generator=generator)
+    images = (images * 255).byte() if pixels == U8 else images.to(pixels)
+    layout = one(("contiguous", "contiguous", "channels-last", "cut out"))
+    if layout == "channels-last":
+        images = images.contiguous(memory_format=torch.channels_last)
+    elif layout == "cut out":
+        around = torch.full((B, C, H + 2, W + 16), 255 if pixels == U8 else float("nan"), dtype=pixels)
+        around[:, :, 1:-1, :W] = images
+        images = around[:, :, 1:-1, :W]
+    arguments = {"images": images, "weight": (normal(D, C, P, P) * (C * P * P) ** -0.5).to(T)}
+    if rng.random() < 0.6:
+        arguments["bias"] = normal(D).to(T)
+    if rng.random() < 0.5:
+        arguments["prefix"] = normal(one((1, 2)), D).to(T)
+    if rng.random() < 0.3 and H >= P + 2:
+        arguments["stride"] = one((P, P // 2, P + 2, P - 2))
+    if rng.random() < 0.15:
+        arguments["padding"] = one((2, P // 2))
+    if rng.random() < 0.4:
+        arguments.update(mean=(0.4, 0.5, 0.6, 0.5)[:C], std=(0.2, 0.3, 0.25, 0.2)[:C])
+    N = vk.explain(**arguments).problem.N
+    if rng.random() < 0.5:
+        T_rows = arguments["prefix"].shape[0] if "prefix" in arguments and rng.random() < 0.5 else 0
+        arguments["pos_embed"] = normal(T_rows + N, D).to(T)
+    if rng.random() < 0.15:
+        arguments["keep"] = torch.randint(N, (B, rng.randint(1, N + 1)), generator=generator)
+    if rng.random() < 0.2:
+        arguments["out_dtype"] = one((F32, BF16))
+    return arguments
+
+
+def on(arguments: dict, device: str) -> dict:
+    return {n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in arguments.items()}
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("seed", range(80))
+def test_every_road(on_cuda_kernels, device, arch, seed):
+    on_cuda_kernels(arch)
+    arguments = on(drawn(seed), device)
+    p = vk.explain(**arguments).problem
+    tensors = canonical(*(arguments.get(name) for name in NAMES))
+    exact, eager = verify.oracle(**arguments), verify.eager(**arguments)
+    bound = 2 * verify.error_of(eager, exact) + exact.abs().max().item() * torch.finfo(p.compute_dtype).eps
+    plans = cuda.candidates(p, *tensors[:2])
+    assert plans
+    for how, plan in plans.items():
+        tokens = cuda.forward(p, *tensors, plan=plan)
+        assert verify.error_of(tokens, exact) <= bound, how
+        assert torch.equal(tokens, cuda.forward(p, *tensors, plan=plan)), f"{how}: not twice the same bits"
+
+
+def test_every_road_is_drawn(on_cuda_kernels):
+    """Enough problems of each road with each of its tiles: a plan that takes none must not pass for right."""
+    on_cuda_kernels(90)
+    counts: dict[str, int] = {}
+    for seed in range(80):
+        arguments = drawn(seed)
+        p = vk.explain(**arguments).problem
+        for how in cuda.candidates(p, *canonical(arguments["images"], arguments["weight"], *[None] * 4)[:2]):
+            road = f"{how.split(' (')[0].split(',')[0]}, {how.split(', ')[1]}"
+            counts[road] = counts.get(road, 0) + 1
+    assert len(counts) == 11 and min(counts[r] for r in counts if "multiply-adds" not in r) >= 8, counts
+
+
+COPY, ROWS, PATCHES = "pixels copied asynchronously", "image rows copied whole", "patches cut by the copy engine"
+
+
+@pytest.mark.parametrize(("arch", "patch", "dtype", "batch", "road", "product"), [
+    (90, 16, "bf16", 256, PATCHES, "wgmma in tiles of 128×256"),
+    (90, 16, "uint8->bf16", 256, PATCHES, "wgmma in tiles of 128×256"),
+    (90, 32, "autocast", 256, PATCHES, "wgmma in tiles of 128×256, the weight packed first"),
+    (90, 14, "bf16", 256, ROWS, "wgmma in tiles of 128×256, the weight packed first"),
+    (90, 14, "uint8->bf16", 256, ROWS, "wgmma in tiles of 128×256, the weight packed first"),
+    (90, 16, "bf16", 1, COPY, "mma.sync in tiles of 32×64"),
+    (80, 16, "bf16", 256, COPY, "mma.sync in tiles of 128×128"),
+    (80, 14, "bf16", 256, ROWS, "mma.sync in tiles of 128×128, the weight packed first"),
+    (80, 14, "bf16", 1, ROWS, "mma.sync in tiles of 32×64"),
+    (89, 14, "uint8->bf16", 256, ROWS, "mma.sync in tiles of 128×128, the weight packed first"),
+    (100, 16, "bf16", 256, COPY, "mma.sync in tiles of 128×128"),
+    (90, 16, "tf32", 256, COPY, "mma.sync in tiles of 128×128"),
+    (90, 16, "fp32", 256, COPY, "multiply-adds in tiles of 64×64"),
+])  # fmt: skip
+def test_the_road_taken(on_cuda_kernels, device, monkeypatch, arch, patch, dtype, batch, road, product):
+    if device == "cuda":
+        pytest.skip("a GPU's architecture is its own")
+    on_cuda_kernels(arch)
+    monkeypatch.setattr(cuda, "tf32", lambda: dtype == "tf32")
+    assert cuda.how(problem(patch, dtype, B=batch)) == f"{road} (16 bytes at a time), {product}".replace(
+        PATCHES + " (16 bytes at a time)", PATCHES
+    )
+
+
+def test_reasons_without_the_extension(device, monkeypatch):
+    monkeypatch.setattr(extension, "missing", lambda: "the CUDA C++ extension was not built: no nvcc")
+    arguments = dict(images=torch.zeros(1, 3, 16, 16), weight=torch.zeros(8, 3, 8, 8))
+    assert vk.explain(**arguments)["cuda"] == ["the CUDA C++ extension was not built: no nvcc"]
+    with pytest.raises(NotImplementedError, match="was not built: no nvcc"):
+        vk.patch_embed(**arguments, backend="cuda")
+
+
+def test_reasons_have_numbers(on_cuda_kernels, device):
+    on_cuda_kernels()
+    images = torch.zeros(1, dtype=U8, device=device).expand(2**16, 1, 2**8, 2**8)
+    reasons = vk.explain(images, torch.zeros(8, 1, 1, 1, device=device))["cuda"]
+    assert reasons[0].startswith("B·N = 4294967296 ")
+    assert all("4294967296" in reason for reason in reasons)
+
+
+def test_named_on_a_cpu(monkeypatch):
+    class Extension:
+        device_type = "cuda"
+
+    monkeypatch.setattr(extension, "load", lambda: Extension)
+    monkeypatch.setattr(extension, "missing", lambda: "")
+    with pytest.raises(NotImplementedError, match="images are on cpu; the CUDA C\\+\\+ kernels need a CUDA device"):
+        vk.patch_embed(torch.zeros(1, 3, 16, 16), torch.zeros(8, 3, 8, 8), backend="cuda")
+
+
+@pytest.mark.parametrize(("built", "runs", "runs_not"), [
+    ("8.0", (80, 86, 89), (75, 90, 120)),
+    ("8.6", (86, 89), (80, 90)),
+    ("9.0a", (90,), (80, 100)),
+    ("10.0", (100, 103), (90, 120)),
+    ("8.0+PTX", (80, 89, 90, 100, 120), (75,)),
+])  # fmt: skip
+def test_what_a_build_covers(built, runs, runs_not):
+    assert all(cuda.covers(built, arch) for arch in runs)
+    assert not any(cuda.covers(built, arch) for arch in runs_not)
