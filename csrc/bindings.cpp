@@ -48,13 +48,13 @@ static void* pointer(uintptr_t address) { return reinterpret_cast<void*>(address
 PYBIND11_MODULE(VITKERNELS_MODULE, m) {
     m.attr("device_type") = device_type();
 
-    py::class_<Problem>(m, "Problem").def(py::init(&problem_of));
-    py::class_<Gpu>(m, "Gpu").def(py::init([](int arch, int multiprocessors, int shared_bytes) {
+    py::class_<Problem>(m, "Problem", py::module_local()).def(py::init(&problem_of));
+    py::class_<Gpu>(m, "Gpu", py::module_local()).def(py::init([](int arch, int multiprocessors, int shared_bytes) {
         return Gpu{arch, multiprocessors, shared_bytes};
     }));
     m.def("why_not", &why_not);
 
-    py::class_<Forward>(m, "Forward")
+    py::class_<Forward>(m, "Forward", py::module_local())
         .def_readonly("scratch_bytes", &Forward::scratch_bytes);
     m.def("forward_candidates",
           [](const Problem& p, const Gpu& gpu, const py::object& images, const py::object& weight) {
@@ -72,7 +72,7 @@ PYBIND11_MODULE(VITKERNELS_MODULE, m) {
         run_forward(p, plan, t, pointer(stream));
     });
 
-    py::class_<Backward>(m, "Backward").def_readonly("scratch_bytes", &Backward::scratch_bytes);
+    py::class_<Backward>(m, "Backward", py::module_local()).def_readonly("scratch_bytes", &Backward::scratch_bytes);
     m.def("backward_refused", &backward_refused);
     auto tensors = [](const py::tuple& t, uintptr_t scratch) {
         return BackwardTensors{tensor_of(t[0]), tensor_of(t[1]), tensor_of(t[2]), tensor_of(t[3]), tensor_of(t[4]),

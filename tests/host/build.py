@@ -1,0 +1,141 @@
+"""The C++ of csrc/ as a Python module for a CPU: every kernel on tests/host/emulator.h.
+
+    module = load()                      # all of csrc/
+    module = load(sources_dir=mutated)   # of a copy of csrc/, changed
+
+Objects and modules lie in build/host/, named by a hash of all that they are made of.
+"""
+
+import fcntl
+import functools
+import hashlib
+import importlib.machinery
+import importlib.util
+import os
+import shlex
+import shutil
+import subprocess
+import sysconfig
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+CACHE = ROOT / "build" / "host"
+KEPT_SECONDS = 3 * 24 * 3600  # that a file is kept in the cache without being used
+
+FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden"]
+FLAGS += ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-unused-parameter"]
+EMULATOR = HERE / "emulator.cpp"
+HEADERS = (".h", ".cuh", ".inc")
+
+
+class NoCompiler(RuntimeError):
+    """No C++ compiler, or no pybind11, on this machine."""
+
+
+class BuildError(RuntimeError):
+    """The compiler's own words."""
+
+
+def compiler() -> str:
+    wanted = os.environ.get("CXX", "g++")
+    found = shutil.which(shlex.split(wanted)[0]) if wanted else None
+    if found is None:
+        raise NoCompiler(f"no C++ compiler: {wanted!r} is not on the PATH (CXX names another)")
+    return found
+
+
+def include_flags(directories: list[Path]) -> list[str]:
+    try:
+        import pybind11
+    except ImportError:
+        raise NoCompiler("no pybind11") from None
+    python = sysconfig.get_paths()
+    if not Path(python["include"], "Python.h").exists():
+        raise NoCompiler(f"no Python.h in {python['include']}")
+    system = dict.fromkeys([pybind11.get_include(), python["include"], python["platinclude"]])
+    return [f"-I{d}" for d in directories] + [f"-isystem{d}" for d in system]
+
+
+@functools.cache
+def version_of(program: str) -> str:
+    return subprocess.run([program, "--version"], capture_output=True, text=True, check=True).stdout
+
+
+def key_of(*parts: object) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        data = part.read_bytes() if isinstance(part, Path) else str(part).encode()
+        digest.update(len(data).to_bytes(8, "little") + data)
+    return digest.hexdigest()[:20]
+
+
+def checked(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise BuildError(f"{shlex.join(command)}\n{done.stdout}{done.stderr}"[:20000])
+
+
+def remove_old() -> None:
+    for path in CACHE.iterdir():
+        if path.name != "lock" and time.time() - path.stat().st_mtime > KEPT_SECONDS:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def build(name: str, sources: list[Path], include: list[Path], flags: tuple[str, ...] = ()) -> ModuleType:
+    """The module `name` of these sources, compiled where no earlier call has done so, and imported."""
+    program = compiler()
+    common = [*FLAGS, *flags, f"-DVITKERNELS_MODULE={name}", *include_flags(include)]
+    headers = sorted(h for d in [*include, HERE] for h in d.iterdir() if h.suffix in HEADERS)
+    # Directories don't count, or a copy of csrc/ with one kernel changed would compile all of them again.
+    options = [version_of(program), *(f for f in common if f not in {f"-I{d}" for d in include})]
+    shared = key_of(*options, *(part for h in headers for part in (h.name, h)))
+
+    def compiled(source: Path) -> Path:
+        own = ["-O3"] if source == EMULATOR else []  # it does the arithmetic
+        target = CACHE / f"{source.stem}-{key_of(shared, *own, source)}.o"
+        if target.exists():
+            os.utime(target)
+        else:
+            part = target.with_suffix(".part")
+            checked([program, *common, *own, "-x", "c++", "-c", str(source), "-o", str(part)])
+            part.rename(target)
+        return target
+
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with open(CACHE / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of pytest-xdist's workers one builds; the others find it done
+        remove_old()
+        with ThreadPoolExecutor(2) as pool:
+            objects = list(pool.map(compiled, sources))
+        folder = CACHE / f"{name}-{key_of(name, *(o.name for o in objects))}"
+        target = folder / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
+        if target.exists():
+            os.utime(folder)
+        else:
+            folder.mkdir(exist_ok=True)
+            part = folder / "part"
+            checked([program, "-shared", *map(str, objects), "-o", str(part)])
+            part.rename(target)
+        # The folder is part of the name: pybind11 returns the module it has where it has one of the same name.
+        full_name = f"{folder.name}.{name}"
+        loader = importlib.machinery.ExtensionFileLoader(full_name, str(target))
+        module = importlib.util.module_from_spec(importlib.util.spec_from_loader(full_name, loader))
+        loader.exec_module(module)
+    return module
+
+
+@functools.cache
+def load(sources_dir: Path | str | None = None) -> ModuleType:
+    """The extension of csrc/, or of the folder given, as the module `_host`."""
+    csrc = Path(sources_dir or ROOT / "csrc").resolve()
+    return build("_host", [EMULATOR, csrc / "bindings.cpp", *sorted(csrc.glob("*.cu"))], [csrc, HERE.parent])
+
+
+@functools.cache
+def probe() -> ModuleType:
+    """tests/host/probe.cpp: small kernels that prove the primitives."""
+    return build("_probe", [EMULATOR, HERE / "probe.cpp"], [ROOT / "csrc", HERE.parent])
