@@ -10,7 +10,7 @@ WORKERS ?= auto
 
 BIN := $(VENV)/bin
 
-.PHONY: demo train test lint bench picture clean
+.PHONY: demo train test lint bench extension wheel picture clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.has-demo
@@ -30,7 +30,15 @@ lint: $(VENV)/.has-dev
 bench: $(VENV)/.has-test
 	$(BIN)/vitkernels bench $(ARGS)
 
-$(VENV)/.has-%: pyproject.toml
+# The CUDA C++ extension, beside the sources; needs nvcc, and TORCH_CUDA_ARCH_LIST where no GPU says for which.
+extension: $(VENV)/.has-test
+	VITKERNELS_CUDA=1 $(BIN)/python setup.py build_ext --inplace
+
+# One with the extension, for this Python (docs/wheels.md).
+wheel: $(VENV)/.has-test
+	VITKERNELS_CUDA=1 $(BIN)/python -m build --wheel
+
+$(VENV)/.has-%: pyproject.toml setup.py $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check --editable ".[$*]" $(EXTRA)
 	touch $@
@@ -40,5 +48,5 @@ picture: demo
 	cp demo-output/vitkernels-demo.png docs/demo.png
 
 clean:
-	rm -rf build dist *.egg-info .venv .pytest_cache .ruff_cache .mypy_cache .benchmarks demo-output train-output
+	rm -rf build dist *.egg-info vitkernels/_cuda*.so vitkernels/_cuda_build.json .venv .pytest_cache .ruff_cache .mypy_cache .benchmarks demo-output train-output
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

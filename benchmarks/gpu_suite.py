@@ -18,6 +18,8 @@ import subprocess
 import sys
 import time
 import traceback
+from functools import partial
+from itertools import product
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -30,6 +32,7 @@ STAGES = {
     "smoke": (150, "each backend against fp64"),
     "headline": (240, "the headline shapes: ours, the peers, the ceilings"),
     "training": (240, "ViT-B/16 and L/14, forward and backward, beside torch.compile too"),
+    "roads": (120, "every road and tile of the C++ extension on the headline shapes"),
     "compiled": (240, "the headline shapes beside torch.compile"),
     "tests": (240, "pytest tests/"),
     "tune": (240, "tuning of the headline shapes, which are then timed again"),
@@ -71,8 +74,11 @@ class Output:
 def build(args, out, deadline):
     if not (ROOT / "csrc").is_dir():
         return out.write({"note": "no csrc/: nothing to build"})
-    done = subprocess.run([sys.executable, "setup.py", "build_ext", "--inplace"], cwd=ROOT, check=False)
-    return out.write({"note": f"setup.py build_ext: exit status {done.returncode}"})
+    wanted = {**os.environ, "VITKERNELS_CUDA": "auto" if args.dry_run else "1"}
+    done = subprocess.run([sys.executable, "setup.py", "build_ext", "--inplace"], cwd=ROOT, check=False, env=wanted)
+    out.write({"note": f"setup.py build_ext: exit status {done.returncode}"})
+    command = [sys.executable, "-m", "vitkernels", "inspect", "--extension"]
+    return None if done.returncode or args.dry_run else say(subprocess.run(command, cwd=ROOT, check=False).returncode)
 
 
 def smoke(args, out, deadline):
@@ -113,6 +119,45 @@ def training(args, out, deadline):
     cases = TINY[:1] if args.dry_run else TRAINING
     _time(args, out, deadline, cases, ["both", "backward"], compiled=False, seconds=0.02 if args.dry_run else 0.4)
     _beside_compilers(args, out, deadline, cases, "both")
+
+
+def roads(args, out, deadline):
+    """The guesses that plan.h takes its choice by (`rate_of`, the tiles' `rate`), measured."""
+    import torch
+
+    from vitkernels import cuda, dispatch
+    from vitkernels.bench import problem, settings, short
+
+    for case in _headline(args)[0]:
+        if time.time() > deadline - 5 or not out.once(case.name):
+            continue
+        call = case.call(args.device)
+        p = problem(call)
+        if reasons := dispatch.why_not(p, "cuda"):
+            out.write({"case": case.name, "note": "cuda declines: " + "; ".join(reasons)})
+            continue
+        names = ("images", "weight", "bias", "pos_embed", "prefix", "keep")
+        tensors = dispatch.canonical(*(call.get(name) for name in names))
+        with settings(case), torch.no_grad():
+            chosen = cuda.how(p)
+            for how, plan in cuda.candidates(p, *tensors[:2]).items():
+                try:
+                    ms = _milliseconds(partial(cuda.forward, p, *tensors, plan=plan), args.device)
+                    row = {"case": case.name, "road": how, "chosen": how == chosen, "road_ms": ms}
+                except RuntimeError as error:
+                    row = {"case": case.name, "error": f"{how}: {short(error)}"}
+                say(row)
+                out.write(row)
+
+
+def _milliseconds(step, device: str) -> float:
+    if device == "cpu":
+        begin = time.perf_counter()
+        step()
+        return 1e3 * (time.perf_counter() - begin)
+    from triton.testing import do_bench
+
+    return do_bench(step, warmup=10, rep=60, return_mode="median")
 
 
 def compiled(args, out, deadline):
@@ -190,13 +235,15 @@ def profile(args, out, deadline):
     import torch
     from torch.profiler import ProfilerActivity
 
-    from vitkernels.bench import settings, steps
+    from vitkernels.bench import problem, settings, steps
+    from vitkernels.dispatch import why_not
 
     case = _headline(args)[0][0]
     gpu = args.device != "cpu"
+    ours = ("auto", "cuda") if not why_not(problem(case.call(args.device)), "cuda") else ("auto",)
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * gpu
     with settings(case), torch.no_grad():
-        for impl in ("auto", "timm_eager"):
+        for impl in (*ours, "timm_eager"):
             [(step, _)] = steps(impl, [case.call(args.device)])
             for _ in range(3):
                 step()
@@ -288,21 +335,28 @@ def _tool(args, out, deadline, tool, options, what) -> None:
 
 
 def once(args) -> None:
-    """A few launches for a tool to look at: headline shape number `--once`, or the tiny ones, both directions."""
+    """A few launches of each backend's kernels for a tool to look at: headline shape number `--once`, or the tiny ones,
+    both directions."""
     import torch
     from shapes import TINY
 
-    from vitkernels.bench import steps
+    from vitkernels import dispatch
+    from vitkernels.bench import problem, steps
 
-    cases = TINY if args.once == "tiny" else [_headline(args)[0][int(args.once) % len(_headline(args)[0])]]
-    for case in cases:
-        [(step, leaves)] = steps("auto", [case.call(args.device)], args.once == "tiny")
-        for _ in range(1 if args.once == "tiny" else 20):
+    tiny = args.once == "tiny"
+    cases = TINY if tiny else [_headline(args)[0][int(args.once) % len(_headline(args)[0])]]
+    launches = []
+    for case, backend in product(cases, dispatch.MODULES):
+        call = case.call(args.device)
+        if backend != "reference" and not dispatch.why_not(problem(call), backend):
+            launches += steps(backend, [call], tiny)
+    for _ in range(1 if tiny else 20):
+        for step, leaves in launches:
             tokens = step()
-        if args.once == "tiny":
-            torch.autograd.grad(tokens, leaves, torch.ones_like(tokens))
-        if args.device != "cpu":
-            torch.cuda.synchronize()
+            if tiny:
+                torch.autograd.grad(tokens, leaves, torch.ones_like(tokens))
+    if args.device != "cpu":
+        torch.cuda.synchronize()
 
 
 # --- Results.
@@ -366,6 +420,8 @@ def summary(result: dict) -> str:
     text += ["", "## Notes", ""]
     for note in result["notes"]:
         words = note.get("note") or note.get("error") or note.get("tuned")
+        if "road" in note:
+            words = f"{note['road_ms']:.4f} ms{', chosen' * note['chosen']}: {note['road']}"
         if "check" in note:
             words = f"{note['impl']}: {note['check']}"
         text.append(f"- {note['stage']} {note.get('case', '')}: {words}")

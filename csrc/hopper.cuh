@@ -260,6 +260,8 @@ VK_KERNEL(K::THREADS, 1) hopper_kernel(VK_GRID_CONSTANT HopperArguments h) {
         more_registers<232>();
         consume<K>(h, stages, slices, full, empty);
     }
+#else
+    stop_with_error();  // it is planned for sm_90 alone, and only where there is code of sm_90a
 #endif
 }
 

@@ -59,6 +59,8 @@ VK_DEVICE T shuffle_xor(T value, int mask) {
     return __shfl_xor_sync(0xffffffffu, value, mask);
 }
 
+VK_DEVICE void stop_with_error() { asm volatile("trap;"); }
+
 // Numbers
 
 template <class T>

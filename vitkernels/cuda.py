@@ -110,8 +110,7 @@ def backward(
     if all(g is None for g in (d_images, d_weight, d_bias, d_pos, d_prefix)):
         return None
     tensors = tuple(
-        _plain(t)
-        for t in (grad, images, weight, keep, _centred(p), d_images, d_weight, d_bias, d_pos, d_prefix)
+        _plain(t) for t in (grad, images, weight, keep, _centred(p), d_images, d_weight, d_bias, d_pos, d_prefix)
     )
     module, problem = extension.load(), _problem(p, tf32())
     plan = module.plan_backward(problem, _gpu(p.device), tensors)
@@ -134,8 +133,10 @@ def _problem(p: PatchProblem, rounded: bool) -> Any:
 
 @lru_cache(maxsize=64)
 def _gpu(device: torch.device) -> Any:
-    gpu = gpu_of(device)
-    return extension.load().Gpu(gpu.arch, gpu.multiprocessors, gpu.shared_bytes)
+    gpu, arch = gpu_of(device), gpu_of(device).arch
+    if arch == 90 and device.type == "cuda" and not {"9.0a", "9.0+PTX"} & set(extension.record()["archs"]):
+        arch = 89  # without code of sm_90a, the roads of what came before
+    return extension.load().Gpu(arch, gpu.multiprocessors, gpu.shared_bytes)
 
 
 @lru_cache(maxsize=1024)

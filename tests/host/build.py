@@ -6,6 +6,7 @@
 Objects and modules lie in build/host/, named by a hash of all that they are made of.
 """
 
+import contextlib
 import fcntl
 import functools
 import hashlib
@@ -16,6 +17,7 @@ import shlex
 import shutil
 import subprocess
 import sysconfig
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -85,8 +87,18 @@ def remove_old() -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def build(name: str, sources: list[Path], include: list[Path], flags: tuple[str, ...] = ()) -> ModuleType:
-    """The module `name` of these sources, compiled where no earlier call has done so, and imported."""
+@contextlib.contextmanager
+def alone():
+    """Of pytest-xdist's workers one builds; the others find it done."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with open(CACHE / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        remove_old()
+        yield
+
+
+def compiled(name: str, sources: list[Path], include: list[Path], flags: tuple[str, ...] = ()) -> list[Path]:
+    """The sources' objects, compiled where no earlier call has done so."""
     program = compiler()
     common = [*FLAGS, *flags, f"-DVITKERNELS_MODULE={name}", *include_flags(include)]
     headers = sorted(h for d in [*include, HERE] for h in d.iterdir() if h.suffix in HEADERS)
@@ -94,7 +106,7 @@ def build(name: str, sources: list[Path], include: list[Path], flags: tuple[str,
     options = [version_of(program), *(f for f in common if f not in {f"-I{d}" for d in include})]
     shared = key_of(*options, *(part for h in headers for part in (h.name, h)))
 
-    def compiled(source: Path) -> Path:
+    def object_of(source: Path) -> Path:
         own = ["-O3"] if source == EMULATOR else []  # it does the arithmetic
         target = CACHE / f"{source.stem}-{key_of(shared, *own, source)}.o"
         if target.exists():
@@ -105,34 +117,70 @@ def build(name: str, sources: list[Path], include: list[Path], flags: tuple[str,
             part.rename(target)
         return target
 
-    CACHE.mkdir(parents=True, exist_ok=True)
-    with open(CACHE / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # of pytest-xdist's workers one builds; the others find it done
-        remove_old()
-        with ThreadPoolExecutor(2) as pool:
-            objects = list(pool.map(compiled, sources))
-        folder = CACHE / f"{name}-{key_of(name, *(o.name for o in objects))}"
-        target = folder / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
-        if target.exists():
-            os.utime(folder)
-        else:
-            folder.mkdir(exist_ok=True)
-            part = folder / "part"
-            checked([program, "-shared", *map(str, objects), "-o", str(part)])
-            part.rename(target)
-        # The folder is part of the name: pybind11 returns the module it has where it has one of the same name.
-        full_name = f"{folder.name}.{name}"
-        loader = importlib.machinery.ExtensionFileLoader(full_name, str(target))
-        module = importlib.util.module_from_spec(importlib.util.spec_from_loader(full_name, loader))
-        loader.exec_module(module)
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(object_of, sources))
+
+
+def linked(name: str, objects: list[Path]) -> ModuleType:
+    """The module `name` of these objects, imported."""
+    folder = CACHE / f"{name}-{key_of(name, *(o.name for o in objects))}"
+    target = folder / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    if target.exists():
+        os.utime(folder)
+    else:
+        folder.mkdir(exist_ok=True)
+        part = folder / "part"
+        checked([compiler(), "-shared", *map(str, objects), "-o", str(part)])
+        part.rename(target)
+    # The folder is part of the name: pybind11 returns the module it has where it has one of the same name.
+    full_name = f"{folder.name}.{name}"
+    loader = importlib.machinery.ExtensionFileLoader(full_name, str(target))
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(full_name, loader))
+    loader.exec_module(module)
     return module
+
+
+def build(name: str, sources: list[Path], include: list[Path], flags: tuple[str, ...] = ()) -> ModuleType:
+    """The module `name` of these sources, compiled where no earlier call has done so, and imported."""
+    with alone():
+        return linked(name, compiled(name, sources, include, flags))
+
+
+def kernels(csrc: Path) -> list[Path]:
+    """What the extension is made of beside its Python module."""
+    return [EMULATOR, *sorted(csrc.glob("*.cu"))]
 
 
 @functools.cache
 def load(sources_dir: Path | str | None = None) -> ModuleType:
     """The extension of csrc/, or of the folder given, as the module `_host`."""
     csrc = Path(sources_dir or ROOT / "csrc").resolve()
-    return build("_host", [EMULATOR, csrc / "bindings.cpp", *sorted(csrc.glob("*.cu"))], [csrc, HERE.parent])
+    return build("_host", [csrc / "bindings.cpp", *kernels(csrc)], [csrc, HERE.parent])
+
+
+@functools.cache
+def arithmetic() -> ModuleType:
+    """tests/host/arithmetic.cpp: what the extension computes without data. It is named as the extension is, whose
+    objects then are its own."""
+    csrc = ROOT / "csrc"
+    return build("_host", [HERE / "arithmetic.cpp", *kernels(csrc)], [csrc, HERE.parent])
+
+
+def mutated(source: str, *changes: tuple[str, str, str]) -> ModuleType:
+    """The extension with `source` compiled from a copy of csrc/ with these changes, (file, old text, new text) each;
+    everything else is as `load` has it."""
+    csrc = ROOT / "csrc"
+    others = [s for s in (csrc / "bindings.cpp", *kernels(csrc)) if s.name != source]
+    with tempfile.TemporaryDirectory() as folder, alone():
+        copy = Path(shutil.copytree(csrc, Path(folder, "csrc")))
+        for file, old, new in changes:
+            text = (copy / file).read_text()
+            if text.count(old) != 1:
+                raise ValueError(f"{file} has {text.count(old)} times, not once: {old}")
+            (copy / file).write_text(text.replace(old, new))
+        # First: of inline functions that several objects have, the linker takes the first.
+        objects = compiled("_host", [copy / source], [copy, HERE.parent])
+        return linked("_host", objects + compiled("_host", others, [csrc, HERE.parent]))
 
 
 @functools.cache

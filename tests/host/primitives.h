@@ -84,6 +84,8 @@ inline void sync_some(int id, int threads) {
     host::sync(id, threads);
 }
 
+inline void stop_with_error() { host::fail("the kernel stopped with an error"); }
+
 template <class T>
 inline T shuffle(T value, int lane) {
     static_assert(sizeof(T) == 4 || sizeof(T) == 8, "CUDA shuffles 4 or 8 bytes");

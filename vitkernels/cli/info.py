@@ -18,7 +18,7 @@ HELP = "machine, versions, and which backend would run here"
 PACKAGES = ("torch", "triton", "numpy", "timm", "transformers", "torchvision", "vit_pytorch")
 BACKENDS = {
     "triton": "Triton kernels, forward and backward",
-    "cuda": "CUDA C++: not part of this version",
+    "cuda": "CUDA C++ kernels, forward and backward (not yet run on a GPU)",
     "reference": "the definition, in plain PyTorch: any device, any dtype, every problem",
 }
 
@@ -46,6 +46,7 @@ def show(result: dict[str, Any]) -> None:
         return
     from rich import box
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     machine, console = result["machine"], Console()
@@ -57,7 +58,7 @@ def show(result: dict[str, Any]) -> None:
         facts.add_row("gpu", "none")
     facts.add_row("system", machine["system"])
     for name, number in result["versions"].items():
-        facts.add_row(name, number or "[dim]not installed[/]")
+        facts.add_row(name, escape(number) if number else "[dim]not installed[/]")
     console.print(facts)
 
     table = Table(box=box.SIMPLE_HEAD, title_justify="left")
@@ -86,8 +87,11 @@ def machine() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str | None]:
-    """Of Python, of this package, of those it works with, and of nvcc; None: not installed."""
-    from .. import __version__
+    """Of Python, of this package, of those it works with, of nvcc, and of what built the extension, or why none did.
+
+    None: not installed.
+    """
+    from .. import __version__, extension
 
     found: dict[str, str | None] = {"python": platform.python_version(), "vitkernels": __version__}
     for package in PACKAGES:
@@ -96,7 +100,7 @@ def versions() -> dict[str, str | None]:
         except PackageNotFoundError:
             found[package] = None
     release = next((line for line in _output("nvcc", "--version") if "release" in line), None)
-    return found | {"nvcc": release and release.rpartition("V")[2]}
+    return found | {"nvcc": release and release.rpartition("V")[2], "cuda extension": extension.about()}
 
 
 def backend_table() -> str:

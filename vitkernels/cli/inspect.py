@@ -2,16 +2,22 @@
 
 A default configuration must not spill, must fit the GPU's shared memory and must use its tensor cores (for fp32,
 where TF32 is asked for); exit status 1 when one does not.
+
+With --extension: the same of the CUDA C++ kernels as they were built. None may spill, and those for Hopper must use
+its tensor cores (wgmma) and its copy engine (TMA).
 """
 
 from __future__ import annotations
 
 import os
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from multiprocessing import get_context
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 HELP = "compile the kernels for GPUs and list registers, spills, tensor-core and copy-engine use"
+HOPPER = ("sm_90", "sm_90a")  # tools older than the compiler leave out the a
 
 
 def arguments(parser) -> None:
@@ -20,9 +26,13 @@ def arguments(parser) -> None:
     parser.add_argument("--dtype", default="bf16,fp16,uint8->bf16,fp32,tf32", help="(default: %(default)s)")
     parser.add_argument("--defaults", action="store_true", help="only configurations that a table picks by itself")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilers at a time (default: %(default)s)")
+    help = "read the built CUDA C++ kernels instead, or those in FILE: a library, object or cubin"
+    parser.add_argument("--extension", metavar="FILE", nargs="?", const="", help=help)
 
 
 def run(args) -> dict[str, Any]:
+    if args.extension is not None:
+        return _extension(args)
     os.environ["TRITON_INTERPRET"] = "0"  # for the workers: the interpreter's kernels can't be compiled
     from .. import tuning
     from ..triton import compiled
@@ -85,14 +95,96 @@ def _faults(row: dict[str, Any]) -> list[str]:
     return [text for wrong, text in checks if wrong]
 
 
-def _progress(items, total: int, hidden: bool):
+def _extension(args) -> dict[str, Any]:
+    """Every kernel × architecture in the machine code of a built extension."""
+    from .. import extension, machine_code
+
+    if not args.extension and (reason := extension.missing()):
+        raise ImportError(reason)
+    file = Path(args.extension or str(extension.load().__file__))
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is no file")
+    rows: list[dict[str, Any]] = []
+    with TemporaryDirectory() as folder, ThreadPoolExecutor(args.jobs) as pool:
+        cubins = machine_code.cubins(file, Path(folder))
+        waiting = [pool.submit(_built, arch, cubin) for arch, cubin in cubins]
+        for done in _progress(as_completed(waiting), len(cubins), hidden=args.json, what="reading"):
+            rows += done.result()
+        embedded = machine_code.ptx(file)
+    names = machine_code.demangled(row["kernel"] for row in rows)
+    kernels = [{**row, "kernel": names[row["kernel"]]} for row in rows]
+    kernels = [row for row in kernels if "hopper" not in row["kernel"] or row["arch"] in HOPPER]  # elsewhere empty
+    kernels.sort(key=lambda row: (row["kernel"], int("".join(filter(str.isdigit, row["arch"])))))
+    sound = bool(kernels) and not any(_extension_faults(row) for row in kernels)
+    return {"ok": sound, "file": str(file), "ptx": embedded, "extension": kernels}
+
+
+def _built(arch: str, cubin: Path) -> list[dict[str, Any]]:
+    from .. import machine_code
+
+    usages, code = machine_code.usages(cubin), machine_code.functions(machine_code.disassembly(cubin))
+    return [
+        {
+            "kernel": name, "arch": arch, "registers": usage.registers, "stack_bytes": usage.stack,
+            "shared_bytes": usage.shared, **machine_code.counts(code[name]),
+            "cp_async_bytes": sorted(machine_code.widths(code[name], "LDGSTS")),
+            "load_bytes": max(machine_code.widths(code[name], "LDG"), default=0),
+        }
+        for name, usage in usages.items()
+    ]  # fmt: skip
+
+
+def _extension_faults(row: dict[str, Any]) -> list[str]:
+    hopper = "hopper" in row["kernel"]
+    checks = (
+        (row["stack_bytes"] > 0, f"{row['stack_bytes']} bytes of stack"),
+        (row["spills"] > 0, f"{row['spills']} spills"),
+        (hopper and not row["wgmma"], "no wgmma"),
+        (hopper and not row["tma_loads"], "no TMA load"),
+    )
+    return [text for wrong, text in checks if wrong]
+
+
+def _progress(items, total: int, hidden: bool, what: str = "compiling"):
     from rich.progress import track
 
-    return track(items, "compiling", total=total, disable=hidden, transient=True)
+    return track(items, what, total=total, disable=hidden, transient=True)
 
 
 def show(result: dict[str, Any]) -> None:
+    (_show_extension if "extension" in result else _show_tiles)(result)
+
+
+def _show_extension(result: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    columns = {
+        "arch": "arch", "registers": "registers", "stack_bytes": "stack bytes", "spills": "LDL/STL",
+        "shared_bytes": "static shared bytes", "wgmma": "wgmma", "mma": "mma", "tma_loads": "TMA loads",
+        "tma_stores": "TMA stores", "cp_async": "cp.async", "cp_async_bytes": "of bytes", "loads": "loads",
+        "load_bytes": "of bytes, up to",
+    }  # fmt: skip
+    table = Table("kernel", *columns.values(), "")
+    for row in result["extension"]:
+        cells = (" ".join(map(str, value)) if isinstance(value := row[n], list) else str(value) for n in columns)
+        table.add_row(row["kernel"], *cells, "; ".join(_extension_faults(row)))
+    _print(table, 240)
+    faulty = [f"{row['kernel']} ({row['arch']})" for row in result["extension"] if _extension_faults(row)]
+    if result["extension"]:
+        print(f"not sound: {', '.join(faulty)}" if faulty else f"all {len(result['extension'])} kernels are sound")
+    else:
+        print("there is no machine code")
+    print(f"{result['file']}; PTX of {', '.join(result['ptx']) or 'none'}")
+
+
+def _print(table, width: int) -> None:
     from rich.console import Console
+
+    console = Console()
+    (console if console.is_terminal else Console(width=width)).print(table)  # a file has room for what a row holds
+
+
+def _show_tiles(result: dict[str, Any]) -> None:
     from rich.table import Table
 
     columns = ("kernel", "arch", "patch", "dtype", "registers", "spill_bytes", "shared_bytes", "wgmma", "mma", "tma",
@@ -102,6 +194,5 @@ def show(result: dict[str, Any]) -> None:
         c = row["config"]
         tile = f"{c['BM']}x{c['BN']}x{c['BK']} " * (c["BM"] > 0) + f"{c['warps']}w {c['stages']}s"
         table.add_row(tile, "yes" if row["default"] else "", *(str(row[n]) for n in columns), "; ".join(_faults(row)))
-    console = Console()
-    (console if console.is_terminal else Console(width=150)).print(table)  # a file has room for what a row holds
+    _print(table, 150)
     print("every default configuration is sound" if result["ok"] else "a default configuration is not sound")

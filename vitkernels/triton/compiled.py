@@ -1,16 +1,13 @@
 """Kernels compiled for a GPU that need not be there, and what their machine code says: registers, spills, shared
 memory, tensor-core and copy-engine instructions, width of the image loads.
 
-Reads the SASS with the `cuobjdump` and `nvdisasm` that Triton's wheel carries.
+The SASS is read by `machine_code`.
 """
 
 from __future__ import annotations
 
 import inspect
-import os
 import re
-import subprocess
-import tempfile
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
@@ -18,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .. import tuning
+from .. import machine_code, tuning
 from ..problem import Arguments, Meta, PatchProblem, build
 from ..tuning import Config, Gpu, rows
 from .backward_plan import Launch, Wanted, image_launch, reduction, weight_tiles
@@ -105,14 +102,12 @@ def measure(p: PatchProblem, gpu: Gpu, tf32: bool, choice: tuple[str, Config] | 
         plan = make_plan(p, gpu, True, tf32, False, choice)
         road, kernel = plan.road, compile_plan(p, plan, gpu.arch)
         load = plan.constants["XK"] * p.image_dtype.itemsize if road == "descriptor" else None
-    usage, sass = _disassemble(kernel.asm["cubin"])
-    registers, stack = (int(v) for v in re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())  # type: ignore[union-attr]
-    count = {name: len(re.findall(rf"\b{pattern}\b", sass)) for name, pattern in (
-        ("wgmma", r"[HQI]GMMA"), ("mma", r"(?:[HDIQ]MMA|UTC[A-Z]*MMA)"), ("tma", r"UTMA(?:LDG|STG)"),
-    )}  # fmt: skip
+    usage, sass = machine_code.read(kernel.asm["cubin"])
+    count = machine_code.counts(sass)
     return {
-        "kernel": road, "registers": registers, "spill_bytes": stack, "shared_bytes": kernel.metadata.shared,
-        **count, "load_bytes": _load_bytes(sass) if load is None else load,
+        "kernel": road, "registers": usage.registers, "spill_bytes": usage.stack,
+        "shared_bytes": kernel.metadata.shared, "wgmma": count["wgmma"], "mma": count["mma"],
+        "tma": count["tma_loads"] + count["tma_stores"], "load_bytes": _load_bytes(sass) if load is None else load,
     }  # fmt: skip
 
 
@@ -201,28 +196,17 @@ def _compile(name: str, config: Config, scalars, constants, types, absent: list[
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options(config))
 
 
-def _disassemble(cubin: bytes) -> tuple[str, str]:
-    import triton
-
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    with tempfile.TemporaryDirectory() as folder:
-        file = os.path.join(folder, "kernel.cubin")
-        Path(file).write_bytes(cubin)
-        commands = ([str(tools / "cuobjdump"), "-res-usage", file], [str(tools / "nvdisasm"), "-g", "-c", file])
-        usage, sass = (subprocess.run(c, capture_output=True, text=True, check=True).stdout for c in commands)
-    return usage, sass
-
-
 def _load_bytes(sass: str) -> int:
     """Bytes of the narrowest load on the source line that reads pixels; 0 where none is."""
     from . import tiles
 
     lines = Path(inspect.getsourcefile(tiles)).read_text().splitlines()  # type: ignore[arg-type]
     pixel_lines = {i for i, text in enumerate(lines, 1) if "tl.load(pixel" in text}
-    widths, here = set(), False
+    widths: set[int] = set()
+    here = False
     for text in sass.splitlines():
         if at := re.search(r'File ".*?(\w+\.py)", line (\d+)', text):
             here = at[1] == "tiles.py" and int(at[2]) in pixel_lines
-        elif here and (load := re.search(r"\b(?:LDG|LDGSTS)\.E([.\w]*)", text.replace("LTC128B", ""))):
-            widths.add(next((n for mark, n in ((".128", 16), (".64", 8), ("16", 2), ("8", 1)) if mark in load[1]), 4))
+        elif here:
+            widths |= machine_code.widths(text, r"(?:LDG|LDGSTS)")
     return min(widths, default=0)
