@@ -266,11 +266,11 @@ struct Segment {
 };
 
 struct InRows {
-    Divisor by_P_w;
-    int P_w, size, slot_bytes, chunk, step, segment_bytes, G_w, first;  // first: the tile's first patch in its line
+    Divisor by_P_w, by_G_w;
+    int P_w, size, slot_bytes, chunk, step, segment_bytes, first;  // first: the tile's first patch in its line
 
     VK_DEVICE int row(int r) const {
-        int s = (first + r) / G_w, x = first + r - s * G_w;
+        int s = by_G_w.div(first + r), x = by_G_w.mod(first + r);
         int begin = s == 0 ? first * step : 0;  // of the segment in the image's row, in bytes
         return s * segment_bytes + x * step - begin / chunk * chunk;
     }
@@ -294,13 +294,13 @@ struct ImageRows {
     VK_DEVICE InRows place(int64_t m0) const {
         const Walk& w = a.walk;
         constexpr int size = sizeof(Pixel);
-        return {w.by_P_w, w.P_w, size, a.slot_bytes, a.chunk, w.S_w * size, a.segment_bytes, static_cast<int>(w.G_w),
-                static_cast<int>(m0 % w.G_w)};
+        return {w.by_P_w, w.by_G_w, w.P_w, size, a.slot_bytes, a.chunk, w.S_w * size, a.segment_bytes,
+                static_cast<int>(w.by_G_w.mod(static_cast<uint32_t>(m0)))};
     }
 
     VK_DEVICE void start(int64_t m0) {
         constexpr int size = sizeof(Pixel);
-        int64_t first = m0 % a.walk.G_w;
+        int64_t first = a.walk.by_G_w.mod(static_cast<uint32_t>(m0));
         for (int s = thread_index(); s < a.segments; s += threads) {
             int64_t m = s == 0 ? m0 : m0 - first + s * a.walk.G_w;
             int64_t stop = m0 - first + (s + 1) * a.walk.G_w;  // the next line

@@ -14,6 +14,7 @@ struct Walk {
     int P_t, P_h, P_w, K;
     int64_t b, c, f, h, w;    // strides
     int64_t G_h, G_w;
+    Divisor by_G_h, by_G_w;
     Divisor by_P_w, by_P_h, by_P_t;
     Divisor by_channel;       // elements of one channel in a patch; where channels lie side by side, their number
     bool channels_last;
@@ -45,6 +46,7 @@ inline Walk make_walk(const Problem& p, const int64_t (&strides)[5]) {
     w.K = static_cast<int>(p.K);
     w.b = strides[0], w.c = last ? 0 : strides[1], w.f = strides[2], w.h = strides[3], w.w = last ? 1 : strides[4];
     w.G_h = p.G[1], w.G_w = p.G[2];
+    w.by_G_h = Divisor(w.G_h), w.by_G_w = Divisor(w.G_w);
     w.by_P_w = Divisor(w.P_w), w.by_P_h = Divisor(w.P_h), w.by_P_t = Divisor(w.P_t);
     w.by_channel = Divisor(last ? p.C : p.P[0] * p.P[1] * p.P[2]);
     w.channels_last = last;
@@ -52,7 +54,12 @@ inline Walk make_walk(const Problem& p, const int64_t (&strides)[5]) {
 }
 
 VK_BOTH Corner corner_of(const Walk& w, int64_t b, int64_t n) {
-    int64_t line = n / w.G_w, frame = line / w.G_h;
+    int64_t line, frame;
+    if (n >> 31) {  // only a keep list reaches so far, and a division of 64 bits takes a hundred instructions
+        line = n / w.G_w, frame = line / w.G_h;
+    } else {
+        line = w.by_G_w.div(static_cast<uint32_t>(n)), frame = w.by_G_h.div(static_cast<uint32_t>(line));
+    }
     Corner c;
     c.f = static_cast<int>(frame * w.S_t - w.pad_t);
     c.h = static_cast<int>((line - frame * w.G_h) * w.S_h - w.pad_h);
