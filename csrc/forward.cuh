@@ -367,10 +367,13 @@ struct ForwardKernel {
     using Kind_ = T;
     using Source_ = Source;
     static constexpr int BM = BM_, BN = BN_, WM = WM_, WN = WN_, THREADS = BM / WM * (BN / WN) * 32;
+    // Blocks that a multiprocessor has registers for: one multiplies while another writes tokens. 128 registers a
+    // thread; sums of f64 spill below 168.
+    static constexpr int RESIDENT = (same<T, double> ? 384 : 512) / THREADS;
 };
 
 template <class K>
-VK_KERNEL(K::THREADS, 1) forward_kernel(VK_GRID_CONSTANT ForwardArguments a) {
+VK_KERNEL(K::THREADS, K::RESIDENT) forward_kernel(VK_GRID_CONSTANT ForwardArguments a) {
     using T = typename K::Kind_;
     using Source = typename K::Source_;
     using Value = typename Kind<T>::Value;

@@ -226,7 +226,9 @@ inline Forward sized(const Problem& p, const Gpu& gpu, const Walk& w, const Tens
     int64_t stage = int64_t{f.a_bytes} + round_up(int64_t{tile.BN} * f.b_pitch * value, hopper ? 1024 : 128);
     // Hopper's slices have a place of their own, as the next tile is copied while they are written.
     int64_t beside = hopper ? slices + f.table_bytes + 1024 : f.table_bytes;
-    f.stages = static_cast<int>(std::min<int64_t>(hopper ? 6 : 4, (gpu.shared_bytes - beside) / stage));
+    int64_t room = gpu.shared_bytes - beside, half = (gpu.shared_bytes + 1024) / 2 - 1024 - beside;
+    if (!hopper && half / stage >= 3) room = half;  // for two blocks on a multiprocessor; 1024 bytes of each are CUDA's
+    f.stages = static_cast<int>(std::min<int64_t>(hopper ? 6 : 4, room / stage));
     f.stages = std::min(f.stages, std::max(2, f.steps + 1));
     if (f.stages < 2) f.stages = 0;
     f.stage_bytes = static_cast<int>(stage);
