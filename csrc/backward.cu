@@ -4,6 +4,7 @@
 #include "backward_images.cuh"
 #include "backward_sums.cuh"
 #include "backward_weight.cuh"
+#include "hopper_weight.h"
 #include "launch.h"
 
 namespace vk {
@@ -57,6 +58,11 @@ struct Call {  // one call
     }
 
     void weight() const {
+        if (plan.weight.hopper) {
+            auto launch_it = p.compute == Dtype::f16 ? hopper_weight_f16 : hopper_weight_bf16;
+            return launch_it({p, plan.weight, t.images, t.grad, static_cast<const float*>(centred()),
+                              scratch<float>(plan.weight_parts), stream});
+        }
         WeightArguments a{};
         a.walk = make_walk(within_image(p), p.strides);
         a.pixels = plan.weight.pixels, a.pixels.data = t.images.data;
@@ -158,6 +164,7 @@ Backward plan_backward(const Problem& p, const Gpu& gpu, const BackwardTensors& 
     };
     if ((plan.has_weight = t.d_weight.data)) {
         plan.weight = weight_plan(p, gpu, t.images, t.grad);
+        plan.hopper = plan.weight.hopper;
         plan.weight_parts = take(plan.weight.splits * p.D * p.K * sum);
     }
     if ((plan.has_sums = bias || pos || prefix)) {

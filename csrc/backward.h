@@ -1,5 +1,6 @@
 // The backward: what bindings.cpp plans and runs. Kernels: backward_weight.cuh (dW = dYᵀ·patches, without a matrix of
-// patches), backward_images.cuh (dX = dY·W, every pixel written once), backward_sums.cuh (the sums of dY over images).
+// patches; hopper_weight.cuh on sm_90a), backward_images.cuh (dX = dY·W, every pixel written once), backward_sums.cuh
+// (the sums of dY over images).
 // No atomics: sums that are split leave their parts in scratch memory, and finish_kernel adds them in order.
 #pragma once
 
@@ -27,6 +28,7 @@ struct Backward {
     int64_t scratch_bytes;
     bool indexed;                // whether kept patches are looked up by their place in the grid
     bool has_weight, has_sums, has_images;
+    bool hopper;                 // whether the weight's gradient is hopper_weight.cuh's
     backward::WeightPlan weight;
     backward::SumsPlan sums;
     backward::ImagesPlan images;

@@ -114,13 +114,21 @@ inline Problem within_image(Problem p) {
 // dW
 
 struct WeightPlan {
-    int size;            // of SIZES
+    bool hopper;         // hopper_weight.cuh
+    int size;            // of SIZES, or of HOPPER_CHANNELS
     int64_t splits;      // of the M patches
-    int64_t chunk;       // patches of one
+    int64_t chunk;       // patches of one; with hopper those of its blocks, beyond the grid's edge too
     int64_t tiles_k, tiles;
     Source pixels, grad;
     int shared_bytes;
+    int block[3], stages;  // hopper: images × grid lines × grid columns of a step
+    int64_t blocks;        // of the launch
 };
+
+// hopper_weight.cuh: sums of 128 elements of a patch, as rows of pixels, by 256 or 128 channels; a step's patches
+inline constexpr int HOPPER_ROWS = 8, HOPPER_PIXELS = 16, HOPPER_STEP = 64;
+inline constexpr int HOPPER_CHANNELS[] = {256, 128};
+inline constexpr double HOPPER_RATE[] = {1.6, 1.3};  // guesses, in RATE's unit
 
 // Several parts of dW have at most so many bytes together.
 inline constexpr int64_t WEIGHT_BYTES = 20 << 20;
@@ -139,33 +147,73 @@ inline int raw_bytes(const Source& s, int columns, int BK) {
     return s.road == Road::raw ? STAGES * BK * columns * size_of(s.dtype) : 0;
 }
 
-// In multiply-adds of one multiprocessor: a block's are its own, and some four steps to begin; each part is written
-// and read once more, which takes as long as some 5 multiply-adds an element (H100: 8 bytes at 4 TB/s).
-inline double weight_cost(const Problem& p, const Gpu& gpu, Shape s, double rate, int64_t splits) {
-    int64_t tiles = ceil_div(p.D, s.BM) * ceil_div(p.K, s.BN), steps = ceil_div(p.B * p.rows, s.BK);
-    double waves = static_cast<double>(ceil_div(tiles * splits, gpu.multiprocessors));
-    return waves * static_cast<double>(ceil_div(steps, splits) + 4) * s.BM * s.BN * s.BK / rate +
-           5.0 * static_cast<double>(p.D) * static_cast<double>(p.K) * static_cast<double>(splits);
+// In multiply-adds of one multiprocessor, `multiply_adds` for each of a tile's patches, of which some more are the time
+// to begin; each part is written and read once more, which takes as long as some 5 multiply-adds an element (H100: 8
+// bytes at 4 TB/s).
+inline double weight_cost(const Problem& p, const Gpu& gpu, const WeightPlan& plan, double multiply_adds, int begin) {
+    double waves = static_cast<double>(ceil_div(plan.tiles * plan.splits, gpu.multiprocessors));
+    return waves * static_cast<double>(plan.chunk + begin) * multiply_adds +
+           5.0 * static_cast<double>(p.D) * static_cast<double>(p.K) * static_cast<double>(plan.splits);
+}
+
+// Why the copy engine can't bring dY and the image's patches for wgmma; none: it can.
+inline std::string no_hopper_weight(const Problem& p, const Gpu& gpu, const Tensor& images, const Tensor& grad) {
+    if (gpu.arch != 90) return "the GPU is no sm_90";
+    if (std::string why = no_patches(p, make_walk(within_image(p), p.strides), images.data); !why.empty()) return why;
+    if (p.P[1] < HOPPER_ROWS) return "patches of " + std::to_string(p.P[1]) + " rows, of 8 at least they must be";
+    if (grad.dtype != p.compute) return "dY is of another type than the product";
+    if (p.D > 1 && grad.strides[2] != 1) return "dY's channels are " + std::to_string(grad.strides[2]) + " apart";
+    if ((reinterpret_cast<uintptr_t>(grad.data) + p.T * grad.strides[1] * 2) % 16) return "dY is not on 16 bytes";
+    if (p.B > 1 && (grad.strides[0] <= 0 || grad.strides[0] % 8)) return "dY's images are not 16 bytes apart";
+    if (grad.strides[1] <= 0 || grad.strides[1] % 8) return "dY's rows are not 16 bytes apart";
+    return "";
+}
+
+// Tiles of 128 elements: 8 rows × 16 pixels of a channel
+inline int64_t hopper_tiles_k(const Problem& p, bool channels_last) {
+    int64_t wide = channels_last ? p.C : 1, channels = channels_last ? 1 : p.C;
+    return channels * (p.P[2] * wide / HOPPER_PIXELS) * ceil_div(p.P[1], HOPPER_ROWS);
 }
 
 inline WeightPlan weight_plan(const Problem& p, const Gpu& gpu, const Tensor& images, const Tensor& grad) {
     Product product = product_of(p);
     WeightPlan best{};
     double least = 0;
+    // All splits of `steps` steps of so many patches
+    auto consider = [&](WeightPlan plan, int64_t steps, int step, double multiply_adds, int begin) {
+        int64_t most = std::min({steps, WEIGHT_BYTES / (p.D * p.K * sum_bytes(p)),
+                                 4 * gpu.multiprocessors / plan.tiles});
+        for (int64_t splits = 1; splits <= std::max<int64_t>(1, most); ++splits) {
+            int64_t each = ceil_div(steps, splits);
+            plan.chunk = each * step, plan.splits = ceil_div(steps, each);
+            double cost = weight_cost(p, gpu, plan, multiply_adds, begin);
+            if (best.splits == 0 || cost < least) least = cost, best = plan;
+        }
+    };
     for (int size = 0; size < SIZES; ++size) {
         Shape s = weight_shape(product, size);
-        int64_t tiles_k = ceil_div(p.K, s.BN), tiles = ceil_div(p.D, s.BM) * tiles_k;
-        int64_t steps = ceil_div(p.B * p.rows, s.BK);
-        int64_t most = std::min({steps, WEIGHT_BYTES / (p.D * p.K * sum_bytes(p)), 4 * gpu.multiprocessors / tiles});
-        for (int64_t splits = 1; splits <= std::max<int64_t>(1, most); ++splits) {
-            double cost = weight_cost(p, gpu, s, RATE[size], splits);
-            if (best.splits > 0 && cost >= least) continue;
-            least = cost;
-            best.size = size, best.tiles_k = tiles_k, best.tiles = tiles;
-            best.chunk = ceil_div(steps, splits) * s.BK;
-            best.splits = ceil_div(p.B * p.rows, best.chunk);
-        }
+        WeightPlan plan{};
+        plan.size = size, plan.tiles_k = ceil_div(p.K, s.BN), plan.tiles = ceil_div(p.D, s.BM) * plan.tiles_k;
+        consider(plan, ceil_div(p.B * p.rows, s.BK), s.BK, s.BM * s.BN / RATE[size], 4 * s.BK);
     }
+    if (no_hopper_weight(p, gpu, images, grad).empty())
+        for (int size = 0; size < 2; ++size) {
+            WeightPlan plan{};
+            int channels = HOPPER_CHANNELS[size], elements = HOPPER_ROWS * HOPPER_PIXELS;
+            int stage = HOPPER_STEP * (elements * size_of(p.image) + channels * 2);
+            plan.hopper = true, plan.size = size;
+            plan.tiles_k = hopper_tiles_k(p, is_channels_last(p, p.strides));
+            plan.tiles = plan.tiles_k * ceil_div(p.D, channels);
+            choose_block(p, HOPPER_STEP, plan.block);
+            plan.stages = std::min(6, (gpu.shared_bytes - 1024) / stage);  // beside them: barriers
+            plan.shared_bytes = plan.stages * (stage + 16);
+            if (plan.stages < 2) continue;
+            int64_t steps = ceil_div(p.B, plan.block[0]) * ceil_div(p.G[1], plan.block[1]) *
+                            ceil_div(p.G[2], plan.block[2]);
+            consider(plan, steps, HOPPER_STEP, channels * elements / HOPPER_RATE[size], 2 * HOPPER_STEP);
+        }
+    best.blocks = std::min<int64_t>(best.splits * best.tiles, best.hopper ? gpu.multiprocessors : LIMIT);
+    if (best.hopper) return best;
     Shape s = weight_shape(product, best.size);
     best.pixels = pixels_of(p, make_walk(within_image(p), p.strides), images);
     best.grad = grad_of(p, grad);

@@ -48,7 +48,9 @@ static void* pointer(uintptr_t address) { return reinterpret_cast<void*>(address
 PYBIND11_MODULE(VITKERNELS_MODULE, m) {
     m.attr("device_type") = device_type();
 
-    py::class_<Problem>(m, "Problem", py::module_local()).def(py::init(&problem_of));
+    py::class_<Problem>(m, "Problem", py::module_local())
+        .def(py::init(&problem_of))
+        .def_property_readonly("normalised", [](const Problem& p) { return scaling_of(p).normalised; });
     py::class_<Gpu>(m, "Gpu", py::module_local()).def(py::init([](int arch, int multiprocessors, int shared_bytes) {
         return Gpu{arch, multiprocessors, shared_bytes};
     }));
@@ -72,7 +74,9 @@ PYBIND11_MODULE(VITKERNELS_MODULE, m) {
         run_forward(p, plan, t, pointer(stream));
     });
 
-    py::class_<Backward>(m, "Backward", py::module_local()).def_readonly("scratch_bytes", &Backward::scratch_bytes);
+    py::class_<Backward>(m, "Backward", py::module_local())
+        .def_readonly("scratch_bytes", &Backward::scratch_bytes)
+        .def_readonly("hopper", &Backward::hopper);
     m.def("backward_refused", &backward_refused);
     auto tensors = [](const py::tuple& t, uintptr_t scratch) {
         return BackwardTensors{tensor_of(t[0]), tensor_of(t[1]), tensor_of(t[2]), tensor_of(t[3]), tensor_of(t[4]),

@@ -2,6 +2,7 @@
 #include "forward_run.h"
 
 #include "forward_roads.h"
+#include "launch.h"
 #include "values.cuh"
 
 namespace vk {
@@ -50,6 +51,7 @@ static ForwardArguments arguments_of(const Problem& p, const Forward& f, const F
     a.stage_rows = f.stage_rows, a.slot_bytes = f.slot_bytes, a.segment_bytes = f.segment_bytes;
     a.segments = f.segments;
     a.by_segment_chunks = Divisor(f.road == Road::rows ? f.segment_bytes / f.chunk : 1);
+    a.by_row_chunks = Divisor(f.road == Road::rows ? f.segment_bytes / f.chunk * f.segments : 1);
     return a;
 }
 
@@ -61,18 +63,25 @@ const char* device_type() {
 #endif
 }
 
-void run_forward(const Problem& p, const Forward& f, const ForwardTensors& t, Stream stream) {
-    ForwardLaunch l{p, f, arguments_of(p, f, t), p.B * p.T * ceil_div(p.D, 8), stream,
-                    describe(p) + ", " + how(p, f)};
+static void launch_all(const Problem& p, const Forward& f, const ForwardTensors& t, Stream stream) {
+    ForwardLaunch l{p, f, arguments_of(p, f, t), p.B * p.T * ceil_div(p.D, 8), stream};
     if (f.pack && f.tiles) {
         PackArguments pack{l.arguments.walk, t.weight, t.scratch, p.compute, f.weight_row, p.D * f.weight_row};
-        launch(pack_kernel, ceil_div(pack.size, 256), 256, 0, stream, pack, "packing the weight of " + l.what);
+        launch(pack_kernel, ceil_div(pack.size, 256), 256, 0, stream, pack, "packing the weight");
     }
     switch (p.compute) {
         case Dtype::f16: return f.hopper ? hopper_f16(l) : forward_f16(l);
         case Dtype::bf16: return f.hopper ? hopper_bf16(l) : forward_bf16(l);
         case Dtype::f32: return p.tf32 ? forward_tf32(l) : forward_f32(l);
         default: return forward_f64(l);
+    }
+}
+
+void run_forward(const Problem& p, const Forward& f, const ForwardTensors& t, Stream stream) {
+    try {
+        launch_all(p, f, t, stream);
+    } catch (const std::runtime_error& error) {
+        throw std::runtime_error(std::string(error.what()) + ": " + describe(p) + ", " + how(p, f));
     }
 }
 

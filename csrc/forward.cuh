@@ -32,45 +32,48 @@ VK_DEVICE Token token_of(const ForwardArguments& a, int64_t m) {
     return t;
 }
 
-// out[b, T+i, d …] = sums·scale + bias[d …] + pos[b, first + n, d …], `count` of eight channels
-template <class Sum>
-VK_DEVICE void write_token(const ForwardArguments& a, const Token& token, int64_t d, int count, Sum (&sums)[8]) {
-    Sum extra[8];
-#pragma unroll
-    for (int i = 0; i < 8; ++i) sums[i] *= static_cast<Sum>(a.scale), extra[i] = 0;
-    if (a.bias.data) {
-        load_eight(extra, a.bias.data, a.bias.dtype, d * a.bias.strides[0], a.bias.strides[0], count);
-#pragma unroll
-        for (int i = 0; i < 8; ++i) sums[i] += extra[i];
-    }
-    if (a.pos.data) {
-        int64_t at = token.b * a.pos.strides[0] + (a.pos_first + token.n) * a.pos.strides[1] + d * a.pos.strides[2];
-        load_eight(extra, a.pos.data, a.pos.dtype, at, a.pos.strides[2], count);
-#pragma unroll
-        for (int i = 0; i < 8; ++i) sums[i] += extra[i];
-    }
-    if (!token.real)
-#pragma unroll
-        for (int i = 0; i < 8; ++i) sums[i] = static_cast<Sum>(NAN);
-    store_eight(a.out.data, a.out.dtype, (token.b * (a.T + a.rows) + a.T + token.i) * a.D + d, sums, count);
-}
-
-// A slice of sums [SLAB, columns] to tokens, each row by neighbouring lanes; row(r, token) says which token row r is,
-// and whether it is one.
-template <class Sum, class Row>
-VK_DEVICE void write_slice(const ForwardArguments& a, const Sum* slice, int pitch, int columns, int64_t d0, Row row) {
-    int across = columns / 8, c = lane_index() % across * 8;
+// A slice of sums [SLAB, COLUMNS] to tokens, each row by neighbouring lanes, eight channels a lane:
+//   out[b, T+i, d …] = sums·scale + bias[d …] + pos[b, first + n, d …]
+// row(r, token) says which token row r is, and whether it is one. What is added is loaded for all rows before the first
+// token is written: a load can't be moved before a store that might be to the same place.
+template <int COLUMNS, class Sum, class Row>
+VK_DEVICE void write_slice(const ForwardArguments& a, const Sum* slice, int pitch, int64_t d0, const Row& row) {
+    constexpr int ACROSS = COLUMNS / 8, TURNS = SLAB * ACROSS / 32;
+    int c = lane_index() % ACROSS * 8, first = lane_index() / ACROSS;
     int64_t d = d0 + c;
     int count = static_cast<int>(a.D - d < 8 ? a.D - d : 8);
     if (count <= 0) return;
-    for (int r = lane_index() / across; r < SLAB; r += 32 / across) {
-        Token token;
-        if (!row(r, token)) continue;
+    Sum bias[8] = {}, extra[TURNS][8];
+    if (a.bias.data)
+        load_eight(bias, a.bias.data, a.bias.dtype, d * a.bias.strides[0], a.bias.strides[0], count);
+    Token tokens[TURNS];
+    bool there[TURNS];
+#pragma unroll
+    for (int i = 0; i < TURNS; ++i) {
+        there[i] = row(first + i * (32 / ACROSS), tokens[i]);
+        Sum pos[8] = {};
+        if (there[i] && a.pos.data) {
+            const int64_t(&p)[5] = a.pos.strides;
+            int64_t at = tokens[i].b * p[0] + (a.pos_first + tokens[i].n) * p[1] + d * p[2];
+            load_eight(pos, a.pos.data, a.pos.dtype, at, p[2], count);
+        }
+#pragma unroll
+        for (int e = 0; e < 8; ++e) extra[i][e] = bias[e] + pos[e];
+    }
+#pragma unroll
+    for (int i = 0; i < TURNS; ++i) {
+        if (!there[i]) continue;
         union { Words words[sizeof(Sum) / 2]; Sum values[8]; } sums;
 #pragma unroll
-        for (int i = 0; i < int(sizeof(Sum)) / 2; ++i)
-            sums.words[i] = reinterpret_cast<const Words*>(slice + r * pitch + c)[i];
-        write_token(a, token, d, count, sums.values);
+        for (int w = 0; w < int(sizeof(Sum)) / 2; ++w)
+            sums.words[w] = reinterpret_cast<const Words*>(slice + (first + i * (32 / ACROSS)) * pitch + c)[w];
+#pragma unroll
+        for (int e = 0; e < 8; ++e) {
+            sums.values[e] = sums.values[e] * static_cast<Sum>(a.scale) + extra[i][e];
+            if (!tokens[i].real) sums.values[e] = static_cast<Sum>(NAN);
+        }
+        int64_t at = (tokens[i].b * (a.T + a.rows) + a.T + tokens[i].i) * a.D + d;
+        store_eight(a.out.data, a.out.dtype, at, sums.values, count);
     }
 }
 
@@ -114,12 +117,13 @@ template <class T, class Stored, class Place, int WM>
 struct Pixels {
     const ForwardArguments& a;
     const Place& place;
-    int first;              // row of the warp's WM
+    int first, t;           // row of the warp's WM; lane % 4
     int rows[WM / 16 * 2];  // where its lanes' rows begin
     const char* stage;
     int k0;
 
-    VK_DEVICE Pixels(const ForwardArguments& a, const Place& place, int first) : a(a), place(place), first(first) {
+    VK_DEVICE Pixels(const ForwardArguments& a, const Place& place, int first) 
+        : a(a), place(place), first(first), t(lane_index() % 4) {
 #pragma unroll
         for (int i = 0; i < WM / 16 * 2; ++i) rows[i] = place.row(first + lane_index() / 4 + 8 * i);
     }
@@ -140,15 +144,14 @@ struct Pixels {
   private:
     template <bool NORMALISED>
     VK_DEVICE void put_together(uint32_t (&r)[4], int i, int k) const {
-        int t = lane_index() % 4;
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
             int at = k0 + k + (same<T, tf32> ? t + 4 * h : 2 * t + 8 * h);
             const char* from = stage + place.k(at);
-            Normal<float> even, odd;  // of elements k and k + 1, which in a row of one channel are alike
+            Normal<float> even, odd;  // of elements k and k + 1: alike within a row of one channel
             if constexpr (NORMALISED) {
                 even = odd = Normal<float>(a, at);
-                if (!same<T, tf32> && a.walk.channels_last) odd = Normal<float>(a, at + 1);
+                if (!same<T, tf32> && (a.walk.channels_last || a.walk.P_w % 2)) odd = Normal<float>(a, at + 1);
             }
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
@@ -320,21 +323,19 @@ struct ImageRows {
     }
 
     VK_DEVICE void issue(char* stage, int step) const {
-        int k0 = step * a.step_k, q0 = a.walk.by_P_w.div(k0), chunks = a.segment_bytes / a.chunk * a.segments;
-        for (int j = 0; j < a.stage_rows; ++j) {
-            int k = (q0 + j) * a.walk.P_w;
-            if (k >= k0 + a.step_k) break;
+        int k0 = step * a.step_k, q0 = a.walk.by_P_w.div(k0), chunks = a.by_row_chunks.value;
+        int rows = static_cast<int>(a.walk.by_P_w.div(k0 + a.step_k - 1)) - q0 + 1;
+        for (int each = thread_index(); each < rows * chunks; each += threads) {
+            int j = a.by_row_chunks.div(each), at = each - j * chunks;
+            int s = a.by_segment_chunks.div(at), from = at * a.chunk - s * a.segment_bytes;
+            Segment segment = table[s];
+            if (from >= segment.bytes) continue;
+            int k = (q0 + j) * a.walk.P_w, left = segment.until - from;
             bool real = k < a.walk.K;  // what is multiplied by no weight must be 0 all the same: it could be NaN
             int64_t row = real ? element_of(a.walk, k).offset * static_cast<int>(sizeof(Pixel)) : 0;
-            for (int at = thread_index(); at < chunks; at += threads) {
-                int s = a.by_segment_chunks.div(at), from = at * a.chunk - s * a.segment_bytes;
-                Segment segment = table[s];
-                if (from >= segment.bytes) continue;
-                int left = segment.until - from;
-                copy_some(a.chunk, stage + j * a.slot_bytes + s * a.segment_bytes + from,
-                          static_cast<const char*>(a.images) + (real ? segment.offset + row + from : 0),
-                          !real ? 0 : left < a.chunk ? left : a.chunk);
-            }
+            copy_some(a.chunk, stage + j * a.slot_bytes + s * a.segment_bytes + from,
+                      static_cast<const char*>(a.images) + (real ? segment.offset + row + from : 0),
+                      !real ? 0 : left < a.chunk ? left : a.chunk);
         }
     }
 };
@@ -442,13 +443,13 @@ VK_KERNEL(K::THREADS, K::RESIDENT) forward_kernel(VK_GRID_CONSTANT ForwardArgume
     copy_wait<0>();
     sync_block();  // the stages have been read by all: slices of sums take their place
 
-    constexpr int PITCH = WN + 4;
+    constexpr int PITCH = WN + SLICE_PAD;
     Sum* slice = reinterpret_cast<Sum*>(stages) + warp_index() * SLAB * PITCH;
 #pragma unroll
     for (int slab = 0; slab < WM / SLAB; ++slab) {
         tile.put(slab, slice, PITCH);
         sync_warp();
-        write_slice(a, slice, PITCH, WN, d0 + column, [&](int r, Token& token) {
+        write_slice<WN>(a, slice, PITCH, d0 + column, [&](int r, Token& token) {
             int64_t m = m0 + row + slab * SLAB + r;
             if (m >= a.M) return false;
             token = token_of(a, m);

@@ -25,7 +25,7 @@ struct ForwardArguments {
     int64_t tiles;            // of the product; what comes after them writes prefix tokens
     int step_k, steps, stages, chunk, a_bytes, b_pitch, stage_bytes, table_bytes;
     int stage_rows, slot_bytes, segment_bytes, segments;
-    Divisor by_segment_chunks;
+    Divisor by_segment_chunks, by_row_chunks;  // copies of a segment, of a slot
 };
 
 struct ForwardTensors {       // data is null where a tensor is absent

@@ -9,7 +9,7 @@ namespace vk {
 template <class K>
 void launch_forward(const ForwardLaunch& l) {
     launch(forward_kernel<K>, l.plan.blocks + ceil_div(l.prefixes, K::THREADS), K::THREADS, l.plan.shared_bytes,
-           l.stream, l.arguments, l.what);
+           l.stream, l.arguments, "the forward");
 }
 
 // On tensor cores: the tiles are plan.h's MMA_TILES.

@@ -14,7 +14,6 @@ struct ForwardLaunch {
     ForwardArguments arguments;
     int64_t prefixes;
     Stream stream;
-    std::string what;
 };
 
 void forward_f16(const ForwardLaunch&);

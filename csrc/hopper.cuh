@@ -14,7 +14,7 @@ struct HopperArguments {
     TensorMap image;   // patches: [C·H, B, G_h, G_w, P_w], blocks of [stage_rows, BB, BY, BX, BOX]
     TensorMap weight;  // [K / span, D, span], blocks of [step_k / span, BN, span]; span: 16 or 64 elements
     ForwardArguments a;
-    int block[3];      // patches: BB images × BY lines × BX columns of the grid in a tile
+    int block_bits[3];     // patches: 2ᵇ images × lines × columns of the grid in a tile
     Divisor by_blocks[2];  // of tiles in x, in y
     Divisor by_P_h;    // of a channel's rows
     int64_t prefixes;  // threads that write prefix tokens
@@ -68,17 +68,18 @@ struct InBoxes {
 
 // Tile row r of the tile that begins at image b0, line y0, column x0
 VK_DEVICE bool block_token(const HopperArguments& h, const int64_t (&origin)[3], int r, Token& token) {
-    int64_t x = origin[2] + r % h.block[2], y = origin[1] + r / h.block[2] % h.block[1];
-    int64_t b = origin[0] + r / (h.block[2] * h.block[1]);
+    const int(&bits)[3] = h.block_bits;
+    int64_t x = origin[2] + (r & ((1 << bits[2]) - 1)), y = origin[1] + (r >> bits[2] & ((1 << bits[1]) - 1));
+    int64_t b = origin[0] + (r >> (bits[1] + bits[2]));
     token = {b, y * h.a.walk.G_w + x, y * h.a.walk.G_w + x, true};
     return b < h.a.B && y < h.a.walk.G_h && x < h.a.walk.G_w;
 }
 
 VK_DEVICE void block_origin(const HopperArguments& h, uint32_t tile, int64_t (&origin)[3]) {
     uint32_t line = h.by_blocks[0].div(tile), images = h.by_blocks[1].div(line);
-    origin[0] = int64_t{images} * h.block[0];
-    origin[1] = int64_t{line - images * h.by_blocks[1].value} * h.block[1];
-    origin[2] = int64_t{tile - line * h.by_blocks[0].value} * h.block[2];
+    origin[0] = int64_t{images} << h.block_bits[0];
+    origin[1] = int64_t{line - images * h.by_blocks[1].value} << h.block_bits[1];
+    origin[2] = int64_t{tile - line * h.by_blocks[0].value} << h.block_bits[2];
 }
 
 #if VK_HOPPER
@@ -148,6 +149,13 @@ VK_DEVICE void consume(const HopperArguments& h, const char* stages, float* slic
     const ForwardArguments& a = h.a;
     int warp = warp_index() - 4, row = warp * 16;  // of the tile, the warp's 16
     bool wide = a.step_k % 64 == 0;
+    auto offset_of = [&](int i) {  // DIRECT: of 16 elements of k in a stage of patches
+        int across = a.walk.P_w / 16;
+        return (i % across * a.stage_rows + i / across) * (K::BM * 32);
+    };
+    int part_offset[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) part_offset[i] = Source::DIRECT ? offset_of(i) : 0;
     float* slice = slices + warp * SLAB * (64 + 4);
     Turn turn;
     for (int64_t tile = block_index(); tile < a.tiles; tile += block_count()) {
@@ -160,7 +168,6 @@ VK_DEVICE void consume(const HopperArguments& h, const char* stages, float* slic
             sync_warp();
             if (lane_index() == 0) barrier_arrive(&empty[slot]);
         };
-        int before = 0;
         auto place = [&] {
             if constexpr (Source::ENGINE)
                 return InBoxes<K::BM, Source::BOX>{a.walk.by_P_w, a.walk.P_w, int(sizeof(Pixel)), a.stage_rows};
@@ -168,30 +175,35 @@ VK_DEVICE void consume(const HopperArguments& h, const char* stages, float* slic
                 return ImageRows<Pixel>(a, nullptr, K::BM, 128).place(m0);
         }();
         Pixels<T, Pixel, decltype(place), 16> pixels(a, place, row);
+        int before = -1;          // the stage that the group under way may still read
+        uint32_t operands[2][4];  // two, as one is being read by the tensor cores
         for (int step = 0; step < a.steps; ++step) {
             barrier_wait(&full[turn.slot], turn.phase);
             const char* stage = stages + turn.slot * a.stage_bytes;
-            uint32_t patches = shared_address(stage), weights = patches + a.a_bytes;
+            uint32_t patches = shared_address(stage) + row / 64 * (64 * 32), at = shared_address(stage) + a.a_bytes;
             int left = a.walk.K - step * a.step_k, parts = ((left < a.step_k ? left : a.step_k) + 15) / 16;
             auto weight = [&](int i) {  // 16 elements of k of all BN channels
-                return wide ? matrix_descriptor<128>(weights + i / 4 * (K::BN * 128) + i % 4 * 32)
-                            : matrix_descriptor<32>(weights + i * (K::BN * 32));
+                return wide ? matrix_descriptor<128>(at + i / 4 * (K::BN * 128) + i % 4 * 32)
+                            : matrix_descriptor<32>(at + i * (K::BN * 32));
             };
             if constexpr (Source::DIRECT) {
-                warpgroup_fence();
-                for (int i = 0; i < parts; ++i) {
-                    int across = a.walk.P_w / 16, block = i % across * a.stage_rows + i / across;
-                    uint32_t rows = patches + (block * K::BM + row / 64 * 64) * 32;
-                    warpgroup_multiply_add(c, matrix_descriptor<32>(rows), weight(i), T{});
+                if (wide && parts == 4) {  // a group without a branch in it: else the compiler waits for each part
+                    uint64_t weights = matrix_descriptor<128>(at);
+                    warpgroup_fence();
+#pragma unroll
+                    for (int i = 0; i < 4; ++i)
+                        warpgroup_multiply_add(c, matrix_descriptor<32>(patches + part_offset[i]), weights + 2 * i, T{});
+                    warpgroup_commit();
+                    warpgroup_wait<1>();
+                } else {
+                    warpgroup_fence();
+                    for (int i = 0; i < parts; ++i)
+                        warpgroup_multiply_add(c, matrix_descriptor<32>(patches + offset_of(i)), weight(i), T{});
+                    warpgroup_commit();
+                    warpgroup_wait<1>();
                 }
-                warpgroup_commit();
-                // The group goes on while the next stage is awaited; the one before it has ended.
-                warpgroup_wait<1>();
-                if (step > 0) release(before);
-                before = turn.slot;
             } else {
                 pixels.enter(stage, step * a.step_k);
-                uint32_t operands[2][4];  // two, as one is being read by the tensor cores
                 for (int i = 0; i < parts; i += 2)
 #pragma unroll
                     for (int odd = 0; odd < 2; ++odd)
@@ -202,15 +214,18 @@ VK_DEVICE void consume(const HopperArguments& h, const char* stages, float* slic
                             warpgroup_commit();
                             warpgroup_wait<1>();
                         }
-                warpgroup_wait<0>();
-                release(turn.slot);
             }
+            // The last group goes on while the next stage is awaited: then the stage before is free. But operands[0] must
+            // not be written while it is read, and of two stages the producer waits for this very one.
+            bool drained = !Source::DIRECT && (parts % 2 || a.stages == 2);
+            if (drained) warpgroup_wait<0>();
+            if (before >= 0) release(before);
+            before = turn.slot;
+            if (drained) release(before), before = -1;
             turn.advance(a.stages);
         }
-        if constexpr (Source::DIRECT) {
-            warpgroup_wait<0>();
-            release(before);
-        }
+        warpgroup_wait<0>();
+        if (before >= 0) release(before);
 
         int64_t origin[3];
         if constexpr (Source::ENGINE) block_origin(h, tile_m, origin);
@@ -218,7 +233,7 @@ VK_DEVICE void consume(const HopperArguments& h, const char* stages, float* slic
         for (int part = 0; part < K::BN / 64; ++part) {
             put_sums(c, part, slice, 64 + 4);
             sync_warp();
-            write_slice(a, slice, 64 + 4, 64, d0 + part * 64, [&](int r, Token& token) {
+            write_slice<64>(a, slice, 64 + 4, d0 + part * 64, [&](int r, Token& token) {
                 if constexpr (Source::ENGINE) return block_token(h, origin, row + r, token);
                 int64_t m = m0 + row + r;
                 if (m >= a.M) return false;

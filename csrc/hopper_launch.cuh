@@ -24,7 +24,7 @@ inline TensorBlock image_block(const Problem& p, const Forward& f, const Walk& w
 inline TensorBlock weight_block(const Problem& p, const Forward& f) {
     uint64_t size = size_of(p.compute), span = f.step_k % 64 == 0 ? 64 : 16;
     return {p.compute, 3,
-            {span, uint64_t(p.D), uint64_t(f.weight_row) / span},
+            {span, uint64_t(p.D), uint64_t(ceil_div(p.K, int64_t(span)))},
             {size, uint64_t(f.weight_row) * size, span * size},
             {uint32_t(span), uint32_t(f.tile.BN), uint32_t(f.step_k / span)},
             static_cast<int>(span * size)};
@@ -39,13 +39,14 @@ void launch_hopper(const ForwardLaunch& l) {
     h.weight = make_tensor_map(weight_block(p, l.plan), l.arguments.weight);
     if constexpr (Source::ENGINE) {
         h.image = make_tensor_map(image_block(p, l.plan, l.arguments.walk, Source::BOX, Source::DIRECT), l.arguments.images);
-        for (int i = 0; i < 3; ++i) h.block[i] = l.plan.block[i];
-        h.by_blocks[0] = Divisor(ceil_div(p.G[2], h.block[2]));
-        h.by_blocks[1] = Divisor(ceil_div(p.G[1], h.block[1]));
+        for (int i = 0; i < 3; ++i)
+            while (1 << h.block_bits[i] < l.plan.block[i]) ++h.block_bits[i];
+        h.by_blocks[0] = Divisor(ceil_div(p.G[2], l.plan.block[2]));
+        h.by_blocks[1] = Divisor(ceil_div(p.G[1], l.plan.block[1]));
         h.by_P_h = Divisor(p.P[1]);
     }
     h.prefixes = l.prefixes;
-    launch(hopper_kernel<K>, l.plan.blocks, K::THREADS, l.plan.shared_bytes, l.stream, h, l.what);
+    launch(hopper_kernel<K>, l.plan.blocks, K::THREADS, l.plan.shared_bytes, l.stream, h, "the forward");
 }
 
 template <class T, class Source>

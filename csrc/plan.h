@@ -55,7 +55,7 @@ struct Forward {
 
 inline constexpr int64_t LIMIT = (int64_t{1} << 31) - (int64_t{1} << 16);  // of what is counted in 32 bits
 inline constexpr int64_t PACK_ROWS = 4096;  // patches from which narrow copies of the weight cost more than packing: a guess
-inline constexpr int EPILOGUE_COLUMNS = 64, EPILOGUE_PAD = 4, SLAB_ROWS = 16;
+inline constexpr int SLICE_PAD = 8;  // of a row of sums on its way through shared memory, against bank conflicts
 
 // Tiles, large to small: tensor cores by warp; without them; wgmma
 inline constexpr Tile MMA_TILES[] = {{128, 128, 256, 1.0}, {32, 64, 128, 0.45}};
@@ -189,8 +189,8 @@ inline Forward sized(const Problem& p, const Gpu& gpu, const Walk& w, const Tens
     Forward f{};
     int pixel = size_of(p.image), value = size_of(p.compute), sum = p.compute == Dtype::f64 ? 8 : 4;
     f.road = road, f.hopper = hopper, f.tile = tile, f.chunk = chunk;
-    int warps = hopper ? 8 : tile.threads / 32, columns = hopper ? EPILOGUE_COLUMNS : 32;
-    int slices = warps * SLAB_ROWS * (columns + EPILOGUE_PAD) * sum;
+    // Sums of 16 rows of each warp, on their way to tokens; on Hopper with less padding, which leaves room for 4 stages.
+    int slices = hopper ? 8 * 16 * (64 + 4) * sum : tile.threads / 32 * 16 * (32 + SLICE_PAD) * sum;
     if (road == Road::rows) {
         int least = 16 / std::gcd(w.P_w, 16);  // rows that make a multiple of the tensor cores' step
         if (least * w.P_w <= 128) {
@@ -256,7 +256,8 @@ inline double rate_of(const Forward& f) {
 // latency of some 128 of k.
 inline double cost_of(const Forward& f, const Gpu& gpu) {
     double waves = static_cast<double>(ceil_div(f.tiles, gpu.multiprocessors));
-    return waves * (f.steps * f.step_k + 128) * f.tile.BM * f.tile.BN / (f.tile.rate * rate_of(f));
+    double rate = f.tile.rate * rate_of(f) * (f.stages == 2 ? 0.8 : 1.0);  // two hide less of the memory's latency
+    return waves * (f.steps * f.step_k + 128) * f.tile.BM * f.tile.BN / rate;
 }
 
 // Every road with every tile that can take the problem, on images and a weight that begin at `data`, modulo 16.

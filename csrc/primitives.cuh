@@ -67,6 +67,9 @@ template <class T>
 VK_DEVICE T read_once(const T* p) {  // from global memory that no thread writes
     return __ldg(p);
 }
+VK_DEVICE void write_words(void* p, const uint32_t (&w)[4]) {  // to global memory; left to itself nvcc 13.0 splits it
+    asm volatile("st.global.v4.b32 [%0], {%1,%2,%3,%4};" ::"l"(p), "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3]) : "memory");
+}
 VK_DEVICE uint32_t pack(float low, float high, half) {
     __half2 v = __floats2half2_rn(low, high);
     return *reinterpret_cast<uint32_t*>(&v);
@@ -226,6 +229,17 @@ template <int SPAN>
 VK_BOTH uint64_t matrix_descriptor(uint32_t address) {
     static_assert(SPAN == 32 || SPAN == 128, "a swizzle of 32 or 128 bytes");
     return static_cast<uint64_t>((address & 0x3ffff) >> 4) | uint64_t{1} << 16 |
+           static_cast<uint64_t>(8 * SPAN >> 4) << 32 | uint64_t{SPAN == 128 ? 1 : 3} << 62;
+}
+
+// The same with rows (columns) innermost, SPAN / 2 of them in a line of SPAN bytes, a line for each k one behind the
+// other; the next SPAN / 2 begin `next` bytes on. There the leading offset is that, and the other one is to the next 8
+// of k (PTX ISA, "Canonical layouts", MN-major; no GPU has confirmed it yet): 16 of k are two such groups, and a step
+// along k moves the start by them.
+template <int SPAN>
+VK_BOTH uint64_t matrix_descriptor_across(uint32_t address, int next) {
+    static_assert(SPAN == 32 || SPAN == 128, "a swizzle of 32 or 128 bytes");
+    return static_cast<uint64_t>((address & 0x3ffff) >> 4) | static_cast<uint64_t>(next >> 4) << 16 |
            static_cast<uint64_t>(8 * SPAN >> 4) << 32 | uint64_t{SPAN == 128 ? 1 : 3} << 62;
 }
 

@@ -99,11 +99,14 @@ inline CUtensorMapDataType data_type(Dtype d) {
 #endif  // __CUDACC__
 
 inline TensorMap make_tensor_map(const TensorBlock& t, const void* base) {
-    std::string what = "a tensor map of " + std::to_string(t.rank) + " dimensions";
-    for (int i = 0; i < t.rank && i < 5; ++i)
-        what += (i ? ", " : ": ") + std::to_string(t.sizes[i]) + " (stride " + std::to_string(t.strides[i]) +
-                ", block " + std::to_string(t.block[i]) + ")";
-    if (std::string why = refused(t, base); !why.empty()) throw std::runtime_error(what + " is refused: " + why);
+    auto what = [&] {
+        std::string text = "a tensor map of " + std::to_string(t.rank) + " dimensions";
+        for (int i = 0; i < t.rank && i < 5; ++i)
+            text += (i ? ", " : ": ") + std::to_string(t.sizes[i]) + " (stride " + std::to_string(t.strides[i]) +
+                    ", block " + std::to_string(t.block[i]) + ")";
+        return text;
+    };
+    if (std::string why = refused(t, base); !why.empty()) throw std::runtime_error(what() + " is refused: " + why);
     TensorMap map{};
 #if defined(__CUDACC__)
     cuuint64_t sizes[5], strides[4] = {};
@@ -123,7 +126,7 @@ inline TensorMap make_tensor_map(const TensorBlock& t, const void* base) {
         block, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
         CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);  // "none": zeros
     if (code != CUDA_SUCCESS)
-        throw std::runtime_error("CUDA: " + what + " is refused by the driver: CUresult " +
+        throw std::runtime_error("CUDA: " + what() + " is refused by the driver: CUresult " +
                                  std::to_string(static_cast<int>(code)));
 #else
     map.base = static_cast<const char*>(base);

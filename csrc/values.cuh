@@ -126,7 +126,7 @@ VK_DEVICE void store_eight(T* to_, const Sum (&values)[8], int count) {
             union { Words words; T values[EACH]; } v;
 #pragma unroll
             for (int j = 0; j < EACH; ++j) v.values[j] = to<T>(values[i + j]);
-            *reinterpret_cast<Words*>(to_ + i) = v.words;
+            write_words(to_ + i, v.words.word);
         }
     } else {
 #pragma unroll

@@ -27,20 +27,23 @@ def host_extension():
 
 @pytest.fixture
 def on_cuda_kernels(request, device, monkeypatch):
-    """Makes backend "cuda" run here, on a GPU or emulated; call it with the architecture to emulate."""
+    """Makes backend "cuda" run here, on a GPU or emulated; call it with the architecture to emulate, and with how many
+    multiprocessors: on few of them a block takes many tiles, and a split many steps."""
     from vitkernels import cuda, dispatch, extension, tuning
 
     def forget():
         for cached in (cuda._gpu, cuda._plan, cuda._problem, dispatch.choose):
             cached.cache_clear()
 
-    def use(arch: int = 90) -> None:
+    def use(arch: int = 90, multiprocessors: int | None = None) -> None:
         if device == "cuda":
             return
         module = request.getfixturevalue("host_extension")
         monkeypatch.setattr(extension, "load", lambda: module)
         monkeypatch.setattr(extension, "missing", lambda: "")
-        monkeypatch.setattr(cuda, "gpu_of", lambda device: tuning.NOMINAL[arch])
+        gpu = tuning.NOMINAL[arch]
+        gpu = gpu._replace(multiprocessors=multiprocessors or gpu.multiprocessors)
+        monkeypatch.setattr(cuda, "gpu_of", lambda device: gpu)
         forget()
 
     yield use

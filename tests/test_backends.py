@@ -31,7 +31,9 @@ def normal(*shape, device="cpu", dtype=torch.float32, seed=0):
 
 
 @pytest.mark.parametrize(("backend", "seed"), [(b, s) for b in BACKENDS for s in SEEDS[b]], indirect=["backend"])
-def test_random_problem(backend, seed, device):
+def test_random_problem(backend, seed, device, on_cuda_kernels):
+    if backend == "cuda" and seed % 2:
+        on_cuda_kernels(multiprocessors=1 + seed % 5)
     arguments = verify.case(seed).tensors(device)
     skip_where_declined(backend, arguments)
     before = {n: v.clone() for n, v in arguments.items() if isinstance(v, torch.Tensor)}

@@ -31,7 +31,7 @@ def drawn(seed: int) -> dict:
 
     T = F32 if rng.random() < 0.1 else one((BF16, HALF))
     pixels = one((U8, T, F32))
-    P, C = one((16, 16, 14, 14, 32, 8, 12, 10)), one((3, 3, 1, 4))
+    P, C = one((16, 16, 16, 14, 14, 32, 8, 12, 10, 7)), one((3, 3, 1, 4))
     B, D = rng.randint(1, 6), one((8, 24, 64, 72, 130, 200, 256, 264))
     H = rng.randint(1, 5) * P + one((0, 0, 1, 5))
     W = rng.randint(1, 6) * P + one((0, 0, 0, 2, 6) if rng.random() < 0.4 else (0,))
@@ -73,7 +73,7 @@ def on(arguments: dict, device: str) -> dict:
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("seed", range(80))
 def test_every_road(on_cuda_kernels, device, arch, seed):
-    on_cuda_kernels(arch)
+    on_cuda_kernels(arch, multiprocessors=(None, 1, 3)[seed % 3])
     arguments = on(drawn(seed), device)
     p = vk.explain(**arguments).problem
     tensors = canonical(*(arguments.get(name) for name in NAMES))
@@ -85,6 +85,53 @@ def test_every_road(on_cuda_kernels, device, arch, seed):
         tokens = cuda.forward(p, *tensors, plan=plan)
         assert verify.error_of(tokens, exact) <= bound, how
         assert torch.equal(tokens, cuda.forward(p, *tensors, plan=plan)), f"{how}: not twice the same bits"
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("P", [5, 7, 9])
+def test_channels_begin_at_odd_elements(on_cuda_kernels, device, arch, P):
+    """Of two neighbouring elements the first may be the last of its channel."""
+    on_cuda_kernels(arch)
+    generator = torch.Generator().manual_seed(P)
+    arguments = on(dict(
+        images=torch.rand(2, 3, 4 * P, 3 * P, generator=generator), mean=(0.1, 0.5, 0.9), std=(0.1, 0.5, 0.9),
+        weight=torch.randn(40, 3, P, P, generator=generator).bfloat16(),
+    ), device)  # fmt: skip
+    p = vk.explain(**arguments).problem
+    tensors = canonical(*(arguments.get(name) for name in NAMES))
+    exact, eager = verify.oracle(**arguments), verify.eager(**arguments)
+    for how, plan in cuda.candidates(p, *tensors[:2]).items():
+        error = verify.error_of(cuda.forward(p, *tensors, plan=plan), exact)
+        assert error <= 2 * verify.error_of(eager, exact) + exact.abs().max().item() * 2**-8, how
+
+
+def test_a_tensor_map_that_the_driver_refuses(on_cuda_kernels, device, monkeypatch):
+    """Then the same tokens come by another road."""
+    on_cuda_kernels(90)
+    arguments = on(
+        dict(images=torch.rand(2, 3, 32, 64).bfloat16(), weight=torch.rand(64, 3, 16, 16).bfloat16()), device
+    )
+    expected = vk.patch_embed(**arguments, backend="cuda")
+    asked, true = [], extension.load()
+
+    class Refusing:
+        def __getattr__(self, name):
+            return getattr(true, name)
+
+        def forward(self, problem, plan, *rest):
+            asked.append(true.how(problem, plan))
+            if "wgmma" in asked[-1] or len(asked) == 1:
+                raise RuntimeError("CUDA: a tensor map is refused by the driver: CUresult 1")
+            return true.forward(problem, plan, *rest)
+
+    monkeypatch.setattr(extension, "load", Refusing)
+    monkeypatch.setattr(cuda, "_refused", set())
+    with pytest.warns(UserWarning, match="the copy engine is not used"):
+        tokens = vk.patch_embed(**arguments, backend="cuda")
+    assert len(asked) == 2 and "mma.sync" in asked[1]
+    torch.testing.assert_close(tokens, expected, rtol=2e-2, atol=2e-2)
+    vk.patch_embed(**arguments, backend="cuda")
+    assert len(asked) == 3  # it is not asked again
 
 
 def test_every_road_is_drawn(on_cuda_kernels):

@@ -176,6 +176,17 @@ def test_product_of_a_warpgroup(probe, seed, dtype, n, span, from_registers):
     torch.testing.assert_close(c.double(), a.double() @ b.double().T, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("from_registers", [True, False])
+@pytest.mark.parametrize("span", [32, 128])
+@pytest.mark.parametrize("n", [64, 128, 256])
+@pytest.mark.parametrize("dtype", [F16, BF16])
+def test_product_of_a_warpgroup_across(probe, seed, dtype, n, span, from_registers):
+    k = 64
+    a, b, c = aligned(k, 64, dtype=DTYPES[dtype]), aligned(k, n, dtype=DTYPES[dtype]), nothing(64, n)
+    probe.group_across(dtype, a.data_ptr(), b.data_ptr(), c.data_ptr(), n, k, span, from_registers)
+    torch.testing.assert_close(c.double(), a.double().T @ b.double(), rtol=1e-5, atol=1e-4)
+
+
 def test_pipeline(probe, seed):
     for rounds in (1, 2, 3, 9):
         x, y, out = aligned(rounds, 128), aligned(rounds, 128), nothing(rounds, 128)
@@ -187,7 +198,7 @@ def test_pipeline(probe, seed):
     ("mistake", "rounds", "message"),
     [
         (1, 9, "one arrival too many|wrong"),
-        (2, 2, "copies never waited for: some that count at the barrier"),
+        (2, 2, r"deadlock: threads? 0 .*at barrier_wait, parity|copies never waited for: some that count at"),
         (2, 9, r"deadlock: threads? 0 .*at barrier_wait, parity|copies never waited for"),
         (3, 9, "deadlock: threads 0 … 31 at barrier_wait, parity 0.*64 of 64 arrivals"),
         (4, 9, "deadlock.*0 of 33 arrivals and -256 bytes"),
@@ -224,6 +235,8 @@ def test_mistakes_in_a_pipeline(probe, seed, mistake, rounds, message):
         ("product_never_waited_for", "mmas of the warpgroup never waited for: 1 of warp"),
         ("warps_of_a_group_differ", "warps 0 and 3 of a warpgroup have not issued the same mmas"),
         ("operand_outside", r"operand B: row \d+ at shared memory \+ \d+ is not within the 32776"),
+        ("operand_across_outside", r"operand B: k = \d+ at shared memory \+ \d+ is not within the 32776"),
+        ("operand_across_inside_a_pattern", "operand B: address 1536 and offsets 8192, 1024 are not multiples of 1024"),
     ],
 )
 def test_mistakes(probe, seed, sample, message):

@@ -4,6 +4,7 @@ strides and the current stream, plans the launch (csrc/plan.h, backward_plan.h) 
 from __future__ import annotations
 
 import math
+import warnings
 from functools import lru_cache
 from typing import Any
 
@@ -50,7 +51,7 @@ def covers(built: str, arch: int) -> bool:
 
 def how(p: PatchProblem) -> str:
     weight = _dense((p.D, p.C, *p.P))
-    plan = _plan(p, tf32(), 0, 0, _NUMBER[p.weight_dtype], weight)
+    plan = _plan(p, tf32(), p in _refused, 0, 0, _NUMBER[p.weight_dtype], weight)
     return extension.load().how(_problem(p, tf32()), plan)
 
 
@@ -76,13 +77,19 @@ def forward(
     if out.numel() == 0:
         return out
     rounded = tf32()
-    plan = plan or _plan(p, rounded, *_places(images, weight))
-    scratch = images.new_empty(plan.scratch_bytes, dtype=torch.uint8) if plan.scratch_bytes else None
-    with torch.cuda.device_of(images):
-        extension.load().forward(
-            _problem(p, rounded), plan, _plain(images), _plain(weight), _plain(bias), _table(pos_embed), _table(prefix),
-            _plain(keep), _plain(_centred(p)), _plain(out), 0 if scratch is None else scratch.data_ptr(), _stream(p),
-        )  # fmt: skip
+    taken = plan or _plan(p, rounded, p in _refused, *_places(images, weight))
+    scratch = images.new_empty(taken.scratch_bytes, dtype=torch.uint8) if taken.scratch_bytes else None
+    try:
+        with torch.cuda.device_of(images):
+            extension.load().forward(
+                _problem(p, rounded), taken, _plain(images), _plain(weight), _plain(bias), _table(pos_embed),
+                _table(prefix), _plain(keep), _plain(_centred(p)), _plain(out),
+                0 if scratch is None else scratch.data_ptr(), _stream(p),
+            )  # fmt: skip
+    except RuntimeError as error:
+        if plan is not None or not _refuse(p, error):
+            raise
+        return forward(p, images, weight, bias, pos_embed, prefix, keep)
     return out
 
 
@@ -113,11 +120,28 @@ def backward(
         _plain(t) for t in (grad, images, weight, keep, _centred(p), d_images, d_weight, d_bias, d_pos, d_prefix)
     )
     module, problem = extension.load(), _problem(p, tf32())
-    plan = module.plan_backward(problem, _gpu(p.device), tensors)
+    plan = module.plan_backward(problem, _gpu(p.device, p in _refused), tensors)
     scratch = images.new_empty(plan.scratch_bytes, dtype=torch.uint8)
-    with torch.cuda.device_of(images):
-        module.backward(problem, plan, tensors, scratch.data_ptr(), _stream(p))
+    try:
+        with torch.cuda.device_of(images):
+            module.backward(problem, plan, tensors, scratch.data_ptr(), _stream(p))
+    except RuntimeError as error:
+        if not _refuse(p, error):
+            raise
+        return backward(p, grad, images, weight, bias, pos_embed, prefix, keep, grads)
     return None
+
+
+_refused: set[PatchProblem] = set()
+
+
+def _refuse(p: PatchProblem, error: RuntimeError) -> bool:
+    """Whether the driver refused a tensor map, which it checks as it makes one; then the copy engine is not used."""
+    if "refused by the driver" not in str(error) or p in _refused:
+        return False
+    warnings.warn(f"{error}; the copy engine is not used", stacklevel=3)
+    _refused.add(p)
+    return True
 
 
 @lru_cache(maxsize=1024)
@@ -132,16 +156,18 @@ def _problem(p: PatchProblem, rounded: bool) -> Any:
 
 
 @lru_cache(maxsize=64)
-def _gpu(device: torch.device) -> Any:
+def _gpu(device: torch.device, refused: bool = False) -> Any:
     gpu, arch = gpu_of(device), gpu_of(device).arch
-    if arch == 90 and device.type == "cuda" and not {"9.0a", "9.0+PTX"} & set(extension.record()["archs"]):
-        arch = 89  # without code of sm_90a, the roads of what came before
+    if arch == 90 and refused:
+        arch = 89  # the roads of what came before
+    if arch == 90 and device.type == "cuda" and not any(a[:4] in ("9.0a", "9.0+") for a in extension.record()["archs"]):
+        arch = 89  # without code of sm_90a
     return extension.load().Gpu(arch, gpu.multiprocessors, gpu.shared_bytes)
 
 
 @lru_cache(maxsize=1024)
-def _plan(p: PatchProblem, rounded: bool, *places: Any) -> Any:
-    return extension.load().plan_forward(_problem(p, rounded), _gpu(p.device), *_ends(p, *places))
+def _plan(p: PatchProblem, rounded: bool, refused: bool, *places: Any) -> Any:
+    return extension.load().plan_forward(_problem(p, rounded), _gpu(p.device, refused), *_ends(p, *places))
 
 
 def _places(images: torch.Tensor, weight: torch.Tensor) -> tuple[Any, ...]:
@@ -154,7 +180,7 @@ def _ends(p: PatchProblem, images: int, weight: int, dtype: int, strides: tuple[
 
 
 def _centred(p: PatchProblem) -> torch.Tensor | None:
-    return patches.centred(p, patches.sum_dtype(p)) if p.normalised or p.scale != 1 else None
+    return patches.centred(p, patches.sum_dtype(p)) if _problem(p, tf32()).normalised else None
 
 
 def _plain(t: torch.Tensor | None) -> tuple[int, ...] | None:

@@ -64,10 +64,6 @@ static py::dict dict_of(const Problem& p, const Gpu& gpu, const Forward& f, cons
 static py::dict dict_of(const Problem& p, const Backward& b) {
     using namespace backward;
     py::dict d;
-    auto source = [](const Source& s) {
-        const char* names[] = {"straight", "raw", "each"};
-        return py::make_tuple(names[static_cast<int>(s.road)], s.chunk);
-    };
     d["scratch_bytes"] = b.scratch_bytes;
     py::list regions;  // name, where it begins, its elements' bytes, its elements
     auto region = [&](const char* name, int64_t at, int size, int64_t count) {
@@ -75,11 +71,12 @@ static py::dict dict_of(const Problem& p, const Backward& b) {
     };
     if (b.has_weight) {
         const WeightPlan& w = b.weight;
-        Shape s = weight_shape(product_of(p), w.size);
-        d["weight"] = py::dict("size"_a = w.size, "BM"_a = s.BM, "BN"_a = s.BN, "BK"_a = s.BK, "splits"_a = w.splits,
-                               "chunk"_a = w.chunk, "tiles"_a = w.tiles, "tiles_k"_a = w.tiles_k,
-                               "shared_bytes"_a = w.shared_bytes, "threads"_a = threads_of(s),
-                               "resident"_a = s.resident, "pixels"_a = source(w.pixels), "grad"_a = source(w.grad));
+        Shape s = weight_shape(product_of(p), w.hopper ? 0 : w.size);
+        if (w.hopper) s = {HOPPER_CHANNELS[w.size], HOPPER_ROWS * HOPPER_PIXELS, HOPPER_STEP, 0, 0, 1};
+        d["weight"] = py::dict("hopper"_a = w.hopper, "BM"_a = s.BM, "BN"_a = s.BN, "BK"_a = s.BK,
+                               "resident"_a = s.resident, "splits"_a = w.splits, "chunk"_a = w.chunk,
+                               "tiles"_a = w.tiles, "tiles_k"_a = w.tiles_k, "blocks"_a = w.blocks,
+                               "shared_bytes"_a = w.shared_bytes, "block"_a = list_of(w.block, 3));
         region("weight_parts", b.weight_parts, sum_bytes(p), w.splits * p.D * p.K);
     }
     if (b.has_sums) {

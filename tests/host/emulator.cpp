@@ -182,8 +182,9 @@ struct Sums {
 struct Mma {
     Dtype type;
     int columns;
-    bool a_in_shared;
+    bool a_in_shared, across;
     uint32_t a[32][4];
+    const uint32_t* a_registers[32];  // where `a` came from: not to be written before the wait
     uint64_t a_descriptor, b_descriptor;
     std::shared_ptr<Sums> sums;
     int group;  // of warpgroup_commit
@@ -294,9 +295,9 @@ Thread* pick() {
     Warp* w = block.recent;
     // Mostly one warp runs on for as long as it can, the farther ahead of the others.
     if (w == nullptr || !w->ready || draw() % 8 == 0) {
-        int turn = static_cast<int>(draw() >> 59);
-        uint32_t turned = turn ? block.ready_warps >> turn | block.ready_warps << (32 - turn) : block.ready_warps;
-        w = &warps[(__builtin_ctz(turned) + turn) % 32];
+        uint32_t left = block.ready_warps;
+        for (uint64_t skip = draw() % __builtin_popcount(left); skip; --skip) left &= left - 1;
+        w = &warps[__builtin_ctz(left)];
     }
     block.recent = w;
     int place = __builtin_ctz(w->ready);
@@ -527,7 +528,7 @@ void multiply_warp(Warp& w, Dtype type) {
 }
 
 // 16 elements along k of `rows` rows from `first`, as numbers, k outermost: out[k·rows + row].
-void read_operand(uint64_t descriptor, Dtype type, int first, int rows, float* out, const char* which) {
+void read_operand(uint64_t descriptor, Dtype type, bool across, int first, int rows, float* out, const char* which) {
     auto refuse = [&](const std::string& why) {
         fail(std::string("warpgroup_multiply_add: operand ") + which + ": " + why);
     };
@@ -537,6 +538,29 @@ void read_operand(uint64_t descriptor, Dtype type, int first, int rows, float* o
     uint32_t start = static_cast<uint32_t>(descriptor & 0x3fff) << 4;
     uint32_t next8 = static_cast<uint32_t>(descriptor >> 32 & 0x3fff) << 4;
     if (descriptor >> 49 & 7) refuse("a base offset, which this emulator does not know");
+    auto piece_at = [&](uint32_t address, const char* what, int index, uint16_t (&bits)[8]) {
+        int64_t offset = static_cast<int64_t>(swizzled(address, span)) - FIRST;
+        if (offset < 0 || offset + 16 > block.shared_bytes)
+            refuse(what + (" " + std::to_string(index)) + " at " + in_shared(offset) + " is not within the " +
+                   std::to_string(block.shared_bytes) + " bytes that the launch asked for");
+        std::memcpy(bits, engine_view + offset, 16);
+    };
+    auto number = [&](uint16_t bits) { return type == Dtype::f16 ? half_to_float(bits) : bfloat16_to_float(bits); };
+    if (across) {
+        // Lines of span / 2 rows, eight lines along k a pattern of the swizzle: start and both offsets are multiples.
+        uint32_t next_rows = static_cast<uint32_t>(descriptor >> 16 & 0x3fff) << 4, pattern = 8 * span;
+        if (start % pattern || next_rows % pattern || next8 % pattern)
+            refuse("address " + std::to_string(start) + " and offsets " + std::to_string(next_rows) + ", " +
+                   std::to_string(next8) + " are not multiples of " + std::to_string(pattern));
+        for (int k = 0; k < 16; ++k)
+            for (int row = first; row < first + rows; row += 8) {
+                uint32_t line = start + static_cast<uint32_t>(row * 2 / span) * next_rows + k / 8 * next8;
+                uint16_t bits[8];
+                piece_at(line + static_cast<uint32_t>(k % 8 * span + row * 2 % span), "k =", k, bits);
+                for (int i = 0; i < 8; ++i) out[k * rows + row - first + i] = number(bits[i]);
+            }
+        return;
+    }
     // Eight rows are where the swizzle's pattern starts over, and the address inside of them is that of k.
     if (start % (8 * span) + 32 > static_cast<uint32_t>(span))
         refuse("16 elements at address " + std::to_string(start) + " are not within the first of 8 rows of " +
@@ -544,15 +568,10 @@ void read_operand(uint64_t descriptor, Dtype type, int first, int rows, float* o
     for (int row = first; row < first + rows; ++row) {
         for (int piece = 0; piece < 2; ++piece) {
             uint32_t address = start + row / 8 * next8 + static_cast<uint32_t>(row % 8 * span + piece * 16);
-            int64_t offset = static_cast<int64_t>(swizzled(address, span)) - FIRST;
-            if (offset < 0 || offset + 16 > block.shared_bytes)
-                refuse("row " + std::to_string(row) + " at " + in_shared(offset) + " is not within the " +
-                       std::to_string(block.shared_bytes) + " bytes that the launch asked for");
             uint16_t bits[8];
-            std::memcpy(bits, engine_view + offset, 16);
+            piece_at(address, "row", row, bits);
             float* to = out + piece * 8 * rows + (row - first);
-            for (int k = 0; k < 8; ++k)
-                to[k * rows] = type == Dtype::f16 ? half_to_float(bits[k]) : bfloat16_to_float(bits[k]);
+            for (int k = 0; k < 8; ++k) to[k * rows] = number(bits[k]);
         }
     }
 }
@@ -564,12 +583,16 @@ float* of_lane(Sums& s, int lane, int i) {  // sum i of a lane
 void multiply_warpgroup(int first_warp, size_t index) {  // the warps' mma `index`
     static float b[16 * 256];
     const Mma& one = warps[first_warp].mmas[index];
-    read_operand(one.b_descriptor, one.type, 0, one.columns, b, "B");
+    read_operand(one.b_descriptor, one.type, one.across, 0, one.columns, b, "B");
     for (int i = 0; i < 4; ++i) {
         Mma& mma = warps[first_warp + i].mmas[index];
+        for (int lane = 0; lane < 32 && !mma.a_in_shared; ++lane)
+            if (!std::equal(mma.a[lane], mma.a[lane] + 4, mma.a_registers[lane]))
+                fail("warpgroup_multiply_add: registers of operand A were written before the warpgroup_wait, by lane " +
+                     std::to_string(lane) + " of warp " + std::to_string(first_warp + i));
         float a[16 * 16];  // [k][row]
         if (mma.a_in_shared) {
-            read_operand(mma.a_descriptor, mma.type, 16 * i, 16, a, "A");
+            read_operand(mma.a_descriptor, mma.type, mma.across, 16 * i, 16, a, "A");
         } else {
             for (int lane = 0; lane < 32; ++lane)
                 for (int r = 0; r < 4; ++r)
@@ -600,8 +623,9 @@ void finish_mmas(int first_warp, int pending) {  // of a warpgroup, but for the 
         bool same = w.groups == one.groups && w.mmas.size() == one.mmas.size();
         for (size_t m = 0; same && m < w.mmas.size(); ++m) {
             const Mma &x = one.mmas[m], &y = w.mmas[m];
-            same = x.type == y.type && x.columns == y.columns && x.a_in_shared == y.a_in_shared && x.group == y.group &&
-                   x.a_descriptor == y.a_descriptor && x.b_descriptor == y.b_descriptor;
+            same = x.type == y.type && x.columns == y.columns && x.a_in_shared == y.a_in_shared &&
+                   x.across == y.across && x.group == y.group && x.a_descriptor == y.a_descriptor &&
+                   x.b_descriptor == y.b_descriptor;
         }
         if (!same)
             fail("warps " + std::to_string(first_warp) + " and " + std::to_string(w.index) +
@@ -990,18 +1014,20 @@ void warpgroup_wait(int pending) {
     if (w.waiting >> t.index % 32 & 1) wait();
 }
 
-void warpgroup_multiply_add(float* c, int columns, const uint32_t* a, uint64_t a_shared, uint64_t b, Dtype type) {
+void warpgroup_multiply_add(float* c, int columns, const uint32_t* a, uint64_t a_shared, uint64_t b, Dtype type,
+                            bool across) {
     struct Request {
         float* c;
         const uint32_t* a;
         uint64_t a_shared, b;
     } request{c, a, a_shared, b};
-    Operation operation{"warpgroup_multiply_add", static_cast<int>(type) * 2 + (a != nullptr), columns};
+    Operation operation{"warpgroup_multiply_add", static_cast<int>(type) * 4 + 2 * across + (a != nullptr), columns};
     meet(operation, &request, [&](Warp& w) {
         Mma mma{};
         mma.type = type;
         mma.columns = columns;
         mma.a_in_shared = a == nullptr;
+        mma.across = across;
         mma.a_descriptor = a_shared;
         mma.b_descriptor = b;
         mma.group = w.groups;
@@ -1009,6 +1035,7 @@ void warpgroup_multiply_add(float* c, int columns, const uint32_t* a, uint64_t a
             const Request& r = *static_cast<Request*>(w.requests[lane]);
             if (r.b != b || r.a_shared != a_shared)
                 fail("warpgroup_multiply_add: lane " + std::to_string(lane) + " has another descriptor");
+            mma.a_registers[lane] = r.a;
             if (r.a) std::copy(r.a, r.a + 4, mma.a[lane]);
         }
         float* first = static_cast<Request*>(w.requests[0])->c;

@@ -62,8 +62,10 @@ void check_map(const TensorMap* map, int rank);
 void warpgroup_fence();
 void warpgroup_commit();
 void warpgroup_wait(int pending);
-// c has columns / 2 numbers; `a` is null where the descriptor `a_shared` tells where A lies.
-void warpgroup_multiply_add(float* c, int columns, const uint32_t* a, uint64_t a_shared, uint64_t b, Dtype type);
+// c has columns / 2 numbers; `a` is null where the descriptor `a_shared` tells where A lies. `across`: what is in
+// shared memory has k outermost.
+void warpgroup_multiply_add(float* c, int columns, const uint32_t* a, uint64_t a_shared, uint64_t b, Dtype type,
+                            bool across);
 
 // All blocks, one after the other; `call` runs one thread.
 void run(void (*call)(const void* kernel, const void* arguments), const void* kernel, const void* arguments,

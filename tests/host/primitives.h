@@ -102,6 +102,7 @@ inline T shuffle_xor(T value, int mask) {
 
 // Numbers
 
+inline void write_words(void* p, const uint32_t (&w)[4]) { std::memcpy(p, w, 16); }
 template <class T>
 inline T read_once(const T* p) {
     if (reinterpret_cast<uintptr_t>(p) % sizeof(T)) host::fail("read_once at a misaligned address");
@@ -193,15 +194,15 @@ inline void warpgroup_wait() {
     host::warpgroup_wait(PENDING);
 }
 
-template <int COUNT, class T>
+template <bool ACROSS = false, int COUNT, class T>
 inline void warpgroup_multiply_add(float (&c)[COUNT], const uint32_t (&a)[4], uint64_t b, T) {
     static_assert(COUNT == 32 || COUNT == 64 || COUNT == 128, "warpgroup_mma.inc has N = 64, 128 and 256");
-    host::warpgroup_multiply_add(c, 2 * COUNT, a, 0, b, host::dtype_of<T>);
+    host::warpgroup_multiply_add(c, 2 * COUNT, a, 0, b, host::dtype_of<T>, ACROSS);
 }
-template <int COUNT, class T>
+template <bool ACROSS = false, int COUNT, class T>
 inline void warpgroup_multiply_add(float (&c)[COUNT], uint64_t a, uint64_t b, T) {
     static_assert(COUNT == 32 || COUNT == 64 || COUNT == 128, "warpgroup_mma.inc has N = 64, 128 and 256");
-    host::warpgroup_multiply_add(c, 2 * COUNT, nullptr, a, b, host::dtype_of<T>);
+    host::warpgroup_multiply_add(c, 2 * COUNT, nullptr, a, b, host::dtype_of<T>, ACROSS);
 }
 
 }  // namespace vk

@@ -291,6 +291,74 @@ void group_product(int dtype, Address a, Address b, Address c, int n, int k, int
         group_product_of<bfloat16>(n, span, from_registers, p);
 }
 
+// c = aᵀ·b, k×64 and k×n, on a warpgroup: both lie with k outermost, in blocks of SPAN bytes across and all of k
+template <class T, int N, int SPAN, bool FROM_REGISTERS>
+VK_KERNEL(128, 1) group_across_kernel(VK_GRID_CONSTANT GroupProduct p) {
+#if VK_HOPPER
+    constexpr int WIDTH = SPAN / 2;
+    int thread = thread_index(), next = p.k * SPAN;
+    char *a = shared_memory(), *b = a + p.k * 128;
+    Barrier* barrier = reinterpret_cast<Barrier*>(b + p.k * N * 2);
+    if (thread == 0) {
+        barrier_init(barrier, 1);
+        barrier_init_done();
+    }
+    sync_block();
+    if (thread == 0) {
+        barrier_expect(barrier, p.k * (64 + N) * 2);
+        for (int i = 0; i < 64; i += WIDTH) copy_tensor(a + i * p.k * 2, &p.a_map, barrier, i, 0, 0);
+        for (int i = 0; i < N; i += WIDTH) copy_tensor(b + i * p.k * 2, &p.b_map, barrier, i, 0, 0);
+    }
+    barrier_wait(barrier, 0);
+    float c[N / 2] = {};
+    int g = thread / 32 * 16 + thread % 32 / 4, t = thread % 4;
+    const uint16_t* numbers = static_cast<const uint16_t*>(p.a);
+    for (int k = 0; k < p.k; k += 16) {
+        uint64_t b_descriptor = matrix_descriptor_across<SPAN>(shared_address(b + k * SPAN), next);
+        uint32_t fragment[4];
+        for (int i = 0; i < 4; ++i) {
+            int at = (k + 2 * t + i / 2 * 8) * 64 + g + i % 2 * 8;
+            fragment[i] = numbers[at] | static_cast<uint32_t>(numbers[at + 64]) << 16;
+        }
+        warpgroup_fence();
+        if constexpr (FROM_REGISTERS)
+            warpgroup_multiply_add<true>(c, fragment, b_descriptor, T());
+        else
+            warpgroup_multiply_add<true>(c, matrix_descriptor_across<SPAN>(shared_address(a + k * SPAN), next),
+                                         b_descriptor, T());
+        warpgroup_commit();
+        warpgroup_wait<0>();
+    }
+    for (int i = 0; i < N / 2; ++i) p.c[(g + i / 2 % 2 * 8) * N + i / 4 * 8 + 2 * t + i % 2] = c[i];
+#endif
+}
+
+template <class T, int SPAN, bool FROM_REGISTERS>
+void group_across_of(int n, const GroupProduct& p) {
+    auto kernel = n == 64    ? group_across_kernel<T, 64, SPAN, FROM_REGISTERS>
+                  : n == 128 ? group_across_kernel<T, 128, SPAN, FROM_REGISTERS>
+                             : group_across_kernel<T, 256, SPAN, FROM_REGISTERS>;
+    launch(kernel, 1, 128, p.k * 2 * (64 + n) + 8, Stream{}, p, "group_across");
+}
+
+void group_across(int dtype, Address a, Address b, Address c, int n, int k, int span, bool from_registers) {
+    auto map = [&](Address base, int columns) {
+        uint64_t row = static_cast<uint64_t>(2 * columns), height = static_cast<uint64_t>(k);
+        uint32_t width = static_cast<uint32_t>(span / 2);
+        return make_tensor_map(tensor_block(dtype, {row / 2, height, 1}, {2, row, row * height},
+                                            {width, static_cast<uint32_t>(k), 1}, span), at<void>(base));
+    };
+    GroupProduct p{map(a, 64), map(b, n), at<void>(a), at<float>(c), k};
+    auto product = [&](auto type) {
+        using T = decltype(type);
+        if (span == 32)
+            from_registers ? group_across_of<T, 32, true>(n, p) : group_across_of<T, 32, false>(n, p);
+        else
+            from_registers ? group_across_of<T, 128, true>(n, p) : group_across_of<T, 128, false>(n, p);
+    };
+    dtype == int(Dtype::f16) ? product(half{}) : product(bfloat16{});
+}
+
 // out[r] = x[r] + y[r], rows of 128 numbers: x comes by the copy engine, y by copies of 32 threads of a producer, and
 // two warps consume. `mistake` leaves out what it names.
 enum class Mistake : int { none, wait_for_empty, wait_for_full, arrive_at_empty, expect_all };
@@ -466,6 +534,26 @@ const Sample SAMPLES[] = {
          warpgroup_commit();
          warpgroup_wait<0>();
      }},
+    {"operand_across_outside",
+     [](Out) {
+         float c[128] = {};
+         uint32_t a[4] = {};
+         warpgroup_fence();
+         warpgroup_multiply_add<true>(c, a, matrix_descriptor_across<128>(shared_address(shared_memory()), 14336),
+                                      half());
+         warpgroup_commit();
+         warpgroup_wait<0>();
+     }},
+    {"operand_across_inside_a_pattern",
+     [](Out) {
+         float c[32] = {};
+         uint32_t a[4] = {};
+         warpgroup_fence();
+         warpgroup_multiply_add<true>(c, a, matrix_descriptor_across<128>(shared_address(shared_memory() + 512), 8192),
+                                      half());
+         warpgroup_commit();
+         warpgroup_wait<0>();
+     }},
     // Their output shows them: c before and after the wait, of operands that the copy engine did not write, or did
     {"products_of_stores",
      [](Out p) {
@@ -533,6 +621,7 @@ PYBIND11_MODULE(VITKERNELS_MODULE, m) {
                       const std::vector<uint32_t>& block, int swizzle, Address base, const std::vector<int>& where,
                       Address out) { fetch(tensor_block(dtype, sizes, strides, block, swizzle), base, where, out); });
     m.def("group_product", group_product);
+    m.def("group_across", group_across);
     m.def("pipeline", pipeline);
     m.def("wrong_divisions", wrong_divisions);
 #if !defined(__CUDACC__)
