@@ -171,7 +171,7 @@ struct Pixels {
     }
 };
 
-// Sources
+// Sources. OPERANDS: what they store is the product's operands; otherwise pixels, which are made operands as they are read.
 
 VK_DEVICE void copy_some(int bytes, char* shared, const char* global, int real) {
     switch (bytes) {
@@ -202,6 +202,7 @@ VK_DEVICE void find_corners(const ForwardArguments& a, Corner* corners, int64_t 
 template <class T>
 struct Gather {
     using Stored = typename Kind<T>::Value;
+    static constexpr bool OPERANDS = true;
     using Sum = typename Kind<T>::Sum;
     const ForwardArguments& a;
     Corner* corners;  // [BM]
@@ -232,9 +233,10 @@ struct Gather {
 };
 
 // `chunk` bytes at a time, as they lie: a chunk is inside the patch's row, and inside the image or the padding.
-template <class Pixel>
+template <class Pixel, bool OPERANDS_>
 struct Copy {
     using Stored = Pixel;
+    static constexpr bool OPERANDS = OPERANDS_;
     const ForwardArguments& a;
     Corner* corners;  // [BM]
     int BM, threads;
@@ -287,6 +289,7 @@ struct InRows {
 template <class Pixel>
 struct ImageRows {
     using Stored = Pixel;
+    static constexpr bool OPERANDS = false;
     const ForwardArguments& a;
     Segment* table;  // [segments]
     int BM, threads;
@@ -368,9 +371,8 @@ struct ForwardKernel {
     using Kind_ = T;
     using Source_ = Source;
     static constexpr int BM = BM_, BN = BN_, WM = WM_, WN = WN_, THREADS = BM / WM * (BN / WN) * 32;
-    // Blocks that a multiprocessor has registers for: one multiplies while another writes tokens. 128 registers a
-    // thread; sums of f64 spill below 168.
-    static constexpr int RESIDENT = (same<T, double> ? 384 : 512) / THREADS;
+    // Blocks that a multiprocessor has registers for, 128 a thread: one multiplies while another writes tokens.
+    static constexpr int RESIDENT = 512 / THREADS;
 };
 
 template <class K>
@@ -396,7 +398,6 @@ VK_KERNEL(K::THREADS, K::RESIDENT) forward_kernel(VK_GRID_CONSTANT ForwardArgume
     sync_block();
     auto place = source.place(m0);
 
-    Pixels<T, Stored, decltype(place), WM> pixels(a, place, row);
 
     auto issue = [&](int step) {
         if (step < a.steps) {
@@ -418,6 +419,7 @@ VK_KERNEL(K::THREADS, K::RESIDENT) forward_kernel(VK_GRID_CONSTANT ForwardArgume
         const Value* weights = reinterpret_cast<const Value*>(stage + a.a_bytes);
         int left = a.walk.K - step * a.step_k, stop = left < a.step_k ? left : a.step_k;
         auto multiply = [&](const auto& patches) {
+#pragma unroll(same<T, float> ? 4 : 1)  // with more the others run out of registers
             for (int k = 0; k < stop; k += K_STEP) {
                 if constexpr (K_STEP == 16)
                     tile.step(patches, row, AlongK<Value>{weights, a.b_pitch}, column, k);
@@ -425,19 +427,14 @@ VK_KERNEL(K::THREADS, K::RESIDENT) forward_kernel(VK_GRID_CONSTANT ForwardArgume
                     tile.step(patches, row, Elements<Value>{weights, a.b_pitch, 1}, column, k);
             }
         };
-        // A stage of operands as they are is read by the tensor cores' own loads.
-        constexpr bool GATHERED = same<Source, Gather<T>>;
-        if constexpr (K_STEP == 16 && same<Stored, Value> && !same<Source, ImageRows<Stored>>) {
-            if (GATHERED || !a.centred) {
-                multiply(AlongK<Value>{reinterpret_cast<const Value*>(stage), source.pitch() / 2});
-                continue;
-            }
-        }
-        if constexpr (GATHERED && K_STEP != 16)
-            multiply(Elements<Value>{reinterpret_cast<const Value*>(stage), source.pitch() / int(sizeof(Value)), 1});
-        else if constexpr (!GATHERED) {
+        if constexpr (!Source::OPERANDS) {
+            Pixels<T, Stored, decltype(place), WM> pixels(a, place, row);
             pixels.enter(stage, step * a.step_k);
             multiply(pixels);
+        } else if constexpr (K_STEP == 16) {
+            multiply(AlongK<Value>{reinterpret_cast<const Value*>(stage), source.pitch() / 2});
+        } else {
+            multiply(Elements<Value>{reinterpret_cast<const Value*>(stage), source.pitch() / int(sizeof(Value)), 1});
         }
     }
     copy_wait<0>();

@@ -21,6 +21,9 @@ void launch_tile(const ForwardLaunch& l) {
         launch_forward<ForwardKernel<T, Source, 32, 64, 16, 32>>(l);
 }
 
+template <class Pixel>
+using CopyPixels = Copy<Pixel, false>;
+
 template <class T, template <class> class Source>
 void launch_pixels(const ForwardLaunch& l) {
     using Value = typename Kind<T>::Value;
@@ -35,7 +38,10 @@ void launch_pixels(const ForwardLaunch& l) {
 template <class T>
 void launch_road(const ForwardLaunch& l) {
     switch (l.plan.road) {
-        case Road::copy: return launch_pixels<T, Copy>(l);
+        case Road::copy:
+            if constexpr (Kind<T>::K_STEP == 16)
+                if (l.p.image == l.p.compute && !l.arguments.centred) return launch_tile<T, Copy<T, true>>(l);
+            return launch_pixels<T, CopyPixels>(l);
         case Road::rows: return launch_pixels<T, ImageRows>(l);
         default: return launch_forward<ForwardKernel<T, Gather<T>, 32, 64, 16, 32>>(l);
     }
@@ -46,8 +52,8 @@ template <class T>
 void launch_plain(const ForwardLaunch& l) {
     if constexpr (same<T, float>)
         if (l.plan.road == Road::copy) {
-            if (l.p.image == Dtype::u8) return launch_forward<ForwardKernel<T, Copy<uint8_t>, 64, 64, 32, 32>>(l);
-            return launch_forward<ForwardKernel<T, Copy<float>, 64, 64, 32, 32>>(l);
+            if (l.p.image == Dtype::u8) return launch_forward<ForwardKernel<T, Copy<uint8_t, false>, 64, 64, 32, 32>>(l);
+            return launch_forward<ForwardKernel<T, Copy<float, false>, 64, 64, 32, 32>>(l);
         }
     launch_forward<ForwardKernel<T, Gather<T>, 64, 64, 32, 32>>(l);
 }

@@ -107,13 +107,7 @@ def backward(
     d_images, d_weight, d_bias, d_pos, d_prefix = grads
     if grad.numel() == 0 or p.rows == 0:
         return gradients.backward(p, grad, images, weight, bias, pos_embed, prefix, keep, grads)
-    # A table of each image's own is a copy of dY's rows.
-    if d_prefix is not None and (p.T == 0 or d_prefix.shape[0] > 1):
-        gradients.each_or_sum(p, grad[:, : p.T], d_prefix)
-        d_prefix = None
-    if d_pos is not None and p.pos_per_image:
-        gradients.position(p, *gradients.masked(p, grad, keep), d_pos)
-        d_pos = None
+    d_pos, d_prefix = gradients.own_tables(p, grad, keep, d_pos, d_prefix)
     if all(g is None for g in (d_images, d_weight, d_bias, d_pos, d_prefix)):
         return None
     tensors = tuple(

@@ -42,6 +42,21 @@ def backward(
         d_bias.copy_(grad[:, p.T :].sum(0, dtype=sum_dtype(p)).sum(0))
 
 
+def own_tables(
+    p: PatchProblem, grad: torch.Tensor, keep: torch.Tensor | None, d_pos: torch.Tensor | None,
+    d_prefix: torch.Tensor | None,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:  # fmt: skip
+    """Write the gradients of tables that each image has of its own, which are copies of dY's rows; d_pos and d_prefix
+    as they are left to a kernel that sums over images."""
+    if d_prefix is not None and (p.T == 0 or d_prefix.shape[0] > 1):
+        each_or_sum(p, grad[:, : p.T], d_prefix)
+        d_prefix = None
+    if d_pos is not None and p.pos_per_image:
+        position(p, *masked(p, grad, keep), d_pos)
+        d_pos = None
+    return d_pos, d_prefix
+
+
 def masked(p: PatchProblem, grad: torch.Tensor, keep: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The tokens' gradient, 0 where an index is out of range, and indices that are not."""
     keep, outside = in_grid(p, keep)

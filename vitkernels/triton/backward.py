@@ -48,12 +48,7 @@ def backward(
     keep = None if keep is None else keep.contiguous()
     if d_images is not None:
         _images(p, grad, weight, keep, d_images)
-    if d_prefix is not None and (p.T == 0 or d_prefix.shape[0] > 1):
-        gradients.each_or_sum(p, grad[:, : p.T], d_prefix)
-        d_prefix = None
-    if d_pos is not None and p.pos_per_image:
-        gradients.position(p, *gradients.masked(p, grad, keep), d_pos)
-        d_pos = None
+    d_pos, d_prefix = gradients.own_tables(p, grad, keep, d_pos, d_prefix)
     if any(g is not None for g in (d_weight, d_bias, d_pos, d_prefix)):
         _reduce(p, grad, images, keep, d_weight, d_bias, d_pos, d_prefix)
     return None
