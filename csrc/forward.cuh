@@ -419,7 +419,7 @@ VK_KERNEL(K::THREADS, K::RESIDENT) forward_kernel(VK_GRID_CONSTANT ForwardArgume
         const Value* weights = reinterpret_cast<const Value*>(stage + a.a_bytes);
         int left = a.walk.K - step * a.step_k, stop = left < a.step_k ? left : a.step_k;
         auto multiply = [&](const auto& patches) {
-#pragma unroll(same<T, float> ? 4 : 1)  // with more the others run out of registers
+#pragma unroll(same<T, float> ? 2 : 1)  // with more the others run out of registers
             for (int k = 0; k < stop; k += K_STEP) {
                 if constexpr (K_STEP == 16)
                     tile.step(patches, row, AlongK<Value>{weights, a.b_pitch}, column, k);
