@@ -64,7 +64,10 @@ def find_tools(mode: str) -> Tools:
     nvcc = next((found for place in places if place and (found := shutil.which(place))), None)
     if nvcc is None:
         raise PlatformError("nvcc was not found (CUDACXX, CUDA_HOME, PATH)")
-    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False)
+    try:
+        said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, timeout=60, check=False)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise PlatformError(f"{nvcc} does not run: {error}") from None
     release = re.search(r"\bV((\d+\.\d+)\.\d+)", said.stdout)
     if release is None:
         raise PlatformError(f"{nvcc} --version names no version: {(said.stdout + said.stderr).strip()[-200:]}")
@@ -88,7 +91,10 @@ def visible_gpus() -> list[str]:
     if shutil.which("nvidia-smi") is None:
         return []
     command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
-    said = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False).stdout.split()
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False).stdout.split()
+    except (OSError, subprocess.SubprocessError):  # a driver that hangs or is gone: as good as no GPU
+        return []
     return sorted({line for line in said if re.fullmatch(r"\d+\.\d", line)}, key=float)
 
 

@@ -164,7 +164,6 @@ Backward plan_backward(const Problem& p, const Gpu& gpu, const BackwardTensors& 
     };
     if ((plan.has_weight = t.d_weight.data)) {
         plan.weight = weight_plan(p, gpu, t.images, t.grad);
-        plan.hopper = plan.weight.hopper;
         plan.weight_parts = take(plan.weight.splits * p.D * p.K * sum);
     }
     if ((plan.has_sums = bias || pos || prefix)) {
@@ -183,8 +182,7 @@ Backward plan_backward(const Problem& p, const Gpu& gpu, const BackwardTensors& 
     return plan;
 }
 
-void run_backward(const Problem& p, const Backward& plan, const BackwardTensors& t, Stream stream) {
-    backward::Call run{p, plan, t, stream};
+static void launch_all(backward::Call run, const Backward& plan) {
     if (plan.indexed) run.index();
     if (plan.has_weight) run.weight();
     if (plan.has_sums) run.sums();
@@ -193,11 +191,18 @@ void run_backward(const Problem& p, const Backward& plan, const BackwardTensors&
     if (plan.has_images) run.images();
 }
 
+void run_backward(const Problem& p, const Backward& plan, const BackwardTensors& t, Stream stream) {
+    try {
+        launch_all({p, plan, t, stream}, plan);
+    } catch (const std::runtime_error& error) {
+        throw std::runtime_error(std::string(error.what()) + ": the gradients of " + describe(p));
+    }
+}
+
 // All counts of one axis, and what a grid numbers, are 32 bits; offsets are 64.
-std::string backward_refused(const Problem& p, const Gpu& gpu) {
+std::string backward_refused(const Problem& p) {
     using namespace backward;
     auto number = [](int64_t n) { return std::to_string(n); };
-    if (gpu.arch < 80) return "the GPU is sm_" + number(gpu.arch) + "; the kernels need sm_80 or later";
     Problem q = within_image(p);
     int64_t size[] = {p.F, p.H, p.W}, cells = p.B;
     const char* axes[] = {"F", "H", "W"};

@@ -28,7 +28,6 @@ struct Backward {
     int64_t scratch_bytes;
     bool indexed;                // whether kept patches are looked up by their place in the grid
     bool has_weight, has_sums, has_images;
-    bool hopper;                 // whether the weight's gradient is hopper_weight.cuh's
     backward::WeightPlan weight;
     backward::SumsPlan sums;
     backward::ImagesPlan images;
@@ -40,7 +39,7 @@ struct Backward {
     int64_t heads, nexts;        // [B, N] and [B, rows], int32
 };
 
-std::string backward_refused(const Problem& p, const Gpu& gpu);  // why not, with the numbers; empty: it can be run
+std::string backward_refused(const Problem& p);  // why not, with the numbers; empty: it can be run
 Backward plan_backward(const Problem& p, const Gpu& gpu, const BackwardTensors& t);  // reads no data
 void run_backward(const Problem& p, const Backward& plan, const BackwardTensors& t, Stream stream);
 

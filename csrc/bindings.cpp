@@ -4,7 +4,7 @@
 #include <pybind11/stl.h>
 
 #include "backward.h"
-#include "forward_run.h"
+#include "forward.h"
 
 namespace py = pybind11;
 using namespace vk;
@@ -76,7 +76,7 @@ PYBIND11_MODULE(VITKERNELS_MODULE, m) {
 
     py::class_<Backward>(m, "Backward", py::module_local())
         .def_readonly("scratch_bytes", &Backward::scratch_bytes)
-        .def_readonly("hopper", &Backward::hopper);
+        .def_property_readonly("hopper", [](const Backward& b) { return b.weight.hopper; });
     m.def("backward_refused", &backward_refused);
     auto tensors = [](const py::tuple& t, uintptr_t scratch) {
         return BackwardTensors{tensor_of(t[0]), tensor_of(t[1]), tensor_of(t[2]), tensor_of(t[3]), tensor_of(t[4]),

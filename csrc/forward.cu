@@ -1,7 +1,5 @@
 // The forward, from tensors to launches.
-#include "forward_run.h"
-
-#include "forward_roads.h"
+#include "forward.h"
 #include "launch.h"
 #include "values.cuh"
 

@@ -7,6 +7,7 @@
 #pragma once
 
 #include "forward.h"
+#include "launch.h"
 #include "tile.cuh"
 
 namespace vk {
@@ -162,7 +163,8 @@ struct Pixels {
                 } else if constexpr (same<T, Stored> && !NORMALISED) {
                     r[2 * h + e] = *reinterpret_cast<const uint32_t*>(pixel);
                 } else {
-                    struct alignas(2 * sizeof(Stored)) Pair { Stored x[2]; } pair = *reinterpret_cast<const Pair*>(pixel);
+                    struct alignas(2 * sizeof(Stored)) Pair { Stored x[2]; };
+                    Pair pair = *reinterpret_cast<const Pair*>(pixel);
                     float low = to_float(pair.x[0]), high = to_float(pair.x[1]);
                     r[2 * h + e] = NORMALISED ? pack(even(low), odd(high), T{}) : pack(low, high, T{});
                 }
@@ -171,7 +173,7 @@ struct Pixels {
     }
 };
 
-// Sources. OPERANDS: what they store is the product's operands; otherwise pixels, which are made operands as they are read.
+// Sources. OPERANDS: they store the product's operands; otherwise pixels, which are made operands as they are read.
 
 VK_DEVICE void copy_some(int bytes, char* shared, const char* global, int real) {
     switch (bytes) {
@@ -348,7 +350,8 @@ struct ImageRows {
 // The weight's rows d0 …, k0 …, `weight_chunk` bytes at a time: [BN][b_pitch]
 template <class Value>
 VK_DEVICE void copy_weight(const ForwardArguments& a, char* stage, int64_t d0, int step, int BN, int threads) {
-    int each = a.weight_chunk / static_cast<int>(sizeof(Value)), across = a.by_weight_chunks.value, k0 = step * a.step_k;
+    int each = a.weight_chunk / static_cast<int>(sizeof(Value)), across = a.by_weight_chunks.value;
+    int k0 = step * a.step_k;
     for (int at = thread_index(); at < BN * across; at += threads) {
         int n = a.by_weight_chunks.div(at), k = (at - n * across) * each;
         bool real = d0 + n < a.D && k0 + k < a.walk.K;
@@ -454,6 +457,61 @@ VK_KERNEL(K::THREADS, K::RESIDENT) forward_kernel(VK_GRID_CONSTANT ForwardArgume
         });
         sync_warp();
     }
+}
+
+// From a plan to an instantiated kernel
+
+template <class K>
+void launch_forward(const ForwardLaunch& l) {
+    launch(forward_kernel<K>, l.plan.blocks + ceil_div(l.prefixes, K::THREADS), K::THREADS, l.plan.shared_bytes,
+           l.stream, l.arguments, "the forward");
+}
+
+// On tensor cores: the tiles are plan.h's MMA_TILES.
+template <class T, class Source>
+void launch_tile(const ForwardLaunch& l) {
+    if (l.plan.tile.BM == 128)
+        launch_forward<ForwardKernel<T, Source, 128, 128, 64, 32>>(l);
+    else
+        launch_forward<ForwardKernel<T, Source, 32, 64, 16, 32>>(l);
+}
+
+template <class Pixel>
+using CopyPixels = Copy<Pixel, false>;
+
+template <class T, template <class> class Source>
+void launch_pixels(const ForwardLaunch& l) {
+    using Value = typename Kind<T>::Value;
+    if (l.p.image == Dtype::u8)
+        launch_tile<T, Source<uint8_t>>(l);
+    else if (l.p.image == l.p.compute)
+        launch_tile<T, Source<Value>>(l);
+    else if constexpr (!same<Value, float>)
+        launch_tile<T, Source<float>>(l);
+}
+
+template <class T>
+void launch_road(const ForwardLaunch& l) {
+    switch (l.plan.road) {
+        case Road::copy:
+            if constexpr (Kind<T>::K_STEP == 16)
+                if (l.p.image == l.p.compute && !l.arguments.centred) return launch_tile<T, Copy<T, true>>(l);
+            return launch_pixels<T, CopyPixels>(l);
+        case Road::rows: return launch_pixels<T, ImageRows>(l);
+        default: return launch_forward<ForwardKernel<T, Gather<T>, 32, 64, 16, 32>>(l);
+    }
+}
+
+// Without tensor cores: plan.h's PLAIN_TILES
+template <class T>
+void launch_plain(const ForwardLaunch& l) {
+    if constexpr (same<T, float>)
+        if (l.plan.road == Road::copy) {
+            bool bytes = l.p.image == Dtype::u8;
+            return bytes ? launch_forward<ForwardKernel<T, CopyPixels<uint8_t>, 64, 64, 32, 32>>(l)
+                         : launch_forward<ForwardKernel<T, CopyPixels<float>, 64, 64, 32, 32>>(l);
+        }
+    launch_forward<ForwardKernel<T, Gather<T>, 64, 64, 32, 32>>(l);
 }
 
 }  // namespace vk

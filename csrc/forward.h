@@ -1,4 +1,5 @@
-// The forward's arguments, as every road takes them.
+// The forward as the bindings call it, its arguments as every road takes them, and its roads: declared here, defined
+// where their kernels are instantiated, a file for each kind of product so that they compile side by side.
 #pragma once
 
 #include "plan.h"
@@ -32,5 +33,28 @@ struct ForwardTensors {       // data is null where a tensor is absent
     Tensor images, weight, bias, pos, prefix, keep, centred, out;
     void* scratch;            // of Forward::scratch_bytes, aligned to 256 bytes
 };
+
+// Launches what `plan_forward` planned on `stream`. Throws std::runtime_error with the problem in its text where CUDA
+// reports an error. The tokens must not be empty.
+void run_forward(const Problem& p, const Forward& f, const ForwardTensors& t, Stream stream);
+
+// Where these kernels run, as PyTorch names devices: "cuda", or "cpu" where tests emulate them.
+const char* device_type();
+
+struct ForwardLaunch {
+    const Problem& p;
+    const Forward& plan;
+    ForwardArguments arguments;
+    int64_t prefixes;         // threads that write prefix tokens
+    Stream stream;
+};
+
+void forward_f16(const ForwardLaunch&);
+void forward_bf16(const ForwardLaunch&);
+void forward_tf32(const ForwardLaunch&);
+void forward_f32(const ForwardLaunch&);
+void forward_f64(const ForwardLaunch&);
+void hopper_f16(const ForwardLaunch&);
+void hopper_bf16(const ForwardLaunch&);
 
 }  // namespace vk

@@ -1,4 +1,4 @@
-#include "forward_launch.cuh"
+#include "forward.cuh"
 
 namespace vk {
 

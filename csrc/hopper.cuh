@@ -7,6 +7,7 @@
 #pragma once
 
 #include "forward.cuh"
+#include "tensor_map.h"
 
 namespace vk {
 
@@ -278,6 +279,68 @@ VK_KERNEL(K::THREADS, 1) hopper_kernel(VK_GRID_CONSTANT HopperArguments h) {
 #else
     stop_with_error();  // it is planned for sm_90 alone, and only where there is code of sm_90a
 #endif
+}
+
+// From a plan to an instantiated kernel, with its tensor maps
+
+// [C·H, B, G_h, G_w, P_w], a channels-last image being one channel; the innermost first
+inline TensorBlock image_block(const Problem& p, const Walk& w, const int (&block)[3], int rows, int box, int swizzle) {
+    uint64_t size = size_of(p.image), lines = (w.channels_last ? 1 : p.C) * p.H;
+    auto bytes = [&](int64_t elements) { return static_cast<uint64_t>(elements) * size; };
+    // One image, line or row has no next: any stride that the driver takes.
+    uint64_t line = bytes(w.S_h * w.h), image = p.B > 1 ? bytes(w.b) : line;
+    return {p.image, 5,
+            {uint64_t(w.P_w), uint64_t(p.G[2]), uint64_t(p.G[1]), uint64_t(p.B), lines},
+            {size, bytes(w.S_w), line, image, bytes(w.h)},
+            {uint32_t(box), uint32_t(block[2]), uint32_t(block[1]), uint32_t(block[0]), uint32_t(rows)},
+            swizzle};
+}
+
+// [K / span, D, span]
+inline TensorBlock weight_block(const Problem& p, const Forward& f) {
+    uint64_t size = size_of(p.compute), span = f.step_k % 64 == 0 ? 64 : 16;
+    return {p.compute, 3,
+            {span, uint64_t(p.D), uint64_t(ceil_div(p.K, int64_t(span)))},
+            {size, uint64_t(f.weight_row) * size, span * size},
+            {uint32_t(span), uint32_t(f.tile.BN), uint32_t(f.step_k / span)},
+            static_cast<int>(span * size)};
+}
+
+template <class T, class Source, int BN>
+void launch_hopper(const ForwardLaunch& l) {
+    using K = HopperKernel<T, Source, BN>;
+    const Problem& p = l.p;
+    HopperArguments h{};
+    h.a = l.arguments;
+    h.weight = make_tensor_map(weight_block(p, l.plan), l.arguments.weight);
+    if constexpr (Source::ENGINE) {
+        TensorBlock image = image_block(p, l.arguments.walk, l.plan.block, l.plan.stage_rows, Source::BOX,
+                                        Source::DIRECT ? 32 : 0);
+        h.image = make_tensor_map(image, l.arguments.images);
+        for (int i = 0; i < 3; ++i)
+            while (1 << h.block_bits[i] < l.plan.block[i]) ++h.block_bits[i];
+        h.by_blocks[0] = Divisor(ceil_div(p.G[2], l.plan.block[2]));
+        h.by_blocks[1] = Divisor(ceil_div(p.G[1], l.plan.block[1]));
+        h.by_P_h = Divisor(p.P[1]);
+    }
+    h.prefixes = l.prefixes;
+    launch(hopper_kernel<K>, l.plan.blocks, K::THREADS, l.plan.shared_bytes, l.stream, h, "the forward");
+}
+
+template <class T, class Source>
+void launch_hopper_channels(const ForwardLaunch& l) {
+    l.plan.tile.BN == 256 ? launch_hopper<T, Source, 256>(l) : launch_hopper<T, Source, 128>(l);
+}
+
+template <class T>
+void launch_hopper_road(const ForwardLaunch& l) {
+    bool patches = l.plan.road == Road::patches;
+    auto of = [&](auto as_patches, auto as_rows) {
+        patches ? launch_hopper_channels<T, decltype(as_patches)>(l) : launch_hopper_channels<T, decltype(as_rows)>(l);
+    };
+    if (l.p.image == Dtype::u8) return of(PatchesOf<uint8_t, false>{}, RowsOf<uint8_t>{});
+    if (l.p.image == Dtype::f32) return of(PatchesOf<float, false>{}, RowsOf<float>{});
+    l.arguments.centred ? of(PatchesOf<T, false>{}, RowsOf<T>{}) : of(PatchesOf<T, true>{}, RowsOf<T>{});
 }
 
 }  // namespace vk

@@ -1,4 +1,4 @@
-#include "hopper_launch.cuh"
+#include "hopper.cuh"
 
 namespace vk {
 

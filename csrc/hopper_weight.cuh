@@ -14,8 +14,6 @@
 
 #include "hopper.cuh"
 #include "hopper_weight.h"
-#include "launch.h"
-#include "tensor_map.h"
 
 namespace vk::backward {
 
@@ -251,20 +249,6 @@ VK_KERNEL(K::THREADS, 1) hopper_weight_kernel(VK_GRID_CONSTANT HopperWeightArgum
 #endif
 }
 
-// [C·H, B, G_h, G_w, P_w], a channels-last image being one channel; the innermost first
-inline TensorBlock pixels_block(const Problem& p, const Walk& w, const int (&block)[3], bool swizzled) {
-    int size = size_of(p.image);
-    auto bytes = [&](int64_t elements) { return static_cast<uint64_t>(elements * size); };
-    // One image, line or row has no next: any stride that the driver takes.
-    uint64_t line = bytes(w.S_h * w.h), image = p.B > 1 ? bytes(w.b) : line;
-    uint64_t rows = uint64_t((w.channels_last ? 1 : p.C) * p.H);
-    return {p.image, 5,
-            {uint64_t(w.P_w), uint64_t(p.G[2]), uint64_t(p.G[1]), uint64_t(p.B), rows},
-            {uint64_t(size), bytes(w.S_w), line, image, bytes(w.h)},
-            {HOPPER_PIXELS, uint32_t(block[2]), uint32_t(block[1]), uint32_t(block[0]), HOPPER_ROWS},
-            swizzled ? HOPPER_PIXELS * size : 0};
-}
-
 // [1, B, G_h, G_w, D], dY of the patches
 inline TensorBlock grad_block(const Problem& p, const Tensor& grad, const int (&block)[3]) {
     uint64_t row = static_cast<uint64_t>(grad.strides[1]) * 2, line = row * static_cast<uint64_t>(p.G[2]);
@@ -282,7 +266,9 @@ void launch_hopper_weight(const HopperWeightLaunch& l) {
     const WeightPlan& plan = l.plan;
     HopperWeightArguments h{};
     h.walk = make_walk(within_image(p), p.strides);
-    h.image = make_tensor_map(pixels_block(p, h.walk, plan.block, sizeof(typename K::Pixel) > 1), l.images.data);
+    constexpr int size = sizeof(typename K::Pixel), swizzle = size > 1 ? HOPPER_PIXELS * size : 0;
+    TensorBlock image = image_block(p, h.walk, plan.block, HOPPER_ROWS, HOPPER_PIXELS, swizzle);
+    h.image = make_tensor_map(image, l.images.data);
     const char* patches = static_cast<const char*>(l.grad.data) + p.T * l.grad.strides[1] * 2;
     h.grad = make_tensor_map(grad_block(p, l.grad, plan.block), patches);
     h.centred = l.centred, h.parts = l.parts;

@@ -70,14 +70,18 @@ inline int product_step(const Problem& p) {  // elements of k in one step of the
 // Why the extension can't take a problem at all; none: it can.
 inline std::vector<std::string> why_not(const Problem& p, const Gpu& gpu) {
     std::vector<std::string> reasons;
-    if (gpu.arch < 80) reasons.push_back("the GPU is sm_" + std::to_string(gpu.arch) + "; the kernels need sm_80 or later");
-    auto below = [&](const char* name, int64_t value) {
-        if (value >= LIMIT) reasons.push_back(std::string(name) + " = " + std::to_string(value) + " does not fit 32 bits");
+    if (gpu.arch < 80)
+        reasons.push_back("the GPU is sm_" + std::to_string(gpu.arch) + "; the kernels need sm_80 or later");
+    auto below = [&](const std::string& name, int64_t value) {
+        if (value >= LIMIT) reasons.push_back(name + " = " + std::to_string(value) + " does not fit 32 bits");
     };
     const char* axes[] = {"F", "H", "W"};
     int64_t sizes[] = {p.F, p.H, p.W * p.C};
-    for (int i = 0; i < 3; ++i) below((std::string(axes[i]) + " + 2·padding").c_str(), sizes[i] + 2 * p.pad[i] * (i == 2 ? p.C : 1));
-    for (int i = 0; i < 3; ++i) below((std::string("the stride in ") + axes[i]).c_str(), p.S[i] * (i == 2 ? p.C : 1));
+    for (int i = 0; i < 3; ++i) {
+        int64_t wide = i == 2 ? p.C : 1;  // where channels lie side by side
+        below(std::string(axes[i]) + " + 2·padding", sizes[i] + 2 * p.pad[i] * wide);
+        below(std::string("the stride in ") + axes[i], p.S[i] * wide);
+    }
     below("K", p.K);
     below("D", p.D);
     below("B·N", p.B * p.rows);
@@ -139,7 +143,8 @@ inline std::string no_patches(const Problem& p, const Walk& w, const void* image
     if (p.keep) return "a keep list";
     if (is_padded(w)) return "padding";
     if (w.w != 1) return "pixels of a row are " + std::to_string(w.w) + " apart";
-    if (!w.channels_last && p.C > 1 && w.c != p.H * w.h) return "channels are " + std::to_string(w.c) + " apart, not H·row";
+    if (!w.channels_last && p.C > 1 && w.c != p.H * w.h)
+        return "channels are " + std::to_string(w.c) + " apart, not H·row";
     if (reinterpret_cast<uintptr_t>(images) % 16) return "images do not start on 16 bytes";
     if (p.B > 1 && (w.b <= 0 || w.b * size % 16)) return bytes("images are", w.b * size);
     if (w.h <= 0 || w.h * size % 16) return bytes("rows are", w.h * size);
@@ -173,7 +178,8 @@ inline void plan_weight(const Problem& p, const Walk& w, const Tensor& weight, F
     bool there = weight.dtype == p.compute;
     for (int i = 1; i < 5; ++i) there &= counts[i] == 1 || weight.strides[i] == dense[i];
     if (p.D > 1) row = weight.strides[0];
-    int64_t common = std::gcd(std::gcd(row * size, p.K * size), static_cast<int64_t>(reinterpret_cast<uintptr_t>(weight.data) % 16));
+    int64_t begin = static_cast<int64_t>(reinterpret_cast<uintptr_t>(weight.data) % 16);
+    int64_t common = std::gcd(std::gcd(row * size, p.K * size), begin);
     int chunk = largest_chunk(common, 16);
     bool narrow = chunk < 4 || (chunk < 16 && (plan.hopper || p.B * p.rows >= PACK_ROWS));
     int64_t block = plan.hopper ? (plan.step_k % 64 == 0 ? 64 : 16) : 1;  // of one box of the copy engine

@@ -54,10 +54,6 @@ template <class T>
 VK_DEVICE T shuffle(T value, int lane) {
     return __shfl_sync(0xffffffffu, value, lane);
 }
-template <class T>
-VK_DEVICE T shuffle_xor(T value, int mask) {
-    return __shfl_xor_sync(0xffffffffu, value, mask);
-}
 
 VK_DEVICE void stop_with_error() { asm volatile("trap;"); }
 
@@ -186,13 +182,14 @@ VK_DEVICE void barrier_wait(Barrier* barrier, uint32_t phase) {  // until the ph
 
 // One block of a tensor, at these coordinates (the innermost first), to shared memory; its bytes count at `barrier`.
 VK_DEVICE void copy_tensor(void* shared, const TensorMap* map, Barrier* barrier, int c0, int c1, int c2) {
-    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2,%3,%4}], [%5];"
-                 ::"r"(shared_address(shared)), "l"(map), "r"(c0), "r"(c1), "r"(c2), "r"(shared_address(barrier))
+    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+                 "[%0], [%1, {%2,%3,%4}], [%5];" ::"r"(shared_address(shared)), "l"(map), "r"(c0), "r"(c1), "r"(c2), "r"(shared_address(barrier))
                  : "memory");
 }
-VK_DEVICE void copy_tensor(void* shared, const TensorMap* map, Barrier* barrier, int c0, int c1, int c2, int c3, int c4) {
-    asm volatile("cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2,%3,%4,%5,%6}], [%7];"
-                 ::"r"(shared_address(shared)), "l"(map), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4),
+VK_DEVICE void copy_tensor(void* shared, const TensorMap* map, Barrier* barrier, int c0, int c1, int c2, int c3,
+                           int c4) {
+    asm volatile("cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+                 "[%0], [%1, {%2,%3,%4,%5,%6}], [%7];" ::"r"(shared_address(shared)), "l"(map), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4),
                  "r"(shared_address(barrier)) : "memory");
 }
 VK_DEVICE void prefetch_map(const TensorMap* map) {

@@ -54,12 +54,7 @@ inline Walk make_walk(const Problem& p, const int64_t (&strides)[5]) {
 }
 
 VK_BOTH Corner corner_of(const Walk& w, int64_t b, int64_t n) {
-    int64_t line, frame;
-    if (n >> 31) {  // only a keep list reaches so far, and a division of 64 bits takes a hundred instructions
-        line = n / w.G_w, frame = line / w.G_h;
-    } else {
-        line = w.by_G_w.div(static_cast<uint32_t>(n)), frame = w.by_G_h.div(static_cast<uint32_t>(line));
-    }
+    int64_t line = w.by_G_w.div(static_cast<uint32_t>(n)), frame = w.by_G_h.div(static_cast<uint32_t>(line));
     Corner c;
     c.f = static_cast<int>(frame * w.S_t - w.pad_t);
     c.h = static_cast<int>((line - frame * w.G_h) * w.S_h - w.pad_h);

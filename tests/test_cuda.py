@@ -5,6 +5,8 @@ land as late as they may, poisoned shared memory.
 """
 
 import random
+import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -211,3 +213,75 @@ def test_named_on_a_cpu(monkeypatch):
 def test_what_a_build_covers(built, runs, runs_not):
     assert all(cuda.covers(built, arch) for arch in runs)
     assert not any(cuda.covers(built, arch) for arch in runs_not)
+
+
+@pytest.mark.parametrize("dim", range(3))
+@pytest.mark.parametrize("kept", [False, True])
+def test_gradient_of_tokens_past_2_31(on_cuda_kernels, device, tmp_path, dim, kept):
+    """dY [2,4,8] whose batch, row or channel stride takes the last elements past 2³¹."""
+    on_cuda_kernels(90)
+    shape, strides = [2, 4, 8], [32, 8, 1]
+    strides[dim] = 2**32 // (shape[dim] - 1)
+    size = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+    if device == "cpu":  # a file with holes: what is not touched takes no memory
+        memory = torch.from_file(str(tmp_path / "holes"), shared=True, size=size, dtype=HALF)
+    else:
+        memory = torch.zeros(size, dtype=HALF, device=device)
+    generator = torch.Generator().manual_seed(0)
+    near = torch.randn(shape, generator=generator).to(device, HALF)
+    far = memory.as_strided(shape, strides).copy_(near)
+    learnt = {
+        "images": torch.rand(2, 3, 16, 16, generator=generator), "weight": torch.randn(8, 3, 8, 8, generator=generator),
+        "bias": torch.zeros(8), "pos_embed": torch.zeros(1, 4, 8),
+    }  # fmt: skip
+    learnt = {name: t.to(device, HALF).requires_grad_() for name, t in learnt.items()}
+    keep = torch.tensor([[3, 1, 0, 3], [2, 2, 1, 0]], device=device) if kept else None
+    tokens = vk.patch_embed(**learnt, keep=keep, backend="cuda")
+    found = [torch.autograd.grad(tokens, list(learnt.values()), g, retain_graph=True) for g in (far, near)]
+    for name, one, other in zip(learnt, *found, strict=True):
+        assert torch.equal(one, other), name
+
+
+def test_constants_live_until_the_launch(on_cuda_kernels, device, monkeypatch):
+    """While a graph is captured they come uncached: only their address is handed on, so somebody must hold them."""
+    on_cuda_kernels(90)
+    held, true = [], cuda._centred
+
+    def uncached(p):
+        constant = true(p).clone()
+        held.append(weakref.ref(constant))
+        return constant
+
+    class Watching:
+        def __getattr__(self, name):
+            if name in ("forward", "backward", "plan_backward"):
+                assert held[-1]() is not None, f"freed before {name}"
+            return getattr(module, name)
+
+    module = extension.load()
+    monkeypatch.setattr(cuda, "_centred", uncached)
+    monkeypatch.setattr(extension, "load", Watching)
+    weight = torch.rand(8, 3, 8, 8, device=device, requires_grad=True)
+    images = torch.rand(1, 3, 16, 16, device=device)
+    vk.patch_embed(images, weight, mean=0.5, std=(0.1, 0.2, 0.3), backend="cuda").sum().backward()
+    assert len(held) == 2
+
+
+def test_under_func_and_compile(on_cuda_kernels, device):
+    """What ops.py gives every backend: per-sample gradients, forward mode, fullgraph compilation."""
+    on_cuda_kernels(90)
+    images, weight = torch.rand(3, 3, 16, 16, device=device), torch.rand(8, 3, 8, 8, device=device)
+
+    def tokens(weight, images, backend="cuda"):
+        return vk.patch_embed(images, weight, mean=0.5, backend=backend)
+
+    def loss(weight, image, backend="cuda"):
+        return tokens(weight, image[None], backend).square().sum()
+
+    for transformed in (
+        lambda **kw: torch.func.vmap(partial(torch.func.grad(loss), **kw), (None, 0))(weight, images),
+        lambda **kw: torch.func.jvp(partial(tokens, **kw), (weight, images), (weight, images))[1],
+    ):
+        torch.testing.assert_close(transformed(), transformed(backend="reference"), rtol=1e-4, atol=1e-3)
+    compiled = torch.compile(tokens, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(weight, images), tokens(weight, images))

@@ -160,3 +160,37 @@ def test_the_road_taken(on_cuda_kernels, device, arch, patch, dtype, batch, take
     tensors = (grad, images, weight, None, None, None, weight, None, None, None)
     plan = extension.load().plan_backward(cuda._problem(p, dtype == "tf32"), cuda._gpu(p.device), tensors)
     assert plan.hopper == (taken and arch == 90)
+
+
+LAYOUTS = {  # of the tokens' gradient [B, N, D]: what is made of a contiguous one, and whether the road takes it
+    "contiguous": (lambda g: g, True),
+    "batch inside": (lambda g: g.transpose(0, 1).contiguous().transpose(0, 1), True),
+    "rows cut out": (lambda g: torch.nn.functional.pad(g, (0, 8))[..., :-8], True),
+    "rows a little cut out": (lambda g: torch.nn.functional.pad(g, (0, 1))[..., :-1], False),
+    "begun at an odd address": (lambda g: torch.nn.functional.pad(g, (1, 7))[..., 1:-7], False),
+    "channels outside": (lambda g: g.transpose(1, 2).contiguous().transpose(1, 2), False),
+    "one for all channels": (lambda g: g[..., :1].expand_as(g), False),
+    "one for all images": (lambda g: g[:1].expand_as(g), None),
+    "one for all": (lambda g: g[:1, :1, :1].expand_as(g), False),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("D", [33, 72])
+def test_gradients_of_tokens_in_any_strides(watched, device, layout, D):
+    """The same bits as from a contiguous copy on the road that takes it, near them where another does."""
+    laid_out, taken = LAYOUTS[layout]
+    generator = torch.Generator().manual_seed(D)
+    images = torch.rand(5, 3, 48, 32, generator=generator).to(BF16).to(device)
+    weight = torch.randn(D, 3, 16, 16, generator=generator).to(BF16).to(device).requires_grad_()
+    grad = laid_out(torch.randn(5, 6, D, generator=generator).to(BF16).to(device))
+
+    def gradient(grad):
+        plans = watched(2)
+        (found,) = torch.autograd.grad(vk.patch_embed(images, weight, backend="cuda"), weight, grad)
+        return found, plans[0].hopper
+
+    strided, hopper = gradient(grad)
+    copied, _ = gradient(grad.contiguous())
+    torch.testing.assert_close(strided, copied, rtol=2**-7, atol=0.02)
+    assert device == "cuda" or taken is None or hopper == (taken and D % 8 == 0)

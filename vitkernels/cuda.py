@@ -29,13 +29,17 @@ def why_not(p: PatchProblem) -> list[str]:
     if p.device.type != device_type:
         return [f"images are on {p.device}; the CUDA C++ kernels need a {device_type.upper()} device"]
     arch = gpu_of(p.device).arch
-    if device_type == "cuda" and not any(covers(built, arch) for built in extension.record()["archs"]):
-        built = ", ".join(extension.record()["archs"])
+    if device_type == "cuda" and not any(covers(built, arch) for built in _built()):
+        built = ", ".join(_built()) or "nobody knows which"
         return [f"the GPU is sm_{arch}; the extension was built for {built} (TORCH_CUDA_ARCH_LIST)"]
     problem, figures = _problem(p, tf32()), _gpu(p.device)
     reasons = extension.load().why_not(problem, figures)
-    refused = extension.load().backward_refused(problem, figures)
-    return reasons + [refused] * bool(refused and refused not in reasons)
+    refused = extension.load().backward_refused(problem)
+    return reasons + [refused] * bool(refused)
+
+
+def _built() -> list[str]:
+    return extension.record().get("archs", [])
 
 
 def covers(built: str, arch: int) -> bool:
@@ -50,6 +54,7 @@ def covers(built: str, arch: int) -> bool:
 
 
 def how(p: PatchProblem) -> str:
+    """The forward's road, for tensors that begin on 16 bytes and a dense weight."""
     weight = _dense((p.D, p.C, *p.P))
     plan = _plan(p, tf32(), p in _refused, 0, 0, _NUMBER[p.weight_dtype], weight)
     return extension.load().how(_problem(p, tf32()), plan)
@@ -76,14 +81,14 @@ def forward(
     out = images.new_empty(p.out_shape, dtype=p.out_dtype)
     if out.numel() == 0:
         return out
-    rounded = tf32()
+    rounded, centred = tf32(), _centred(p)
     taken = plan or _plan(p, rounded, p in _refused, *_places(images, weight))
     scratch = images.new_empty(taken.scratch_bytes, dtype=torch.uint8) if taken.scratch_bytes else None
     try:
         with torch.cuda.device_of(images):
             extension.load().forward(
                 _problem(p, rounded), taken, _plain(images), _plain(weight), _plain(bias), _table(pos_embed),
-                _table(prefix), _plain(keep), _plain(_centred(p)), _plain(out),
+                _table(prefix), _plain(keep), _plain(centred), _plain(out),
                 0 if scratch is None else scratch.data_ptr(), _stream(p),
             )  # fmt: skip
     except RuntimeError as error:
@@ -110,9 +115,9 @@ def backward(
     d_pos, d_prefix = gradients.own_tables(p, grad, keep, d_pos, d_prefix)
     if all(g is None for g in (d_images, d_weight, d_bias, d_pos, d_prefix)):
         return None
-    tensors = tuple(
-        _plain(t) for t in (grad, images, weight, keep, _centred(p), d_images, d_weight, d_bias, d_pos, d_prefix)
-    )
+    centred = _centred(p)  # held until the launch: below is but its address
+    everything = (grad, images, weight, keep, centred, d_images, d_weight, d_bias, d_pos, d_prefix)
+    tensors = tuple(map(_plain, everything))
     module, problem = extension.load(), _problem(p, tf32())
     plan = module.plan_backward(problem, _gpu(p.device, p in _refused), tensors)
     scratch = images.new_empty(plan.scratch_bytes, dtype=torch.uint8)
@@ -131,7 +136,7 @@ _refused: set[PatchProblem] = set()
 
 def _refuse(p: PatchProblem, error: RuntimeError) -> bool:
     """Whether the driver refused a tensor map, which it checks as it makes one; then the copy engine is not used."""
-    if "refused by the driver" not in str(error) or p in _refused:
+    if "refused by the driver" not in str(error):
         return False
     warnings.warn(f"{error}; the copy engine is not used", stacklevel=3)
     _refused.add(p)
@@ -154,7 +159,7 @@ def _gpu(device: torch.device, refused: bool = False) -> Any:
     gpu, arch = gpu_of(device), gpu_of(device).arch
     if arch == 90 and refused:
         arch = 89  # the roads of what came before
-    if arch == 90 and device.type == "cuda" and not any(a[:4] in ("9.0a", "9.0+") for a in extension.record()["archs"]):
+    if arch == 90 and device.type == "cuda" and not any(a[:4] in ("9.0a", "9.0+") for a in _built()):
         arch = 89  # without code of sm_90a
     return extension.load().Gpu(arch, gpu.multiprocessors, gpu.shared_bytes)
 

@@ -4,7 +4,7 @@
 #define VITKERNELS_MODULE _bindings
 #include "bindings.cpp"
 
-#include "hopper_launch.cuh"
+#include "hopper.cuh"
 
 using namespace py::literals;
 using Numbers = std::array<int64_t, 5>;
@@ -33,7 +33,7 @@ static TensorBlock image_block_of(const Problem& p, const Forward& f, int& box, 
           : p.image == Dtype::u8    ? PatchesOf<uint8_t, false>::BOX
           : p.image == Dtype::f32   ? PatchesOf<float, false>::BOX
                                     : PatchesOf<half, false>::BOX;
-    return image_block(p, f, make_walk(p, p.strides), box, direct);
+    return image_block(p, make_walk(p, p.strides), f.block, f.stage_rows, box, direct ? 32 : 0);
 }
 
 static py::dict dict_of(const Problem& p, const Gpu& gpu, const Forward& f, const Tensor& images, const Tensor& weight) {
@@ -109,8 +109,7 @@ static py::dict dict_of(const Problem& p, const Backward& b) {
 
 PYBIND11_MODULE(_host, m) {
     m.def("why_not", [](const py::dict& p, const py::tuple& gpu) { return why_not(problem_of(p), gpu_of(gpu)); });
-    m.def("backward_refused",
-          [](const py::dict& p, const py::tuple& gpu) { return backward_refused(problem_of(p), gpu_of(gpu)); });
+    m.def("backward_refused", [](const py::dict& p) { return backward_refused(problem_of(p)); });
 
     py::class_<Walk>(m, "Walk", py::module_local())
         .def(py::init([](const py::dict& d) {

@@ -95,10 +95,6 @@ inline T shuffle(T value, int lane) {
     std::memcpy(&value, &bits, sizeof(T));
     return value;
 }
-template <class T>
-inline T shuffle_xor(T value, int mask) {
-    return shuffle(value, thread_index() % 32 ^ mask);
-}
 
 // Numbers
 

@@ -123,7 +123,7 @@ VK_KERNEL(96, 1) sum_kernel(VK_GRID_CONSTANT Sum p) {
     int *sums = reinterpret_cast<int*>(shared_memory()), *out = p.out + 3 * thread_index();
     int x = p.in[thread_index()];
     out[0] = shuffle(x, 5);
-    for (int mask = 16; mask; mask /= 2) x += shuffle_xor(x, mask);
+    for (int mask = 16; mask; mask /= 2) x += shuffle(x, (thread_index() % 32) ^ mask);
     out[1] = x;
     if (thread_index() % 32 == 0) sums[thread_index() / 32] = x;
     if (thread_index() >= 64) {  // the third warp keeps to itself
