@@ -584,7 +584,7 @@ FORWARD, HOPPER, BACKWARD = "forward_f16.cu", "hopper_f16.cu", "backward_half.cu
 
 MUTATIONS = {  # object, header, what it says and what it is to say, and the case that shows it
     "a row of a fragment": (FORWARD, "tile.cuh", "(row + lane % 16)", "(row + (lane + 1) % 16)", "copy"),
-    "a pixel of a fragment": (FORWARD, "forward.cuh", "2 * t + 8 * h)", "2 * t + 1 + 8 * h)", "rows"),
+    "a pixel of a fragment": (FORWARD, "patches.cuh", "2 * t + 8 * h)", "2 * t + 1 + 8 * h)", "rows"),
     "no barrier in a step": (FORWARD, "forward.cuh", "sync_block();  // the step's", "// the step's", "copy"),
     "a wait too short": (FORWARD, "forward.cuh", "default: copy_wait<2>();", "default: copy_wait<3>();", "copy"),
     "a stage overwritten": (HOPPER, "hopper.cuh", "barrier_wait(&empty[turn.slot], turn.phase ^ 1);", "", "hopper"),
