@@ -107,6 +107,25 @@ def test_channels_begin_at_odd_elements(on_cuda_kernels, device, arch, P):
         assert error <= 2 * verify.error_of(eager, exact) + exact.abs().max().item() * 2**-8, how
 
 
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("pixels", [U8, BF16, F32])
+def test_tiles_that_begin_within_a_line(on_cuda_kernels, device, arch, pixels):
+    """Lines of 5 patches of 14 pixels, rows copied 16 bytes at a time: tiles begin at no multiple of 16 bytes."""
+    on_cuda_kernels(arch, multiprocessors=1)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (6, 3, 70, 80), generator=generator).to(pixels)
+    weight = torch.randn(40, 3, 14, 14, generator=generator).bfloat16()
+    arguments = on(dict(images=images, weight=weight, scale=1 / 255), device)
+    p = vk.explain(**arguments).problem
+    tensors = canonical(*(arguments.get(name) for name in NAMES))
+    exact, eager = verify.oracle(**arguments), verify.eager(**arguments)
+    plans = cuda.candidates(p, *tensors[:2])
+    assert device == "cuda" or any("rows copied whole (16 bytes" in how for how in plans)
+    for how, plan in plans.items():
+        error = verify.error_of(cuda.forward(p, *tensors, plan=plan), exact)
+        assert error <= 2 * verify.error_of(eager, exact) + exact.abs().max().item() * 2**-8, how
+
+
 def test_a_tensor_map_that_the_driver_refuses(on_cuda_kernels, device, monkeypatch):
     """Then the same tokens come by another road."""
     on_cuda_kernels(90)
