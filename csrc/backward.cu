@@ -73,7 +73,6 @@ struct Call {  // one call
         a.parts = scratch<void>(plan.weight_parts);
         a.T = p.T, a.N = p.N, a.C = p.C, a.M = p.B * p.rows, a.D = p.D, a.K = p.K;
         a.chunk = plan.weight.chunk, a.by_rows = Divisor(p.rows);
-        a.by_G_h = Divisor(p.G[1]), a.by_G_w = Divisor(p.G[2]);
         a.tiles_k = plan.weight.tiles_k, a.tiles = plan.weight.tiles;
         switch (product_of(p)) {
             case Product::f16: return launch_weight<half>(a, plan.weight, stream);

@@ -19,7 +19,7 @@ struct WeightArguments {
     void* parts;          // [splits, D, K] of sums
     int64_t T, N, C, M, D, K;
     int64_t chunk;        // patches of a part
-    Divisor by_rows, by_G_h, by_G_w;
+    Divisor by_rows;
     int64_t tiles_k, tiles;
 };
 
@@ -105,16 +105,6 @@ struct WeightBlock {
         }
     }
 
-    // corner_of, without its 64-bit divisions: they are calls, and the sums would be spilled around them.
-    VK_DEVICE void place(PatchRow& row, int64_t b, uint32_t n) const {
-        const Walk& w = a.walk;
-        uint32_t line = a.by_G_w.div(n), frame = a.by_G_h.div(line);
-        row.f = static_cast<int>(frame) * w.S_t - w.pad_t;
-        row.h = static_cast<int>(a.by_G_h.mod(line)) * w.S_h - w.pad_h;
-        row.w = static_cast<int>(a.by_G_w.mod(n)) * w.S_w - w.pad_w;
-        row.pixel = b * w.b + row.f * w.f + row.h * w.h + row.w * w.w;
-    }
-
     VK_DEVICE void find_rows(int batch) {
         for (int i = thread_index(); i < BATCH; i += THREADS) {
             int m = first + batch * BATCH + i;
@@ -124,7 +114,8 @@ struct WeightBlock {
                 if (a.keep.data)
                     n = load_index(a.keep.data, a.keep.dtype, b * a.keep.strides[0] + token * a.keep.strides[1]);
                 row.real = n >= 0 && n < a.N;
-                place(row, b, row.real ? static_cast<uint32_t>(n) : 0);
+                Corner corner = corner_of(a.walk, b, row.real ? n : 0);
+                row.pixel = corner.offset, row.f = corner.f, row.h = corner.h, row.w = corner.w;
                 row.grad = b * a.grad_b + (a.T + token) * a.grad_n;
             }
             row_of(batch * ROW_STEPS, i) = row;
