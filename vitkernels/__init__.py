@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from .cost_model import roofline
     from .functional import explain, patch_embed
     from .fusing import fuse, unfuse
     from .layers import PatchEmbed
@@ -18,8 +19,9 @@ _HOME = {
     "ViT": "models",
     "fuse": "fusing",
     "unfuse": "fusing",
+    "roofline": "cost_model",
 }
-__all__ = ["PatchEmbed", "ViT", "explain", "fuse", "patch_embed", "unfuse"]
+__all__ = ["PatchEmbed", "ViT", "explain", "fuse", "patch_embed", "roofline", "unfuse"]
 
 
 def __getattr__(name: str):
