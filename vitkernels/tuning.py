@@ -1,23 +1,24 @@
 """Which tile a kernel uses: a table per GPU generation with a sane default, measured entries before it.
 
 A first call never searches. `tune` (`vitkernels tune`) does, and keeps what it found in the user's cache; what we
-measured ships in vitkernels/tuned/<gpu>.json. Looked up in that order: user's cache, shipped, the default below.
+measured ships in vitkernels/tuned/<gpu>.json (tile_cache.py says how). Looked up in that order: user's cache, shipped,
+the default below.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import re
+import hashlib
 import time
-import warnings
-from collections.abc import Callable
-from functools import lru_cache
-from importlib import resources
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from . import tile_cache
 from .problem import PatchProblem
+
+if TYPE_CHECKING:
+    from .search import Progress, Timer
 
 
 class Config(NamedTuple):
@@ -37,6 +38,8 @@ class Gpu(NamedTuple):
     multiprocessors: int
     shared_bytes: int  # of one program, at most
 
+
+Choice = tuple[str, Config]  # a road and a tile
 
 GENERATION = {86: 80, 87: 80, 89: 80, 120: 80, 121: 80}  # as small in shared memory, and without wgmma
 # One GPU of each architecture, for compiling without one.
@@ -97,11 +100,14 @@ def rows(arch: int, road: str, product: str) -> tuple[Config, ...]:
 def default(p: PatchProblem, road: str, product: str, gpu: Gpu) -> Config:
     """The row's tile with the fewest waves × work of a program, with no more stages than fit."""
 
-    def cost(c: Config) -> float:
-        programs = -(-p.B * p.rows // c.BM) * -(-p.D // c.BN)
-        return -(-programs // gpu.multiprocessors) * c.BM * c.BN / c.rate
+    best = min(rows(gpu.arch, road, product), key=lambda c: waves(p.B * p.rows, p.D, c, gpu))
+    return fitted(p, best, gpu)
 
-    return fitted(p, min(rows(gpu.arch, road, product), key=cost), gpu)
+
+def waves(M: int, columns: int, c: Config, gpu: Gpu) -> float:
+    """Waves of programs × work of one, for each of the product's depth: multiply-adds of one multiprocessor."""
+    programs = -(-M // c.BM) * -(-columns // c.BN)
+    return -(-programs // gpu.multiprocessors) * c.BM * c.BN / c.rate
 
 
 def fitted(p: PatchProblem, c: Config, gpu: Gpu) -> Config:
@@ -114,110 +120,195 @@ def staged(c: Config, gpu: Gpu, left: int, right: int, beside: int = 0) -> Confi
     return c._replace(stages=max(1, min(c.stages, (gpu.shared_bytes - beside - 4096) // stage)))
 
 
-def key(p: PatchProblem, product: str, descriptor: bool) -> str:
-    """Problems that share a measured entry: all that has a say in the tile; the batch counts by its power of two."""
+# Guess, not measured: multiply-adds that one multiprocessor takes while the L2 brings a byte (H100: some 5.5 TB/s).
+PER_BYTE = {"half": 0.7, "tf32": 0.35, "fp32": 0.05, "fp64": 0.05}
+
+
+def estimate(M: int, columns: int, depth: int, c: Config, gpu: Gpu, product: str, left: int, right: int) -> float:
+    """What a product [M, depth] × [depth, columns] costs in these tiles, in multiply-adds of one multiprocessor: its
+    waves, and the operands (`left`, `right` bytes an element) that all programs together read."""
+    programs = -(-M // c.BM) * -(-columns // c.BN)
+    traffic = programs * depth * (c.BM * left + c.BN * right)
+    return waves(M, columns, c, gpu) * depth + PER_BYTE[product] * traffic
+
+
+def variants(c: Config) -> Iterator[Config]:
+    """This tile, then its neighbours in height, stages and warps whose sums fit the registers."""
+    yield c
+    for BM in sorted({c.BM, c.BM // 2, c.BM * 2} & {32, 64, 128}, key=lambda BM: BM != c.BM):
+        for stages in (3, 4, 2, 5):
+            for warps in dict.fromkeys((c.warps, 4, 8)):
+                if BM * c.BN // warps <= 128 * 256 // 8:
+                    yield c._replace(BM=BM, stages=stages, warps=warps)
+
+
+def ranked(default: Choice, found: Sequence[Choice], cost: Callable[[Choice], float]) -> list[Choice]:
+    """The default, then the cheapest by the model: of every tile one, then its other stages and warps. What should cost
+    three times the cheapest is left out."""
+    costs = {choice: cost(choice) for choice in dict.fromkeys((default, *found))}
+    first: dict[tuple[Any, ...], Choice] = {}
+    for road, c in costs:
+        first.setdefault((road, *c[:3]), (road, c))
+    limit = 3 * min(costs.values())
+    others = [choice for choice in costs if choice != default and costs[choice] <= limit]
+    others.sort(key=lambda choice: (choice not in first.values(), costs[choice]))
+    return [default, *others]
+
+
+def key(p: PatchProblem, product: str, descriptor: bool, road: str = "forward") -> str:
+    """Problems that share a measured entry: all that has a say in the tile; the batch counts by its power of two.
+    `road` is "weight" or "images" for those of the backward."""
     patch, stride = ("x".join(map(str, v)) for v in (p.P, p.S))
     dtypes = "-".join(str(d).removeprefix("torch.") for d in (p.image_dtype, p.compute_dtype, p.out_dtype))
     batch = (p.B * p.rows).bit_length()
-    said = (("d", descriptor), ("k", p.n_keep is not None), ("n", p.normalised), ("p", any(p.pad)))
+    last = p.C > 1 and p.image_strides[1] == 1
+    said = (("d", descriptor), ("k", p.n_keep is not None), ("l", last), ("n", p.normalised), ("p", any(p.pad)))
     flags = "".join(letter for letter, on in said if on)
-    return f"{product}/{dtypes}/C{p.C}/P{patch}/S{stride}/D{p.D}/M{batch}{'/' + flags if flags else ''}"
+    kind = product if road == "forward" else f"{road}/{product}"
+    return f"{kind}/{dtypes}/C{p.C}/P{patch}/S{stride}/D{p.D}/M{batch}{'/' + flags if flags else ''}"
 
 
-def cache_file(gpu_name: str) -> Path:
-    root = os.environ.get("VITKERNELS_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "vitkernels"
-    return Path(root).expanduser() / f"{_slug(gpu_name)}.json"
+cache_file = tile_cache.file_of
 
 
 @lru_cache(maxsize=8)
-def measured(gpu_name: str) -> dict[str, dict[str, Any]]:
-    """Problem key -> {"road", "config", "ms"} measured on this GPU: shipped, and over them the user's."""
-    entries: dict[str, dict[str, Any]] = {}
-    shipped = resources.files(__package__) / "tuned" / f"{_slug(gpu_name)}.json"
-    for file in (shipped, cache_file(gpu_name)):
-        if file.is_file():
-            try:
-                entries.update(json.loads(file.read_text()))
-            except ValueError as error:
-                warnings.warn(f"{file} is damaged and not used: {error}", stacklevel=2)
-    return entries
+def measured(gpu_name: str) -> dict[str, tile_cache.Entry]:
+    """Problem key -> entry measured on this GPU: shipped, and over them the user's."""
+    return tile_cache.read(cache_file(gpu_name, ship=True)) | tile_cache.read(cache_file(gpu_name))
 
 
-def _slug(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+def remembered(gpu: Gpu, problem_key: str, roads: Sequence[str], fits: Callable[[Config], bool]) -> Choice | None:
+    """The measured tile of a problem; None where there is none, or it doesn't fit what runs today."""
+    entry = measured(gpu.name).get(problem_key)
+    if entry is None:
+        return None
+    road, c = entry["road"], Config(*entry["config"])
+    return (road, c) if road in roads and fits(c) else None
 
 
-def remember(gpu_name: str, problem_key: str, entry: dict[str, Any]) -> Path:
-    """Add one measured entry to the user's cache; written whole or not at all, so a killed search loses nothing."""
-    file = cache_file(gpu_name)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    entries = json.loads(file.read_text()) if file.is_file() else {}
-    entries[problem_key] = entry
-    part = file.with_suffix(f".{os.getpid()}")
-    part.write_text(json.dumps(entries, indent=1, sort_keys=True))
-    part.replace(file)
+def remember(gpu_name: str, problem_key: str, entry: tile_cache.Entry, *, ship: bool = False) -> Path:
+    """Add one measured entry to the user's cache, or to the package's own."""
+    file = tile_cache.remember(cache_file(gpu_name, ship=ship), problem_key, entry)
     measured.cache_clear()
     return file
 
 
 def tune(
-    call: dict[str, Any], *, seconds: float = 60.0, progress: Callable[[int, int, str], None] | None = None
+    call: dict[str, Any],
+    *,
+    road: str = "forward",
+    seconds: float = 60.0,
+    progress: Callable[[Progress], object] = lambda event: None,
+    ship: bool = False,
+    gpu: Gpu | None = None,
+    timer: Timer | None = None,
 ) -> dict[str, Any]:
-    """Time every candidate tile of the Triton forward on one problem and keep the fastest in the user's cache.
+    """Search the fastest tile of a Triton kernel for one problem, and keep it.
+
+    Killed at any moment it goes on, when called again, where it was: search.py.
 
     Args:
         call: the keyword arguments of `patch_embed`, images and weight among them, on a CUDA device.
+        road: "forward"; "weight", the gradients of all parameters; "images", the gradient of the pixels.
         seconds: time after which no further candidate is started.
-        progress: called with (candidates done, candidates, what was just timed).
+        progress: called before and after each candidate.
+        ship: keep it in the package, for everybody, instead of the user's cache.
+        gpu, timer: the figures of a GPU and a clock, in place of those of the images' device: a search without it.
 
     Returns:
-        {"key", "road", "config", "ms", "default_ms", "tried", "candidates", "file"}; times in milliseconds.
+        {"key", "road", "config", "ms", "default_ms", "tried", "dropped", "resumed", "candidates", "file", and what an
+        entry names besides (tile_cache.py)}; times in milliseconds, default_ms None where the default didn't run.
 
     Raises:
         NotImplementedError: Triton can't take the problem on this machine; the message has the reasons.
+        ValueError: no such road, or pixels that have no gradient.
+        BlockingIOError: another process is searching for the same problem on this GPU.
+        RuntimeError: no candidate ran, or one left the device unusable (call again in a new process).
     """
-    from . import dispatch, triton
+    from . import clock, dispatch, machine, search, triton
     from .device import gpu_of
     from .functional import explain
 
+    if road not in ("forward", "weight", "images"):
+        raise ValueError(f"road must be forward, weight or images; got {road!r}")
     p = explain(**call).problem
-    dispatch.choose(p, "triton")
-    if p.device.type != "cuda":
-        raise NotImplementedError(f"tuning times kernels on a GPU; images are on {p.device}")
+    if road == "images" and not p.image_dtype.is_floating_point:
+        raise ValueError(f"pixels of {p.image_dtype} have no gradient to tune")
+    if timer is None:
+        dispatch.choose(p, "triton")
+        if p.device.type != "cuda":
+            raise NotImplementedError(f"tuning times kernels on a GPU; images are on {p.device}")
+        timer = _timer(p, call, road)
+    gpu = gpu or gpu_of(p.device)
+    aligned = call["images"].data_ptr() % 16 == 0
+    candidates, problem_key = triton.candidates(p, gpu, aligned, road), triton.tuning_key(p, gpu, aligned, road)
+    header = machine.header(p.device, "")
+    versions = {name: header[name] for name in ("driver", "triton", "vitkernels")}
+    digest = hashlib.sha1(problem_key.encode()).hexdigest()[:12]
+    file = cache_file(gpu.name)
+    with search.journal(
+        file.with_name(f"{file.stem}.{digest}.journal"), {"key": problem_key, "gpu": gpu.name, **versions}
+    ) as notes:
+        found = search.search(
+            candidates, timer, notes, seconds=seconds, progress=progress, alive=partial(clock.alive, p.device)
+        )
+        entry = {
+            "road": found.choice[0], "config": list(found.choice[1]), "ms": found.ms, "default_ms": found.default_ms,
+            "gpu": gpu.name, **versions, "date": time.strftime("%Y-%m-%d"),
+        }  # fmt: skip
+        file = remember(gpu.name, problem_key, entry, ship=ship)
+    triton.forget_plans()
+    counts = {name: getattr(found, name) for name in ("tried", "dropped", "resumed")}
+    return {"key": problem_key, **entry, **counts, "candidates": len(candidates), "file": str(file)}
+
+
+def _timer(p: PatchProblem, call: dict[str, Any], road: str) -> Timer:
+    """The GPU's clock, from a cold L2: the median of as many runs as fit the milliseconds."""
+    import torch
     from triton.testing import do_bench
 
-    gpu = gpu_of(p.device)
+    run = runner(p, call, road)
+
+    def timed(choice: Choice, ms: float) -> float:
+        with torch.cuda.device(p.device):
+            return do_bench(lambda: run(choice), warmup=ms / 4, rep=ms, return_mode="median")
+
+    return timed
+
+
+def runner(p: PatchProblem, call: dict[str, Any], road: str) -> Callable[[Choice], object]:
+    """Runs a candidate; the first time its result is held to the definition's, and ArithmeticError says that it is
+    wrong: it gets no time."""
+    import torch
+
+    from . import dispatch, gradients, reference, triton
+
     names = ("images", "weight", "bias", "pos_embed", "prefix", "keep")
-    tensors = dispatch.canonical(*(call.get(name) for name in names))
-    aligned = call["images"].data_ptr() % 16 == 0
+    tensors: Any = dispatch.canonical(*(call.get(name) for name in names))
+    if road == "forward":
+        run: Callable[..., Any] = lambda choice: [triton.forward(p, *tensors, choice=choice)]  # noqa: E731
+        expected = [reference.forward(p, *tensors)]
+    else:
+        wanted = [t is not None and (i == 0) == (road == "images") for i, t in enumerate(tensors[:5])]
+        grads = [torch.empty_like(t) if want else None for t, want in zip(tensors[:5], wanted, strict=True)]
+        given: list[Any] = [p, torch.randn(p.out_shape, device=p.device).to(p.out_dtype), *tensors, tuple(grads)]
+        gradients.backward(*given)
+        expected = [g.clone() for g in grads if g is not None]
 
-    def run() -> None:
-        triton.forward(p, *tensors, choice=choice)
+        def run(choice):
+            triton.backward(*given, choice=choice)
+            return [g for g in grads if g is not None]
 
-    candidates = triton.candidates(p, gpu, aligned)
-    best: dict[str, Any] = {}
-    default_ms = None
-    stop = time.monotonic() + seconds
-    tried = 0
-    for tried, choice in enumerate(candidates, 1):
-        road, c = choice
-        try:
-            ms = do_bench(run, warmup=10, rep=40, return_mode="median")
-        except Exception as error:  # a candidate that doesn't compile or fit is no candidate; the next one may be
-            ms, what = float("inf"), f"{road} {tuple(c)}: {type(error).__name__}"
-        else:
-            what = f"{road} {tuple(c)}: {ms * 1e3:.1f} µs"
-        default_ms = ms if default_ms is None else default_ms
-        if ms < best.get("ms", float("inf")):
-            best = {"road": road, "config": list(c), "ms": ms}
-        if progress:
-            progress(tried, len(candidates), what)
-        if time.monotonic() > stop:
-            break
-    if not best:
-        raise RuntimeError(f"none of {tried} candidates ran for {p}")
-    problem_key = triton.tuning_key(p, gpu, aligned)
-    file = remember(gpu.name, problem_key, best)
-    triton.forget_plans()
-    counts = {"tried": tried, "candidates": len(candidates)}
-    return {"key": problem_key, **best, "default_ms": default_ms, **counts, "file": str(file)}
+    checked: set[Choice] = set()
+
+    def once(choice: Choice) -> object:
+        results = run(choice)
+        if choice not in checked:
+            for ours, theirs in zip(results, expected, strict=True):
+                error, size = (t.abs().max().item() for t in (ours.float() - theirs.float(), theirs))
+                if not error <= 0.02 * size:  # several times the rounding of halves; what is wrong is wrong by more
+                    raise ArithmeticError(f"differs from the definition by {error:.3g} of {size:.3g}")
+            checked.add(choice)
+        return results
+
+    return once

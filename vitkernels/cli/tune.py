@@ -1,79 +1,209 @@
 """Search the fastest tile for a shape on this GPU and remember it in the user's cache.
 
-Needs a GPU. Later calls of `patch_embed` with the same shape (batches count by their power of two) use what it found.
+Later calls of `patch_embed` with the same shape (batches count by their power of two) use what it found. Killed, it
+goes on where it was when it is started again. --list and --forget work without a GPU.
 """
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from . import positive
+from .shapes import case_of, device_of, dtype_of, shape_arguments
 
 HELP = "search the fastest tiles for your shapes on this GPU and remember them"
+ROADS = {"forward": ("forward",), "backward": ("weight", "images"), "both": ("forward", "weight", "images")}
 
 
-def arguments(parser) -> None:
-    parser.add_argument("--image", type=positive, default=224, help="height and width in pixels (default: %(default)s)")
-    parser.add_argument("--patch", type=positive, default=16)
-    parser.add_argument("--channels", type=positive, default=3)
-    parser.add_argument("--dim", type=positive, default=768)
-    parser.add_argument("--batch", default="1,8,64,256", help="comma-separated (default: %(default)s)")
-    parser.add_argument("--dtype", default="bf16", choices=("bf16", "fp16", "fp32"), help="of the weights")
-    parser.add_argument("--pixels", choices=("uint8", "bf16", "fp16", "fp32"), help="(default: as the weights)")
-    parser.add_argument("--prefix", type=int, default=1, help="class and register tokens (default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=60, help="at most, for each batch (default: %(default)s)")
+def arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--model", metavar="SPEC", help="the shape of this model's front end: timm:NAME, transformers:CLASS, …")
+    shape_arguments(parser, batch="1,8,64,256")
+    add("--seconds", type=float, default=60, help="at most, for each batch and kernel (60)")
+    add("--ship", action="store_true", help="keep what is found in the package itself: for its maintainers")
+    add("--list", action="store_true", help="show what is remembered, for every GPU")
+    add("--forget", nargs="?", const="", metavar="GPU", help="clear the user's cache of this GPU, or of the one named")
 
 
-def run(args) -> dict[str, Any]:
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    if args.list:
+        return _listed()
+    if args.forget is not None:
+        return _forgotten(args.forget)
     import torch
 
-    from .. import tuning
+    from .. import bench, tuning
+    from ..clock import alive, short
 
-    if not torch.cuda.is_available():
+    device = device_of(args)
+    if torch.device(device).type != "cuda":
         raise NotImplementedError("tuning times kernels, which needs a CUDA GPU: torch.cuda.is_available() is False")
-    dtypes = {"uint8": torch.uint8, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    weights, pixels = dtypes[args.dtype], dtypes[args.pixels or args.dtype]
-    found = []
-    for batch in map(int, args.batch.split(",")):
-        with torch.device("cuda"):
-            images = torch.randint(0, 256, (batch, args.channels, args.image, args.image), dtype=torch.uint8).to(pixels)
-            rows = args.prefix + (args.image // args.patch) ** 2
-            call: dict[str, Any] = {
-                "images": images,
-                "weight": torch.randn(args.dim, args.channels, args.patch, args.patch).to(weights),
-                "bias": torch.randn(args.dim).to(weights),
-                "pos_embed": torch.randn(rows, args.dim).to(weights),
-                "prefix": torch.randn(args.prefix, args.dim).to(weights) if args.prefix else None,
-            }
-        if pixels == torch.uint8:
-            call |= {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-        found.append({"batch": batch, **_tuned(tuning.tune, call, args, f"B={batch}")})
-    return {"gpu": torch.cuda.get_device_name(), "tuned": found}
+    dtype, found = dtype_of(args, device), []
+    make = _front_end(args.model, dtype, args.pixels) if args.model else None
+    with _progress(args.json) as bar:
+        for batch in args.batch:
+            case = case_of(args, device, batch)
+            for road in ROADS[args.mode]:
+                if road == "images" and args.pixels == "uint8":
+                    continue  # bytes have no gradient
+                row: dict[str, Any] = {"batch": batch, "road": road}
+                found.append(row)
+                try:
+                    with bench.settings(case):
+                        call = make(batch, device) if make else case.call(device)
+                        progress = bar(f"B={batch} {road}")
+                        row |= tuning.tune(call, road=road, seconds=args.seconds, progress=progress, ship=args.ship)
+                except RuntimeError as error:  # torch's of memory and of the device; another batch may do
+                    row["error"] = short(error)
+                    try:
+                        alive(torch.device(device))
+                    except RuntimeError:
+                        row["error"] += "; the GPU is lost to this process: run again, it goes on behind this candidate"
+                        return {"gpu": None, "tuned": found, "ok": False}
+    gpu = torch.cuda.get_device_name(device)
+    return {"gpu": gpu, "tuned": found, "ok": not any("error" in row for row in found)}
 
 
-def _tuned(tune, call: dict[str, Any], args, title: str) -> dict[str, Any]:
-    from rich.progress import Progress
+def _front_end(spec: str, dtype: str, pixels: str | None) -> Callable[[int, str], dict[str, Any]]:
+    """batch, device -> random arguments of `patch_embed` as this model would call it once fused."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
 
-    with Progress(disable=args.json, transient=True) as bar:
-        task = bar.add_task(title, total=None)
-        return tune(
-            call,
-            seconds=args.seconds,
-            progress=lambda done, total, what: bar.update(
-                task, completed=done, total=total, description=f"{title} {what}"
-            ),
-        )
+    from .. import fuse
+    from ..bench_model import load_model
+    from ..cases import DTYPES, IMAGENET, PIXELS
+
+    class Met(Exception):
+        pass
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.vitkernels.patch_embed.default:
+                raise Met(args)
+            return func(*args, **(kwargs or {}))
+
+    model, shape = load_model(spec)
+    report = fuse(model.eval(), backend="reference")
+    try:
+        with torch.no_grad(), Record():
+            model(torch.zeros(1, *shape))
+    except Met as met:
+        images, weight, bias, pos_embed, prefix, _, stride, padding = met.args[0][:8]
+    else:
+        raise ValueError(f"{spec} has no front end that fuse knows: {' '.join(str(report).split())}")
+    table = {"weight": weight, "bias": bias, "pos_embed": pos_embed, "prefix": prefix}
+
+    def call(batch: int, device: str) -> dict[str, Any]:
+        def random(like: torch.Tensor, *shape: int) -> torch.Tensor:
+            return (torch.randn(shape or like.shape, device=device) / 16).to(DTYPES[dtype])
+
+        kind = PIXELS[pixels or dtype]
+        size = batch, *images.shape[1:]
+        made: dict[str, Any] = {name: t if t is None else random(t) for name, t in table.items()}
+        if kind == torch.uint8:
+            made |= {"images": torch.randint(256, size, dtype=kind, device=device), **IMAGENET}
+        else:
+            made["images"] = torch.randn(size, device=device).to(kind)
+        return made | {"stride": tuple(stride), "padding": tuple(padding)}
+
+    return call
+
+
+def _listed() -> dict[str, Any]:
+    from .. import tile_cache
+
+    try:
+        import triton
+
+        version = triton.__version__
+    except ImportError:
+        version = None
+    entries = [
+        {**entry, "stale": version is not None and entry.get("triton") != version} for entry in tile_cache.listed()
+    ]
+    return {"triton": version, "folder": str(tile_cache.folder()), "entries": entries}
+
+
+def _forgotten(gpu: str) -> dict[str, Any]:
+    from .. import tile_cache
+
+    if not gpu:
+        import torch
+
+        if torch.cuda.is_available():
+            gpu = torch.cuda.get_device_name()
+        else:
+            names = sorted({f.stem for f in tile_cache.folder().glob("*.json")})
+            if len(names) > 1:
+                raise ValueError(f"there is no GPU here: say which to forget, --forget {' | '.join(names)}")
+            gpu = names[0] if names else "no GPU"
+    return {"gpu": gpu, "forgotten": [str(f) for f in tile_cache.forget(gpu)]}
+
+
+@contextmanager
+def _progress(quiet: bool) -> Iterator[Callable[[str], Any]]:
+    """A bar on stderr for each search: the candidate, the best so far, the time left."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    columns = (
+        TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(),
+        TextColumn("best {task.fields[best]}, at most {task.fields[left]:.0f} s left · {task.fields[what]}"),
+    )  # fmt: skip
+    with Progress(*columns, console=Console(stderr=True), disable=quiet, transient=True) as bar:
+
+        def begin(title: str) -> Callable[[Any], None]:
+            for task in bar.task_ids:
+                bar.remove_task(task)
+            task = bar.add_task(title, total=None, best="–", left=0.0, what="")
+
+            def update(event: Any) -> None:
+                best = "–" if event.best_ms == float("inf") else f"{event.best_ms * 1e3:.1f} µs"
+                left = max(0.0, event.seconds_left)
+                bar.update(task, completed=event.done, total=event.total, best=best, left=left, what=event.text)
+
+            return update
+
+        yield begin
 
 
 def show(result: dict[str, Any]) -> None:
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("batch", "road", "tile", "µs", "default µs", "tried", title=result["gpu"])
+    console = Console()
+    if "forgotten" in result:
+        console.print("\n".join(f"removed {file}" for file in result["forgotten"]) or "there was nothing to forget")
+        return
+    if "entries" in result:
+        table = Table("GPU", "problems", "tile", "µs", "× default", "measured", box=box.SIMPLE_HEAD)
+        for entry in result["entries"]:
+            when = f"{entry.get('date', '?')}, Triton {entry.get('triton', '?')}" + ", stale" * entry["stale"]
+            source = ", shipped" * entry["shipped"]
+            table.add_row(entry["gpu"], entry["key"], *_cells(entry), when + source)
+        console.print(table if result["entries"] else f"nothing is remembered in {result['folder']}")
+        return
+    table = Table("batch", "kernel", "tile", "µs", "× default", "tried", title=result["gpu"], box=box.SIMPLE_HEAD)
     for row in result["tuned"]:
-        BM, BN, BK, warps, stages, _ = row["config"]
-        table.add_row(
-            str(row["batch"]), row["road"], f"{BM}x{BN}x{BK} {warps}w {stages}s", f"{row['ms'] * 1e3:.1f}",
-            f"{row['default_ms'] * 1e3:.1f}", f"{row['tried']}/{row['candidates']}",
-        )  # fmt: skip
-    Console().print(table)
+        if "error" not in row:
+            counts = f"{row['tried']} of {row['candidates']}" + f", {row['resumed']} before" * (row["resumed"] > 0)
+            table.add_row(str(row["batch"]), row["key"].partition("/")[0], *_cells(row), counts)
+    console.print(table)
+    for row in result["tuned"]:
+        if "error" in row:
+            text = f"B={row['batch']} {row['road']}: {row['error']}"
+            console.print(text, style="red", markup=False, highlight=False)
+
+
+def _cells(entry: dict[str, Any]) -> tuple[str, str, str]:
+    """Tile, time, and how many times as fast as the table's own."""
+    BM, BN, BK, warps, stages, *_ = entry["config"]
+    ms, default = entry.get("ms"), entry.get("default_ms")
+    return (
+        f"{entry['road']} {BM}×{BN}×{BK} {warps}w {stages}s",
+        f"{ms * 1e3:.1f}" if ms else "?",
+        f"{default / ms:.2f}" if ms and default else "?",
+    )

@@ -15,7 +15,7 @@ from ..problem import PatchProblem
 from ..tuning import Config, Gpu
 from .backward import backward as backward
 from .backward import forget as forget_gradients
-from .backward_plan import cells_of
+from .backward_plan import cells_of, gradient_candidates
 from .launching import bound, centred, interpreted, packed
 from .plan import Plan, make_plan, no_descriptor, product_of
 
@@ -70,25 +70,29 @@ def why_not(p: PatchProblem) -> list[str]:
     return reasons
 
 
-def tuning_key(p: PatchProblem, gpu: Gpu, aligned: bool) -> str:
+def tuning_key(p: PatchProblem, gpu: Gpu, aligned: bool, road: str = "forward") -> str:
     product = product_of(p, tf32())
-    return tuning.key(p, product, not no_descriptor(p, gpu, product, aligned))
+    return tuning.key(p, product, road == "forward" and not no_descriptor(p, gpu, product, aligned), road)
 
 
-def candidates(p: PatchProblem, gpu: Gpu, aligned: bool) -> list[tuple[str, Config]]:
-    """(road, tile) to try when tuning, the default first."""
+def candidates(p: PatchProblem, gpu: Gpu, aligned: bool, road: str = "forward") -> list[tuple[str, Config]]:
+    """(road, tile) to try when tuning the forward, or a road of the backward: the default first, then by promise."""
     product = product_of(p, tf32())
+    if road != "forward":
+        return gradient_candidates(p, gpu, product, road)
     roads = ["gather"] if no_descriptor(p, gpu, product, aligned) else ["descriptor", "gather"]
-    found: dict[tuple[str, Config], None] = {(roads[0], tuning.default(p, roads[0], product, gpu)): None}
-    for road in roads:
-        for c in tuning.rows(gpu.arch, road, product):
-            for BM in {c.BM, c.BM // 2, c.BM * 2} & {32, 64, 128}:
-                for stages in (2, 3, 4, 5):
-                    for warps in {c.warps, 4, 8}:
-                        changed = c._replace(BM=BM, stages=stages, warps=warps)
-                        if BM * c.BN // warps <= 128 * 256 // 8 and tuning.fitted(p, changed, gpu) == changed:
-                            found[road, changed] = None
-    return list(found)
+    found = [
+        (road, c)
+        for road in roads
+        for row in tuning.rows(gpu.arch, road, product)
+        for c in tuning.variants(tuning.fitted(p, row, gpu))
+        if tuning.fitted(p, c, gpu) == c
+    ]
+    sizes = p.image_dtype.itemsize, p.compute_dtype.itemsize
+    return tuning.ranked(
+        (roads[0], tuning.default(p, roads[0], product, gpu)), found,
+        lambda choice: tuning.estimate(p.B * p.rows, p.D, p.K, choice[1], gpu, product, *sizes),
+    )  # fmt: skip
 
 
 def forward(

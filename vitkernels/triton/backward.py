@@ -9,20 +9,21 @@ import torch
 from .. import gradients, patches
 from ..device import gpu_of, tf32
 from ..problem import PatchProblem
+from ..tuning import Config
 from .backward_plan import Launch, Reduction, Wanted, image_launch, reduction
 from .launching import bound, centred, interpreted, packed
 from .plan import Order
 
 
 @lru_cache(maxsize=1024)
-def _prepared_reduction(p, grad_dtype, wanted, tf32, interpreted) -> tuple[Reduction, partial, partial, partial]:
-    plan = reduction(p, gpu_of(p.device), grad_dtype, wanted, tf32, interpreted)
+def _prepared_reduction(p, grad_dtype, wanted, tf32, interpreted, tile) -> tuple[Reduction, partial, partial, partial]:
+    plan = reduction(p, gpu_of(p.device), grad_dtype, wanted, tf32, interpreted, tile)
     return plan, bound(*plan.reduce), bound(*plan.kept), bound(*plan.finish)
 
 
 @lru_cache(maxsize=1024)
-def _prepared_images(p, strides, grad_dtype, tf32, interpreted) -> tuple[Launch, Order, partial]:
-    launch, order = image_launch(p, strides, gpu_of(p.device), grad_dtype, tf32, interpreted)
+def _prepared_images(p, strides, grad_dtype, tf32, interpreted, tile) -> tuple[Launch, Order, partial]:
+    launch, order = image_launch(p, strides, gpu_of(p.device), grad_dtype, tf32, interpreted, tile)
     return launch, order, bound(*launch)
 
 
@@ -41,22 +42,25 @@ def backward(
     prefix: torch.Tensor | None,  # [1|B, T, D]
     keep: torch.Tensor | None,  # [B, rows]
     grads: gradients.Grads,  # of images, weight, bias, pos_embed and prefix, to be written; None: nobody asks
+    *,
+    choice: tuple[str, Config] | None = None,  # "weight" or "images" and its tile, instead of the tables'
 ) -> None:
     d_images, d_weight, d_bias, d_pos, d_prefix = grads
     if grad.numel() == 0 or p.rows == 0:
         return gradients.backward(p, grad, images, weight, bias, pos_embed, prefix, keep, grads)
     keep = None if keep is None else keep.contiguous()
+    tiles = {} if choice is None else dict([choice])
     if d_images is not None:
-        _images(p, grad, weight, keep, d_images)
+        _images(p, grad, weight, keep, d_images, tiles.get("images"))
     d_pos, d_prefix = gradients.own_tables(p, grad, keep, d_pos, d_prefix)
     if any(g is not None for g in (d_weight, d_bias, d_pos, d_prefix)):
-        _reduce(p, grad, images, keep, d_weight, d_bias, d_pos, d_prefix)
+        _reduce(p, grad, images, keep, d_weight, d_bias, d_pos, d_prefix, tiles.get("weight"))
     return None
 
 
-def _reduce(p, grad, images, keep, d_weight, d_bias, d_pos, d_prefix) -> None:
+def _reduce(p, grad, images, keep, d_weight, d_bias, d_pos, d_prefix, tile) -> None:
     wanted = Wanted(*(g is not None for g in (d_weight, d_bias, d_pos, d_prefix)))
-    plan, reduce, scatter, finish = _prepared_reduction(p, grad.dtype, wanted, tf32(), interpreted())
+    plan, reduce, scatter, finish = _prepared_reduction(p, grad.dtype, wanted, tf32(), interpreted(), tile)
     dtype = patches.sum_dtype(p)
     parts = {name: images.new_empty(shape, dtype=dtype) if all(shape) else None for name, shape in plan.parts.items()}
     with torch.cuda.device_of(images):
@@ -75,12 +79,12 @@ def _reduce(p, grad, images, keep, d_weight, d_bias, d_pos, d_prefix) -> None:
         )  # fmt: skip
 
 
-def _images(p, grad, weight, keep, d_images) -> None:
+def _images(p, grad, weight, keep, d_images, tile) -> None:
     T = p.T
     if keep is not None:  # back at their places among all patches, first
         grad, keep = gradients.masked(p, grad, keep)
         grad, T = gradients.scattered(p, grad[:, T:], keep, per_image=True), 0
-    launch, order, images_kernel = _prepared_images(p, d_images.stride(), grad.dtype, tf32(), interpreted())
+    launch, order, images_kernel = _prepared_images(p, d_images.stride(), grad.dtype, tf32(), interpreted(), tile)
     factor = patches.centred(p, patches.sum_dtype(p))[1] if launch.constants["NORMALISED"] else None
     with torch.cuda.device_of(grad):
         images_kernel(

@@ -77,6 +77,36 @@ def weight_tiles(p: PatchProblem, gpu: Gpu, grad_dtype: torch.dtype, product: st
     return tuning.rows(gpu.arch, "weight", kind) or tuning.rows(gpu.arch, "weight", product)
 
 
+def operands(p: PatchProblem, grad_dtype: torch.dtype, road: str) -> tuple[int, int]:
+    """Bytes of an element of dY, as it is multiplied, and of what it is multiplied with."""
+    right = p.image_dtype if road == "weight" else p.compute_dtype
+    return max(grad_dtype.itemsize, p.compute_dtype.itemsize), right.itemsize
+
+
+def measured_tile(p: PatchProblem, gpu: Gpu, product: str, sizes: tuple[int, int], road: str) -> Config | None:
+    found = tuning.remembered(
+        gpu, tuning.key(p, product, False, road), (road,), lambda c: tuning.staged(c, gpu, *sizes) == c
+    )
+    return found and found[1]
+
+
+def gradient_candidates(p: PatchProblem, gpu: Gpu, product: str, road: str) -> list[tuple[str, Config]]:
+    """(road, tile) to try for "weight" or "images": the one that the table picks first, then by promise."""
+    sizes = operands(p, p.out_dtype, road)
+    if road == "weight":
+        tiles = weight_tiles(p, gpu, p.out_dtype, product)
+        cost = picks = lambda c: splits_of(p, c, gpu)[0]
+    else:
+        tiles = tuning.rows(gpu.arch, "images", product)
+        M, columns = p.B * cells_of(p), p.C * prod(p.S)
+        depth = p.D * prod(-(-P // S) for P, S in zip(p.P, p.S, strict=True))
+        picks = lambda c: tuning.waves(M, columns, c, gpu)  # noqa: E731
+        cost = lambda c: tuning.estimate(M, columns, depth, c, gpu, product, *sizes)  # noqa: E731
+    tiles = tuple(tuning.staged(c, gpu, *sizes) for c in tiles)
+    near = [c for tile in tiles for c in tuning.variants(tile) if tuning.staged(c, gpu, *sizes) == c]
+    return tuning.ranked((road, min(tiles, key=picks)), [(road, c) for c in near], lambda choice: cost(choice[1]))
+
+
 def splits_of(p: PatchProblem, c: Config, gpu: Gpu) -> tuple[float, int]:
     """Cost and number of the parts into which the patches are split, so that all multiprocessors have tiles of dW.
 
@@ -120,7 +150,8 @@ def reduction(
     product, v, sum_dtype = product_of(p, tf32), view_of(p), patches.sum_dtype(p)
     c, splits, chunk = choice or SUMS, 0, 0
     if wanted.weight:
-        sizes = max(grad_dtype.itemsize, p.compute_dtype.itemsize), p.image_dtype.itemsize
+        sizes = operands(p, grad_dtype, "weight")
+        choice = choice or measured_tile(p, gpu, product, sizes, "weight")
         tiles = (choice,) if choice else weight_tiles(p, gpu, grad_dtype, product)
         c = min((tuning.staged(c, gpu, *sizes) for c in tiles), key=lambda c: splits_of(p, c, gpu))
         chunk = -(-p.B * p.rows // (splits_of(p, c, gpu)[1] * c.BK)) * c.BK
@@ -207,11 +238,10 @@ def image_launch(
     overlap = [-(-P // S) for P, S in zip(v.P, v.S, strict=True)]
     M, columns = p.B * prod(cells), v.C * prod(v.S)
 
-    def cost(c: Config) -> float:
-        return -(-(-(-M // c.BM) * -(-columns // c.BN)) // gpu.multiprocessors) * c.BM * c.BN / c.rate
-
-    c = choice or min(tuning.rows(gpu.arch, "images", product), key=cost)
-    c = tuning.staged(c, gpu, max(grad_dtype.itemsize, p.compute_dtype.itemsize), p.compute_dtype.itemsize)
+    sizes = operands(p, grad_dtype, "images")
+    choice = choice or measured_tile(p, gpu, product, sizes, "images")
+    c = choice or min(tuning.rows(gpu.arch, "images", product), key=lambda c: tuning.waves(M, columns, c, gpu))
+    c = tuning.staged(c, gpu, *sizes)
     normalised, scaled = scaling(p, product)
     launch = Launch(
         "images_kernel", c,

@@ -146,12 +146,10 @@ def make_plan(
     product = product_of(p, tf32)
     descriptor = not no_descriptor(p, gpu, product, aligned)
     if choice is None:
-        road = "descriptor" if descriptor else "gather"
-        entry = tuning.measured(gpu.name).get(tuning.key(p, product, descriptor))
-        if entry:
-            choice = entry["road"], Config(*entry["config"])
-        else:
-            choice = road, tuning.default(p, road, product, gpu)
+        roads = ("descriptor", "gather") if descriptor else ("gather",)
+        choice = tuning.remembered(
+            gpu, tuning.key(p, product, descriptor), roads, lambda c: tuning.fitted(p, c, gpu) == c
+        ) or (roads[0], tuning.default(p, roads[0], product, gpu))
     road, c = choice
     v = view_of(p)
     normalised, scaled = scaling(p, product)
