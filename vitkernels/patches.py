@@ -21,11 +21,12 @@ def pieces(
 
     The buffers are reused by the next piece.
     """
-    step, spans = _cut(p, dtype, _piece_bytes(p.device.type))
+    step, spans = _cut(p, _piece_rows(p, dtype))
     # Read in the order of memory and normalised first, an image's patches are then gathered from the cache.
     staged = any(p.pad) or (p.B > 1 and keep is None and len(spans) == 1 and p.image_strides[-1] == 1)
     grid = None if staged else windows(p, images)  # [B, G_t, G_h, G_w, C, P_t, P_h, P_w]
-    block = images.new_empty((min(step, p.B), *images.shape[1:]), dtype=dtype) if staged else None
+    wide = _normalised_dtype(p, dtype)
+    block = images.new_empty((min(step, p.B), *images.shape[1:]), dtype=wide) if staged else None
     buffer = None
     for first in range(0, p.B if p.rows else 0, max(1, step)):
         b = slice(first, min(first + step, p.B))
@@ -40,22 +41,24 @@ def pieces(
                 x = piece.view(*part.shape[-4:], *part.shape[:-4]).permute(*range(4, part.ndim), 0, 1, 2, 3)
             else:
                 x = piece.view(part.shape)
-            x.copy_(part)
+            if staged or wide == dtype:
+                x.copy_(part)
             if not staged:
-                _normalise(p, x, 3)
+                normalised = _normalise(p, x if wide == dtype else part.to(wide, copy=True), 3)
+                if wide != dtype:
+                    x.copy_(normalised)
             yield b, n, piece.view(p.K, -1) if upright else piece.view(-1, p.K)
 
 
 @lru_cache(maxsize=256)
-def _cut(p: PatchProblem, dtype: torch.dtype, piece_bytes: int) -> tuple[int, list[slice]]:
+def _cut(p: PatchProblem, piece_rows: int) -> tuple[int, list[slice]]:
     """Images in a piece, and the patches of an image that make one: all of them, unless one image is too large."""
-    image_bytes = max(1, p.rows * p.K * dtype.itemsize)
-    if image_bytes <= piece_bytes:
-        most = piece_bytes // image_bytes
+    if p.rows <= piece_rows:
+        most = piece_rows // max(1, p.rows)
         return -(-p.B // max(1, -(-p.B // most))), [slice(0, p.rows)]  # pieces of like size
     # Cut along the list of kept patches, or along the lines of the grid, frame by frame.
     frames, lines, line = (1, p.rows, 1) if p.n_keep is not None else p.G
-    step = max(1, lines * frames * piece_bytes // image_bytes)
+    step = max(1, piece_rows // line)
     starts = [(t, y) for t in range(frames) for y in range(0, lines, step)]
     return 1, [slice((t * lines + y) * line, (t * lines + min(y + step, lines)) * line) for t, y in starts]
 
@@ -123,6 +126,19 @@ def sum_dtype(p: PatchProblem) -> torch.dtype:
     return torch.float64 if p.compute_dtype == torch.float64 else torch.float32
 
 
-def _piece_bytes(device_type: str) -> int:
-    """A piece's patches: what the second-level caches of the cores hold; on a GPU, enough to fill it."""
-    return (1 << 21) * torch.get_num_threads() if device_type == "cpu" else 1 << 28
+def _normalised_dtype(p: PatchProblem, dtype: torch.dtype) -> torch.dtype:
+    """What pixels are normalised in: rounded to 16 bits only once, and no operation has to convert on the side."""
+    return sum_dtype(p) if p.normalised or p.scale != 1 else dtype
+
+
+def _piece_rows(p: PatchProblem, dtype: torch.dtype) -> int:
+    """Patches of a piece. On a CPU all that a piece needs (its images, patches, product and positions, and the weight
+    where it is converted) stays within 3.75 MB a thread; half of that, which the caches hold, where the weight is small
+    enough to be read again for each piece. On a GPU a piece has to fill it."""
+    most = 3_750_000 * max(2, torch.get_num_threads()) if p.device.type == "cpu" else 3 << 28
+    weight = p.D * p.K * dtype.itemsize
+    converted = 2 * weight * (dtype != p.weight_dtype)  # and packed by oneDNN
+    budget = max(most // 4, min(max(most // 2, 2 * weight), most - converted))
+    kept = p.n_keep is not None
+    row = p.K * (dtype.itemsize + _normalised_dtype(p, dtype).itemsize) + p.D * dtype.itemsize * (1 + kept)
+    return max(1, budget // row)

@@ -46,11 +46,10 @@ def forward(
     linear = linear_of(p.device.type, dtype)
     for b, n, x in pieces(p, images, keep, dtype):  # x [b·n, K]
         tokens = out[b, p.T + n.start : p.T + n.stop]  # [b, n, D]
-        y = linear(x, W, bias).view(tokens.shape)
         if pos_embed is None:
-            tokens.copy_(y)
+            tokens.copy_(linear(x, W, bias).view(tokens.shape))
         else:
-            torch.add(y, _positions(p, pos_embed, b, n, keep), out=tokens)
+            torch.add(linear(x, W, bias).view(tokens.shape), _positions(p, pos_embed, b, n, keep), out=tokens)
     if outside is not None:
         out[:, p.T :].masked_fill_(outside[:, :, None], float("nan"))
     return out
