@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from .. import __version__
 
-COMMANDS = ("info", "demo", "verify", "bench", "tune", "inspect")
+COMMANDS = ("info", "demo", "verify", "bench", "report", "profile", "tune", "inspect")
 
 
 class Parser(argparse.ArgumentParser):

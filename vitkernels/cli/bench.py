@@ -11,65 +11,65 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from . import positive
+from .shapes import MODES, case_of, device_of, dtype_of, shape_arguments
 
 HELP = "the operation beside its peers on a shape of yours; a model before and after fuse"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--model", metavar="SPEC", help="timm:NAME, torchvision:NAME or transformers:CLASS, with random weights")
-    add("--image", type=_size, default=224, metavar="H[xW]", help="pixels (224)")
-    add("--patch", type=_size, default=16, metavar="P_h[xP_w]", help="pixels (16)")
-    add("--dim", type=positive, default=768, metavar="D", help="embedding width (768)")
-    add("--batch", type=positive, default=8, metavar="B", help="images (8)")
-    add("--chans", type=positive, default=3, metavar="C", help="channels (3)")
-    add("--prefix", type=int, default=1, metavar="T", help="class and register tokens (1)")
-    add("--frames", type=positive, metavar="F", help="video of F frames")
-    add("--tubelet", type=positive, default=2, metavar="P_t", help="frames of one patch (2)")
-    add("--keep", type=float, metavar="SHARE", help="embed this share of the patches only, as MAE does")
-    add("--dtype", choices=("bf16", "fp16", "fp32", "tf32"), help="of weights and tokens (fp32; bf16 on a GPU)")
-    add("--pixels", choices=("uint8", "bf16", "fp16", "fp32"), help="of the images (as --dtype)")
-    add("--channels-last", action="store_true", help="images lie in memory as [B,H,W,C]")
-    add("--mode", choices=("forward", "backward", "both", "all"), default="forward")
+    add("--model", metavar="SPEC", help="instead of a shape: timm:NAME, torchvision:NAME, transformers:CLASS or "
+        "vit_pytorch:CLASS, with random weights")  # fmt: skip
+    add("--task", choices=("inference", "training", "pipeline"), default="inference",
+        help="of a --model; pipeline: from the decoder's bytes to tokens (inference)")  # fmt: skip
+    shape_arguments(parser, modes=(*MODES, "all"))
     add("--impl", metavar="NAMES", help="comma-separated, the first is what ratios refer to: auto, triton, reference, "
         "timm_eager, conv_channels_last, reshape_linear, compile_conv, compile_linear, copy, gemm, empty")  # fmt: skip
+    add("--against", action="append", default=[], metavar="VERSION", help="a git revision, or a folder with "
+        "vitkernels/ in it, sampled in the same rounds: exit status 1 where this is slower, beyond noise")  # fmt: skip
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile among the peers (on a GPU)")
     add("--seconds", type=float, default=1.0, help="of samples, for each implementation (1)")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1")
     add("--backend", default="auto", help="of a fused --model")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    import torch
+    from .. import bench, bench_against, bench_model, machine, report
+    from ..report import compare
 
-    from .. import bench, bench_model
-
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {device!r}: this PyTorch finds no GPU")
-    dtype = args.dtype or ("fp32" if device == "cpu" else "bf16")
-    result: dict[str, Any] = {"header": bench.header(device, "vitkernels " + " ".join(sys.argv[1:]))}
+    device = device_of(args)
+    result: dict[str, Any] = {"header": machine.header(device, "vitkernels " + " ".join(sys.argv[1:]))}
     with _progress(args.json) as tick:
         if args.model:
             return result | bench_model.bench_model(
-                args.model, batch=args.batch, device=device, dtype=dtype, backend=args.backend,
-                seconds=args.seconds, progress=tick,
+                args.model, batch=args.batch, device=device, dtype=dtype_of(args, device), backend=args.backend,
+                seconds=args.seconds, mode=args.task, progress=tick,
             )  # fmt: skip
-        case = bench.Case(
-            batch=args.batch, image=args.image, patch=args.patch, dim=args.dim, dtype=dtype, pixels=args.pixels,
-            prefix=args.prefix, keep=args.keep, frames=args.frames, tubelet=args.tubelet, chans=args.chans,
-            channels_last=args.channels_last,
-        )  # fmt: skip
         result["rows"] = []
-        for mode in bench.MODES if args.mode == "all" else (args.mode,):
-            result["rows"] += bench.bench(
-                case, device=device, mode=mode, impls=args.impl and args.impl.split(","), seconds=args.seconds,
-                compiled=args.compile, progress=tick,
-            )  # fmt: skip
+        with bench_against.checkouts(args.against) as against:
+            for mode in MODES if args.mode == "all" else (args.mode,):
+                result["rows"] += bench.bench(
+                    case_of(args, device), device=device, mode=mode, impls=args.impl and args.impl.split(","),
+                    seconds=args.seconds, compiled=args.compile, against=against, progress=tick,
+                )  # fmt: skip
     # A peer that breaks the rule is worth seeing; one of ours is a failure.
     result["ok"] = not any(row.get("error") for row in result["rows"] if row["impl"] in bench.OURS)
+    if args.against:
+        result["against"] = compare.regressions(report.read(result).rows)
+        result["ok"] &= not any(line["verdict"] in compare.FAILED for line in result["against"])
     return result
+
+
+# heading -> what a row says under it
+COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "ms": lambda row: f"{row['ms']['median']:.4g}",
+    "±": lambda row: f"{(row['ms']['p80'] - row['ms']['p20']) / 2 / row['ms']['median']:.0%}",
+    "images/s": lambda row: f"{row['images_per_s']:,.0f}",
+    "GB/s": lambda row: f"{row['gb_per_s']:.3g}",
+    "TFLOP/s": lambda row: f"{row['tflops']:.3g}",
+    "roof": lambda row: f"{row['roofline_share']:.0%}",
+    "MB": lambda row: f"{row['peak_mb']:.3g}",
+    "×": lambda row: f"{row['ratio']['median']:.2f}",
+}
 
 
 def show(result: dict[str, Any]) -> None:
@@ -81,40 +81,36 @@ def show(result: dict[str, Any]) -> None:
     head = result["header"]
     console.print(" · ".join(str(head[k]) for k in ("gpu", "cpu") if head[k]), style="bold")
     console.print(", ".join(f"{k} {head[k]}" for k in ("torch", "triton", "vitkernels", "commit") if head[k]))
-    timings = {row["timing"] for row in rows}
+    several = len({row["timing"] for row in rows}) > 1
     for case, mode in dict.fromkeys((row["case"], row["mode"]) for row in rows):
-        table = Table(title=f"{case}, {mode}", title_justify="left", box=box.SIMPLE_HEAD)
-        table.add_column("implementation", no_wrap=True)
-        for column in ("ms", "p20 – p80", "images/s", "× ours", "roofline"):
-            table.add_column(column, justify="right", no_wrap=True)
+        look: Any = {"title_justify": "left", "box": box.SIMPLE_HEAD, "pad_edge": False, "padding": (0, 1, 0, 0)}
+        table = Table(title=f"{case}, {mode}", **look)
+        table.add_column("", no_wrap=True)
+        for heading in COLUMNS:
+            table.add_column(heading, justify="right", no_wrap=True)
         for row in rows:
             if (row["case"], row["mode"]) == (case, mode):
-                table.add_row(*_cells(row, name_timing=len(timings) > 1))
+                name = f"{row['impl']} = {row['backend']}" if "backend" in row else row["impl"]
+                table.add_row(name + f", {row['timing']}" * several, *(_cell(row, of) for of in COLUMNS.values()))
         console.print(table)
+    console.print("roof: the time that the device's own rates allow, over this one; MB: temporary memory of a call; "
+                  "×: times as long as the first takes", style="dim", highlight=False)  # fmt: skip
     for row in rows:
         if row.get("error"):
             console.print(f"[red]{row['impl']} ({row['timing']}) has no time:[/] {row['error']}", highlight=False)
+    for line in result.get("against", ()):
+        change = f": {line['change']:.3f} × the time, noise ±{line['band']:.1%}" if line["change"] else ""
+        console.print(f"{line['mode']} against {line['against']}: {line['verdict']}{change}", highlight=False)
     if "verdict" in result:
         console.print(result["report"], highlight=False)
-        console.print(f"Outputs before and after differ by {result['difference']:.2g} of their norm.")
         console.print(result["verdict"], style="bold")
-        console.print("About 1 % of a model's arithmetic is its front end: expect little.", style="dim")
 
 
-def _cells(row: dict[str, Any], name_timing: bool) -> list[str]:
-    name = f"{row['impl']} = {row['backend']}" if "backend" in row else row["impl"]
-    name += f", {row['timing']}" * name_timing
-    if row["ms"] is None:
-        return [name, "–", "", "", "", ""]
-    ms = row["ms"]
-    return [
-        name,
-        f"{ms['median']:.4g}",
-        f"{ms['p20']:.4g} – {ms['p80']:.4g}",
-        f"{row['images_per_s']:,.0f}" if "images_per_s" in row else "",
-        f"{row['ratio']:.2f}" if "ratio" in row else "",
-        f"{row['roofline_share']:.0%}" if row["roofline_share"] else "",
-    ]
+def _cell(row: dict[str, Any], of: Callable[[dict[str, Any]], str]) -> str:
+    try:
+        return of(row)
+    except (KeyError, TypeError):  # a row doesn't say it: a ceiling has no images, an error no time
+        return ""
 
 
 @contextmanager
@@ -128,8 +124,3 @@ def _progress(quiet: bool) -> Iterator[Callable[[str], None]]:
         return
     with console.status("") as status:
         yield status.update
-
-
-def _size(text: str) -> int | tuple[int, int]:
-    height, _, width = text.partition("x")
-    return (positive(height), positive(width)) if width else positive(height)
