@@ -1,6 +1,6 @@
 """The shapes that are timed, the most telling first."""
 
-from vitkernels.bench import Case
+from vitkernels.cases import Case
 
 HEADLINE = [
     Case(),  # ViT-B/16, 224, B = 256, bf16
@@ -32,6 +32,7 @@ CASES = [
     Case(patch=32),
     Case(patch=8, dim=384, batch=64),
     Case(patch=14, dim=384),
+    Case(patch=4, image=32, dim=192, batch=512),
     # Resolutions
     Case(image=384, batch=64),
     Case(image=518, patch=14, dim=1024, batch=64),
@@ -53,6 +54,22 @@ CASES = [
     Case(batch=8, frames=2, image=448, patch=14, dim=1280, prefix=0),
 ]
 
+# Whole models on a GPU: (model, batch, dtype, task)
+MODELS = [
+    ("timm:vit_tiny_patch16_224", 256, "bf16", "pipeline"),
+    ("timm:vit_tiny_patch16_224", 256, "bf16", "inference"),
+    ("timm:vit_tiny_patch16_224", 256, "bf16", "training"),
+    ("timm:vit_tiny_patch16_224", 1, "bf16", "inference"),
+    ("transformers:ViTMAEModel", 128, "bf16", "training"),
+    ("transformers:VideoMAEModel", 8, "bf16", "training"),
+    ("timm:vit_small_patch16_224", 256, "bf16", "training"),
+    ("timm:vit_base_patch16_224", 128, "bf16", "training"),
+    ("timm:vit_large_patch14_clip_224", 64, "bf16", "training"),
+    ("vit_pytorch:ViT", 128, "bf16", "training"),
+    ("timm:vit_base_patch16_224", 128, "bf16", "inference"),
+    ("timm:vit_large_patch14_clip_224", 64, "bf16", "inference"),
+]
+
 # The kinds of smoke test: one of each road through a backend.
 SMOKE = [
     Case(batch=33),
@@ -61,15 +78,21 @@ SMOKE = [
     Case(batch=2, frames=4, keep=0.5, prefix=0, dim=192),
 ]
 
-# What a CPU times in a minute.
+# What a CPU times in some minutes: the three batches, and one of each kind.
 CPU = [
-    Case(batch=1, dtype="fp32"),
-    Case(batch=8, dtype="fp32"),
-    Case(batch=8, dtype="fp32", pixels="uint8"),
-    Case(batch=8, dtype="bf16"),
-    Case(batch=8, dtype="fp32", patch=14, dim=384),
+    *(Case(batch=batch, dtype="fp32") for batch in (1, 8, 32)),
+    *(Case(batch=batch, dtype="fp32", pixels="uint8") for batch in (1, 8, 32)),
+    *(Case(batch=batch, dtype="bf16") for batch in (1, 8, 32)),
+    Case(batch=8, dtype="fp32", dim=192),
+    Case(batch=32, dtype="fp32", dim=384),
+    Case(batch=8, dtype="fp32", patch=14, dim=1024),
+    Case(batch=8, dtype="fp32", patch=32),
     Case(batch=8, dtype="fp32", keep=0.25),
+    Case(batch=8, dtype="fp32", pixels="uint8", channels_last=True),
+    Case(batch=2, dtype="fp32", frames=16),
+    Case(batch=64, dtype="fp32", image=32, patch=4, dim=192),
 ]
+CPU_TRAINING = [Case(batch=8, dtype="fp32"), Case(batch=8, dtype="fp32", keep=0.25)]
 
 # One of each kind, small enough for a dry run.
 TINY = [

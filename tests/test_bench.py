@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from vitkernels import bench, cli, dispatch, reference, roofline
+from vitkernels import bench, cli, cost_model, dispatch, reference
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
-from shapes import CASES, CPU, HEADLINE, SMOKE, TINY  # noqa: E402
+from shapes import CASES, CPU, CPU_TRAINING, HEADLINE, SMOKE, TINY, TRAINING  # noqa: E402
 
 ROW = {"case", "mode", "dtype", "impl", "ms", "timing", "bytes", "flops", "roofline_share"}
+CEILING_RATES = {"copy": (True, False), "gemm": (False, True), "empty": (False, False)}
 EAGER_PEERS = ("timm_eager", "conv_channels_last", "reshape_linear")
 
 
@@ -33,13 +34,13 @@ def check_row(row):
 
 
 def test_every_listed_case_is_a_right_problem_with_a_name_of_its_own():
-    listed = [*CASES, *SMOKE, *TINY, *CPU]
+    listed = [*CASES, *SMOKE, *TINY, *CPU, *CPU_TRAINING, *TRAINING]
     assert len({case.name for case in listed}) == len(set(listed))
     assert CASES[: len(HEADLINE)] == HEADLINE
     for case in {replace(case, batch=1): case for case in listed if case.image != 518 and case.patch != 8}:
         p = bench.problem(case.call("cpu"))
         assert (p.B, p.D, p.T) == (1, case.dim, case.prefix)
-        assert roofline.work(p, "both") == (2 * p.flops, 2 * p.bytes)
+        assert cost_model.work(p, "both") == (2 * p.flops, 2 * p.bytes)
 
 
 @pytest.mark.parametrize("mode", ["forward", "backward"])
@@ -61,8 +62,12 @@ def test_rows(mode):
     for row in rows:
         check_row(row)
         assert "error" not in row
-        assert row["ratio"] > 0
-        assert row["roofline_share"] is None  # a CPU has no roofline here
+        assert row["ratio"]["p20"] <= row["ratio"]["median"] <= row["ratio"]["p80"]
+        assert (row["impl"] in bench.CEILINGS) == (row["roofline_share"] is None)
+        assert ("gb_per_s" in row, "tflops" in row) == CEILING_RATES.get(row["impl"], (True, True))
+        assert row["peak_gb_per_s"] > 0
+        assert row["peak_tflops"] > 0
+    assert rows[0]["ratio"]["median"] == 1
     assert json.loads(json.dumps(rows)) == rows
 
 
@@ -172,7 +177,7 @@ def test_the_suite_survives_a_stage_that_dies_and_one_that_hangs(tmp_path):
     code = f"""
 import os, sys, time
 sys.path.insert(0, {str(ROOT / "benchmarks")!r})
-import gpu_suite
+import gpu_suite, gpu_stages
 def dies(args, out, deadline):
     for what in ("first", "second"):
         if out.once(what):
@@ -180,9 +185,9 @@ def dies(args, out, deadline):
             os.abort()
 def hangs(args, out, deadline):
     time.sleep(600)
-gpu_suite.dies, gpu_suite.hangs = dies, hangs
+gpu_stages.dies, gpu_stages.hangs = dies, hangs
 gpu_suite.STAGES = {{"dies": (60, ""), "hangs": (9, "")}}
-gpu_suite.DRY_SECONDS = 9
+gpu_suite.DRY_SECONDS = 18
 gpu_suite.__file__ = {str(tmp_path / "suite.py")!r}
 if __name__ == "__main__":
     gpu_suite.main()

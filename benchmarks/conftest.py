@@ -1,0 +1,55 @@
+"""What pytest-benchmark stores and shows: the machine in words, the results as `vitkernels report` reads them."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+STORED = pytest.StashKey[dict]()
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("vitkernels")
+    group.addoption("--compilers", action="store_true", default=None, help="torch.compile among the peers on a CPU too")
+    group.addoption("--seconds", type=float, default=0.3, help="of samples, for each implementation of a case (0.3)")
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-benchmark reads its options
+def pytest_configure(config):
+    """Results are always stored, as JSON below .benchmarks/."""
+    option = config.option
+    if not (option.benchmark_save or option.benchmark_json):
+        option.benchmark_autosave = "vitkernels"
+    option.benchmark_sort = "median"
+    option.benchmark_columns = ["median", "iqr", "rounds"]
+
+
+def pytest_benchmark_update_machine_info(config, machine_info):
+    import torch
+
+    from vitkernels.machine import header
+
+    words = " ".join(sys.argv[1:])
+    machine_info.pop("node", None)  # a name that is nobody's business
+    machine_info["vitkernels"] = header("cuda" if torch.cuda.is_available() else "cpu", f"pytest {words}")
+
+
+def pytest_benchmark_update_json(config, benchmarks, output_json):
+    config.stash[STORED] = output_json
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """Ours against the best peer of each shape, of this run."""
+    if not config.stash.get(STORED, {}).get("benchmarks"):
+        return
+    from vitkernels import report
+
+    rows = report.summary(report.read(config.stash[STORED]))
+    if rows:
+        terminalreporter.section("ours against the best peer: its time over ours")
+    for row in rows:
+        terminalreporter.line(
+            f"{row['mode']:<10} {row['timing']:<6} {row['dtype']:<18} geometric mean {row['geometric_mean']:5.2f}  "
+            f"({row['least']:.2f} to {row['greatest']:.2f}; faster in {row['faster']} of {row['cases']})"
+        )

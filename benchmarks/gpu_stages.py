@@ -1,0 +1,306 @@
+"""The stages of gpu_suite.py. Each takes (args, out, deadline), writes rows to `out`, and runs in its own process."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import traceback
+from functools import partial
+from itertools import product
+from pathlib import Path
+
+from shapes import CASES, HEADLINE, MODELS, SMOKE, TINY, TRAINING
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+
+
+def build(args, out, deadline):
+    if not (ROOT / "csrc").is_dir():
+        return out.write({"note": "no csrc/: nothing to build"})
+    wanted = {**os.environ, "VITKERNELS_CUDA": "auto" if args.dry_run else "1"}
+    done = subprocess.run([sys.executable, "setup.py", "build_ext", "--inplace"], cwd=ROOT, check=False, env=wanted)
+    out.write({"note": f"setup.py build_ext: exit status {done.returncode}"})
+    command = [sys.executable, "-m", "vitkernels", "inspect", "--extension"]
+    return None if done.returncode or args.dry_run else say(subprocess.run(command, cwd=ROOT, check=False).returncode)
+
+
+def smoke(args, out, deadline):
+    import torch
+
+    from vitkernels import dispatch
+    from vitkernels.bench import gate, problem, settings
+    from vitkernels.clock import alive, short
+
+    for case in TINY if args.dry_run else SMOKE:
+        for backend in dispatch.MODULES:
+            if not out.once(f"{case.name} {backend}"):
+                continue
+            row = {"case": case.name, "impl": backend, "check": "right"}
+            try:
+                call = case.call(args.device)
+                if reasons := dispatch.why_not(problem(call), backend):
+                    row["check"] = "declines: " + "; ".join(reasons)
+                else:
+                    with settings(case):
+                        row["check"] = gate(backend, call, "forward") or gate(backend, call, "backward") or "right"
+            except Exception as error:
+                traceback.print_exc()
+                row["check"] = short(error)
+            say(f"{case.name:<32} {backend:<10} {row['check']}")
+            out.write(row)
+            alive(torch.device(args.device))
+
+
+def headline(args, out, deadline):
+    _time(args, out, deadline, _headline(args), ["forward"], compiled=False, seconds=0.3)
+
+
+def training(args, out, deadline):
+    cases = TINY[:1] if args.dry_run else TRAINING
+    _time(args, out, deadline, cases, ["both", "backward"], compiled=False, seconds=0.2)
+
+
+def compiled(args, out, deadline):
+    """Beside torch.compile, one peer at a time: a compiler that hangs costs one row."""
+    peers = ["compile_conv", "compile_linear"]
+    if args.device != "cpu":
+        peers += ["compile_conv_max", "compile_linear_max"]
+    for mode, cases in (("forward", _headline(args)), ("both", TINY[:1] if args.dry_run else TRAINING[:2])):
+        for case in cases[: 1 if args.dry_run else None]:
+            for peer in peers[: 1 if args.dry_run else None]:
+                _time(args, out, deadline, [case], [mode], impls=["auto", peer], seconds=0.2)
+
+
+def roads(args, out, deadline):
+    """Every road and tile of the C++ extension: the guesses that plan.h chooses by (`rate_of`, `rate`), measured."""
+    import torch
+
+    from vitkernels import cuda, dispatch
+    from vitkernels.bench import problem, settings
+    from vitkernels.clock import short
+
+    for case in _headline(args):
+        if time.time() > deadline - 5 or not out.once(case.name):
+            continue
+        call = case.call(args.device)
+        p = problem(call)
+        if reasons := dispatch.why_not(p, "cuda"):
+            out.write({"case": case.name, "note": "cuda declines: " + "; ".join(reasons)})
+            continue
+        names = ("images", "weight", "bias", "pos_embed", "prefix", "keep")
+        tensors = dispatch.canonical(*(call.get(name) for name in names))
+        with settings(case), torch.no_grad():
+            chosen = cuda.how(p)
+            for how, plan in cuda.candidates(p, *tensors[:2]).items():
+                try:
+                    ms = _milliseconds(partial(cuda.forward, p, *tensors, plan=plan), args.device)
+                    row = {"case": case.name, "road": how, "chosen": how == chosen, "road_ms": ms}
+                except RuntimeError as error:
+                    row = {"case": case.name, "error": f"{how}: {short(error)}"}
+                say(row)
+                out.write(row)
+
+
+def tests(args, out, deadline):
+    """What the GPU alone can show first: the backends, then the rest."""
+    some = ["tests/test_backends.py", "tests/test_triton_backward.py", "tests/test_cuda.py", "tests/test_ops.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=5"]
+    command += ["-x", "-k", "case or problem", "tests"] if args.dry_run else ["--maxfail=30", *some, "tests"]
+    command += ["--ignore=tests/test_bench.py", "--ignore=tests/test_packaging.py", "--ignore=tests/test_train.py"]
+    log = Path(args.out) / "pytest.log"
+    with log.open("w") as file:
+        try:
+            left = max(5, deadline - time.time() - 2)
+            done = subprocess.run(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, timeout=left, check=False)
+            end = f"exit status {done.returncode}"
+        except subprocess.TimeoutExpired:
+            end = "cut off"
+    lines = log.read_text().strip().splitlines()
+    out.write({"note": f"pytest: {end}; {lines[-1] if lines else 'no output'}",
+               "failed": [line for line in lines if line.startswith(("FAILED", "ERROR"))]})  # fmt: skip
+    say("\n".join(lines[-15:]), end)
+
+
+def tune(args, out, deadline):
+    """Search, then time again; the tiles found come back in a file that can be shipped in vitkernels/tuned/."""
+    from vitkernels.bench import settings
+    from vitkernels.clock import short
+    from vitkernels.tuning import tune as search
+
+    cases = _headline(args)
+    for i, case in enumerate(cases):
+        left = deadline - time.time()
+        if left > 10 and out.once(case.name):
+            try:
+                with settings(case):
+                    found = search(case.call(args.device), seconds=min(30, left * 0.6 / (len(cases) - i)))
+                if Path(str(found.get("file"))).is_file():
+                    shutil.copy(found["file"], args.out)
+                out.write({"case": case.name, "tuned": json.loads(json.dumps(found, default=str))})
+                say(case.name, found)
+            except Exception as error:
+                traceback.print_exc()
+                out.write({"case": case.name, "error": f"tune: {short(error)}"})
+    _time(args, out, deadline, cases, ["forward"], impls=["auto", "gemm"], seconds=0.2)
+
+
+def profile(args, out, deadline):
+    """`vitkernels profile` of the first headline shape on each backend: trace, and ncu's counters on a GPU."""
+    names = ("auto",) if args.dry_run else ("auto", "cuda")
+    size = "--image 32 --dim 48 --batch 2" if args.dry_run else "--batch 256"
+    for name in names:
+        if time.time() > deadline - 10 or not out.once(name):
+            continue
+        folder = Path(args.out) / f"profile-{name}"
+        words = [*f"profile {size} --impl {name},timm_eager --device {args.device} --out".split(), str(folder)]
+        end = _run([sys.executable, "-m", "vitkernels", *words], Path(args.out) / f"profile-{name}.txt", deadline)
+        for trace in folder.glob("*.json"):  # traces are megabytes: the tables are in profile-*.txt
+            trace.unlink()
+        out.write({"note": f"profile {name}: {end}"})
+
+
+def sanitize(args, out, deadline):
+    tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    found = Path(tool).exists()
+    if not found and not args.dry_run:
+        return out.write({"note": "no compute-sanitizer here"})
+    for check in ("memcheck", "racecheck")[: 1 if args.dry_run else 2]:
+        if time.time() > deadline - 10 or not out.once(check):
+            continue
+        own = [sys.executable, str(HERE / "gpu_suite.py"), "--once", "--device", args.device]
+        log = Path(args.out) / f"sanitize-{check}.log"
+        end = _run([tool, "--tool", check, "--error-exitcode", "9", *own] if found else own, log, deadline)
+        tail = " ".join(log.read_text(errors="replace").strip().splitlines()[-1:])[:300]
+        say(check, end, tail)
+        out.write({"note": f"sanitize {check}: {end}; {tail}; {log.name}"})
+    return None
+
+
+def models(args, out, deadline):
+    """Whole models before and after `fuse`, and the way from a decoder's bytes to tokens."""
+    import torch
+
+    from vitkernels.bench_model import bench_model
+    from vitkernels.clock import alive, short
+
+    tiny = args.dry_run
+    for spec, batch, dtype, task in MODELS[:1] if tiny else MODELS:
+        name = f"{spec} B{batch} {dtype} {task}"
+        if time.time() > deadline - 8 or not out.once(name):
+            continue
+        try:
+            found = bench_model(
+                "timm:test_vit" if tiny else spec, batch=1 if tiny else batch, device=args.device,
+                dtype="fp32" if tiny else dtype, seconds=0.02 if tiny else 2.0, mode=task,
+            )  # fmt: skip
+            for row in found["rows"]:
+                out.write(row)
+            out.write({"case": name, "note": found["verdict"]})
+            say(name, found["verdict"])
+        except Exception as error:
+            traceback.print_exc()
+            out.write({"case": name, "error": short(error)})
+            alive(torch.device(args.device))
+
+
+def table(args, out, deadline):
+    _time(args, out, deadline, TINY[2:4] if args.dry_run else CASES, ["forward"], compiled=False, seconds=0.1)
+
+
+def backward(args, out, deadline):
+    _time(args, out, deadline, TINY[:2] if args.dry_run else CASES, ["backward"], compiled=False, seconds=0.1)
+
+
+# --- Their helpers.
+
+
+def once(args) -> None:
+    """One launch of each backend's kernels on tiny problems, both directions, for a tool to look at."""
+    import torch
+
+    from vitkernels import dispatch
+    from vitkernels.bench import problem, steps
+
+    for case, backend in product(TINY, dispatch.MODULES):
+        call = case.call(args.device)
+        if backend != "reference" and not dispatch.why_not(problem(call), backend):
+            for step, leaves in steps(backend, [call], grad=True):
+                tokens = step()
+                torch.autograd.grad(tokens, leaves, torch.ones_like(tokens))
+    if args.device != "cpu":
+        torch.cuda.synchronize()
+
+
+def say(*words) -> None:
+    print(*words, flush=True)
+
+
+def line_of(row: dict) -> str:
+    head = f"{row['case']:<34} {row['mode']:<8} {row['impl']:<20} {row['timing']:<6}"
+    if row.get("error"):
+        return f"{head} {row['error']}"
+    share, ratio = row["roofline_share"], row.get("ratio")
+    return (
+        f"{head} {row['ms']['median']:>10.4f} ms  ({row['ms']['p20']:.4f} to {row['ms']['p80']:.4f})"
+        + (f"  {ratio['median']:6.2f} x" if ratio else "")
+        + (f"  {share:6.1%} of the roofline" if share else "")
+    )
+
+
+def _headline(args):
+    return TINY[:2] if args.dry_run else HEADLINE
+
+
+def _time(args, out, deadline, cases, modes, *, impls=None, compiled=None, seconds) -> None:
+    import torch
+
+    from vitkernels.bench import bench
+    from vitkernels.clock import alive, short
+
+    for mode in modes:
+        for case in cases:
+            if time.time() > deadline - 5:
+                return out.write({"note": f"no time left for {case.name} {mode} and what follows"})
+            if not out.once(f"{case.name} {mode} {' '.join(impls or ())}"):
+                continue
+            try:
+                rows = bench(
+                    case, device=args.device, mode=mode, impls=impls, compiled=compiled,
+                    seconds=0.02 if args.dry_run else seconds,
+                )  # fmt: skip
+            except Exception as error:
+                traceback.print_exc()
+                trace = traceback.format_exc()[-3000:]
+                out.write({"case": case.name, "mode": mode, "error": short(error), "trace": trace})
+                alive(torch.device(args.device))
+                continue
+            for row in rows:
+                out.write(row)
+                say(line_of(row))
+    return None
+
+
+def _run(command: list[str], log: Path, deadline: float) -> str:
+    """Run to the log, for a minute at most; how it ended."""
+    with log.open("w") as file:
+        try:
+            left = max(5, min(deadline - time.time() - 2, 60))
+            done = subprocess.run(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, timeout=left, check=False)
+            return f"exit status {done.returncode}"
+        except subprocess.TimeoutExpired:
+            return "cut off"
+
+
+def _milliseconds(step, device: str) -> float:
+    if device == "cpu":
+        begin = time.perf_counter()
+        step()
+        return 1e3 * (time.perf_counter() - begin)
+    from triton.testing import do_bench
+
+    return do_bench(step, warmup=5, rep=30, return_mode="median")
