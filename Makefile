@@ -28,7 +28,7 @@ lint: $(VENV)/.has-dev
 	$(BIN)/mypy
 
 bench: $(VENV)/.has-test
-	$(BIN)/vitkernels bench $(ARGS)
+	$(BIN)/python -m pytest benchmarks $(ARGS)
 
 # The CUDA C++ extension, beside the sources; needs nvcc, and TORCH_CUDA_ARCH_LIST where no GPU says for which.
 extension: $(VENV)/.has-test
@@ -48,5 +48,5 @@ picture: demo
 	cp demo-output/vitkernels-demo.png docs/demo.png
 
 clean:
-	rm -rf build dist *.egg-info vitkernels/_cuda*.so vitkernels/_cuda_build.json .venv .pytest_cache .ruff_cache .mypy_cache .benchmarks demo-output train-output
+	rm -rf build dist *.egg-info vitkernels/_cuda*.so vitkernels/_cuda_build.json .venv .pytest_cache .ruff_cache .mypy_cache .benchmarks demo-output train-output profile-output report
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

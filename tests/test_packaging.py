@@ -107,7 +107,7 @@ def _package_files() -> set[str]:
     return {
         path.relative_to(ROOT).as_posix()
         for path in (ROOT / "vitkernels").rglob("*")
-        if (path.suffix in (".py", ".json") or path.name == "py.typed") and path.name != Path(RECORD).name
+        if (path.suffix in (".py", ".json", ".html") or path.name == "py.typed") and path.name != Path(RECORD).name
     }
 
 
