@@ -1,5 +1,7 @@
 """The definition: gradcheck, pieces of every size, no copy of the images; and the oracle against a model's modules."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -7,6 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import vitkernels as vk
 from vitkernels import patches, reference, verify
+from vitkernels.cases import Case
+from vitkernels.memory import peak_bytes
 
 F64 = torch.float64
 
@@ -99,7 +103,7 @@ def test_gradcheck(case):
 @pytest.mark.parametrize("piece_rows", [1, 3, 20, 150])
 @pytest.mark.parametrize("seed", range(1000, 1040))
 def test_pieces_of_any_size(seed, piece_rows, poisoned, monkeypatch):
-    monkeypatch.setattr(patches, "_piece_rows", lambda p, dtype: piece_rows)
+    monkeypatch.setattr(patches, "_piece_rows", lambda *_: piece_rows)
     for row in verify.compare(verify.case(seed).tensors(), "reference", gradients=True):
         assert row["ok"], row
 
@@ -119,6 +123,18 @@ class Allocations(TorchDispatchMode):
         return out
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "shape",
+    [{}, {"pixels": "uint8"}, {"patch": 14, "dim": 1024}, {"dim": 192}, {"keep": 0.25}, {"image": 518, "patch": 14}],
+)
+def test_temporary_memory_does_not_grow_with_the_batch(shape, dtype):
+    step = partial(vk.patch_embed, **Case(batch=32 if "image" in shape else 96, dtype=dtype, **shape).call("cpu"))
+    with torch.no_grad():
+        step()
+        assert peak_bytes(step) < 8e6 / 2 * max(2, torch.get_num_threads())
+
+
 VIEWS = {
     "contiguous": lambda x: x,
     "channels-last": lambda x: x.to(memory_format=torch.channels_last),
@@ -130,7 +146,7 @@ VIEWS = {
 
 @pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
 def test_images_are_not_copied(view, monkeypatch):
-    monkeypatch.setattr(patches, "_piece_rows", lambda p, dtype: 20)
+    monkeypatch.setattr(patches, "_piece_rows", lambda *_: 20)
     images, weight = view(images_of(8, 3, 64, 64, dtype=torch.float32)), torch.zeros(2, 3, 8, 8)
     problem = vk.explain(images, weight).problem
     with Allocations(images, weight) as made:

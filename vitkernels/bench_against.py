@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -20,6 +21,9 @@ from typing import Any
 
 import torch
 
+# Seconds between a sample of one process and one of the other: OpenMP's threads spin for some milliseconds after their
+# work, and would take the cores from those of the other.
+REST = 0.02
 LEARNT = ("weight", "bias", "pos_embed", "prefix")
 
 
@@ -72,6 +76,13 @@ class Other:
             raise
 
     def sample(self) -> float:
+        time.sleep(REST)
+        try:
+            return self._sample()
+        finally:
+            time.sleep(REST)
+
+    def _sample(self) -> float:
         assert self.process.stdin is not None
         self.process.stdin.write("sample\n")
         self.process.stdin.flush()

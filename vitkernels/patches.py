@@ -21,7 +21,7 @@ def pieces(
 
     The buffers are reused by the next piece.
     """
-    step, spans = _cut(p, _piece_rows(p, dtype))
+    step, spans = _cut(p, _piece_rows(p, dtype, upright))
     # Read in the order of memory and normalised first, an image's patches are then gathered from the cache.
     staged = any(p.pad) or (p.B > 1 and keep is None and len(spans) == 1 and p.image_strides[-1] == 1)
     grid = None if staged else windows(p, images)  # [B, G_t, G_h, G_w, C, P_t, P_h, P_w]
@@ -131,14 +131,15 @@ def _normalised_dtype(p: PatchProblem, dtype: torch.dtype) -> torch.dtype:
     return sum_dtype(p) if p.normalised or p.scale != 1 else dtype
 
 
-def _piece_rows(p: PatchProblem, dtype: torch.dtype) -> int:
+def _piece_rows(p: PatchProblem, dtype: torch.dtype, upright: bool = False) -> int:
     """Patches of a piece. On a CPU all that a piece needs (its images, patches, product and positions, and the weight
     where it is converted) stays within 3.75 MB a thread; half of that, which the caches hold, where the weight is small
-    enough to be read again for each piece. On a GPU a piece has to fill it."""
+    enough to be read again for each piece. Upright ones make the weight's gradient, which is added up piece by piece:
+    twice as much. On a GPU a piece has to fill it."""
     most = 3_750_000 * max(2, torch.get_num_threads()) if p.device.type == "cpu" else 3 << 28
     weight = p.D * p.K * dtype.itemsize
     converted = 2 * weight * (dtype != p.weight_dtype)  # and packed by oneDNN
-    budget = max(most // 4, min(max(most // 2, 2 * weight), most - converted))
+    budget = 2 * most if upright else max(most // 4, min(max(most // 2, 2 * weight), most - converted))
     kept = p.n_keep is not None
     row = p.K * (dtype.itemsize + _normalised_dtype(p, dtype).itemsize) + p.D * dtype.itemsize * (1 + kept)
     return max(1, budget // row)
