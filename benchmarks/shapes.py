@@ -61,7 +61,7 @@ MODELS = [
     ("timm:vit_tiny_patch16_224", 256, "bf16", "training"),
     ("timm:vit_tiny_patch16_224", 1, "bf16", "inference"),
     ("transformers:ViTMAEModel", 128, "bf16", "training"),
-    ("transformers:VideoMAEModel", 8, "bf16", "training"),
+    ("transformers:VideoMAEModel,mask_ratio=0.9", 32, "bf16", "training"),
     ("timm:vit_small_patch16_224", 256, "bf16", "training"),
     ("timm:vit_base_patch16_224", 128, "bf16", "training"),
     ("timm:vit_large_patch14_clip_224", 64, "bf16", "training"),

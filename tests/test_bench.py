@@ -140,17 +140,6 @@ def test_command_line_for_people(capsys):
     assert "nobody" in capsys.readouterr().err
 
 
-def test_a_model_before_and_after(capsys):
-    pytest.importorskip("timm")
-    words = "bench --model timm:test_vit --batch 1 --seconds 0.05 --device cpu --json"
-    assert cli.main(words.split()) == 0
-    result = json.loads(capsys.readouterr().out)
-    assert [row["impl"] for row in result["rows"]] == ["before", "fused"]
-    assert result["difference"] < 1e-5
-    assert result["verdict"]
-    assert cli.main(["bench", "--model", "nobody:x"]) == 2
-
-
 def test_dry_run_of_the_gpu_suite(tmp_path):
     stages = "build,smoke,headline,training"  # each is a process, and most of its time goes into importing torch
     script = [sys.executable, str(ROOT / "benchmarks" / "gpu_suite.py"), "--out", str(tmp_path), "--dry-run"]

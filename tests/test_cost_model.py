@@ -165,7 +165,7 @@ def test_what_the_peers_keep_for_the_backward(case):
     ids=["normalised", "bf16", "kept", "padded", "overlap"],
 )
 def test_the_reference_moves_what_the_model_says(call, piece, monkeypatch):
-    monkeypatch.setattr(patches, "_piece_rows", lambda p, dtype: piece)
+    monkeypatch.setattr(patches, "_piece_rows", lambda *_: piece)
     call = call_of(**call)
     p = problem(call)
     tensors = dispatch.canonical(*(call.get(name) for name in NAMES))

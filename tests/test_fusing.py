@@ -30,6 +30,24 @@ def transformers(name="ViTForImageClassification", **kwargs):
     return getattr(module, name)(config)
 
 
+HF = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48, "patch_size": 8}
+HF_DECODER = {
+    "decoder_hidden_size": 16, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2,
+    "decoder_intermediate_size": 24,
+}  # fmt: skip
+
+
+def mae(name="ViTMAEModel", **kwargs):
+    module = pytest.importorskip("transformers")
+    return getattr(module, name)(module.ViTMAEConfig(**{**HF, **HF_DECODER, "image_size": 32, **kwargs}))
+
+
+def videomae(name="VideoMAEModel", **kwargs):
+    module = pytest.importorskip("transformers")
+    sizes = {"image_size": 16, "num_frames": 4, "num_labels": 5}
+    return getattr(module, name)(module.VideoMAEConfig(**{**HF, **HF_DECODER, **sizes, **kwargs}))
+
+
 def torchvision(**kwargs):
     module = pytest.importorskip("torchvision.models.vision_transformer")
     return module.VisionTransformer(32, 8, 2, 2, 32, 48, **{"num_classes": 5, **kwargs})
@@ -47,6 +65,8 @@ def timm_embed(**kwargs):
 
 NO_CLASS = {"class_token": False, "global_pool": "avg"}
 MASK = torch.arange(32).view(2, 16) % 3 == 0
+NOISE = torch.rand(2, 16, generator=torch.Generator().manual_seed(3))
+HIDDEN = torch.tensor([[1, 0, 0, 1, 1, 0, 1, 1], [1, 1, 0, 1, 0, 1, 0, 1]]).bool()  # other patches, as many in each
 # library, arguments of the model, size of the image, arguments of the call
 CASES = {
     "timm": (timm, {}, (3, 32, 32), {}),
@@ -72,13 +92,29 @@ CASES = {
     "transformers interpolated, as built": (
         transformers, {"image_size": (64, 16)}, (3, 64, 16), {"interpolate_pos_encoding": True},
     ),
+    "mae": (mae, {}, (3, 32, 32), {"noise": NOISE}),
+    "mae not square": (mae, {"image_size": (32, 16), "num_channels": 1}, (1, 32, 16), {"noise": NOISE[:, :8]}),
+    "mae pretraining": (mae, {"name": "ViTMAEForPreTraining"}, (3, 32, 32), {"noise": NOISE}),
+    "mae interpolated": (mae, {}, (3, 32, 32), {"noise": NOISE, "interpolate_pos_encoding": True}),
+    "videomae": (videomae, {}, (4, 3, 16, 16), {}),
+    "videomae masked": (videomae, {}, (4, 3, 16, 16), {"bool_masked_pos": HIDDEN}),
+    "videomae tubelets": (
+        videomae, {"tubelet_size": 1, "num_frames": 2, "image_size": (16, 32), "num_channels": 1}, (2, 1, 16, 32), {},
+    ),
+    "videomae pretraining": (
+        videomae, {"name": "VideoMAEForPreTraining", "norm_pix_loss": False}, (4, 3, 16, 16),
+        {"bool_masked_pos": HIDDEN},
+    ),
+    "videomae classifier": (videomae, {"name": "VideoMAEForVideoClassification"}, (4, 3, 16, 16), {}),
     "torchvision": (torchvision, {}, (3, 32, 32), {}),
     "vit_pytorch": (vit_pytorch, {}, (3, 32, 32), {}),
     "vit_pytorch mean": (vit_pytorch, {"pool": "mean", "channels": 1}, (1, 32, 32), {}),
     "vit_pytorch tokens": (vit_pytorch, {"num_classes": 0}, (3, 16, 32), {}),
 }  # fmt: skip
-UNFUSED_CALLS = ("transformers masked", "transformers interpolated", "transformers interpolated, as built")
-LIBRARIES = ("timm", "transformers", "torchvision", "vit_pytorch")
+UNFUSED_CALLS = (
+    "transformers masked", "transformers interpolated", "transformers interpolated, as built", "mae interpolated",
+)  # fmt: skip
+LIBRARIES = ("timm", "transformers", "mae", "videomae", "torchvision", "vit_pytorch")
 
 
 def build(case: str, **more) -> tuple[nn.Module, torch.Tensor, dict]:
@@ -92,10 +128,10 @@ def build(case: str, **more) -> tuple[nn.Module, torch.Tensor, dict]:
 
 
 def result(output) -> torch.Tensor:
-    """The last tensor of an output."""
+    """The last tensor of an output, but for MAE's mask."""
     if isinstance(output, torch.Tensor):
         return output
-    return [v for v in output.to_tuple() if isinstance(v, torch.Tensor)][-1]
+    return [v for k, v in output.items() if isinstance(v, torch.Tensor) and k not in ("mask", "ids_restore")][-1]
 
 
 def close(a, b, tolerance=1e-5):
@@ -111,15 +147,16 @@ def gradients(model, images, call):
 
 
 class Calls(TorchDispatchMode):
-    """Backends named in calls of the registered operation."""
+    """Backends named in calls of the registered operation, and its tensors: images first, keep last."""
 
     def __init__(self):
         super().__init__()
-        self.backends = []
+        self.backends, self.tensors = [], []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.vitkernels.patch_embed.default:
             self.backends.append(args[-1])
+            self.tensors.append(args[:6])
         return func(*args, **(kwargs or {}))
 
 
@@ -159,12 +196,12 @@ def test_agrees(case):
 
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_bfloat16_errs_no_more_than_twice_eager(library):
-    model, images, _ = build(library)
+    model, images, call = build(library)
     with torch.no_grad():
-        exact = result(model.double()(images.double()))
-        eager = result(model.bfloat16()(images.bfloat16()))
+        exact = result(model.double()(images.double(), **call))
+        eager = result(model.bfloat16()(images.bfloat16(), **call))
         vk.fuse(model)
-        out = result(model(images.bfloat16()))
+        out = result(model(images.bfloat16(), **call))
     floor = torch.finfo(torch.bfloat16).eps * exact.abs().max()
     assert out.dtype == torch.bfloat16
     assert (out - exact).abs().max() <= 2 * (eager - exact).abs().max() + floor
@@ -172,18 +209,18 @@ def test_bfloat16_errs_no_more_than_twice_eager(library):
 
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_autocast_keeps_the_dtype_of_the_stream(library):
-    model, images, _ = build(library)
+    model, images, call = build(library)
     seen = []
     block = next(m for m in model.modules() if isinstance(m, nn.LayerNorm) and m.normalized_shape == (32,))
     if library == "vit_pytorch":
         block = model.transformer
     block.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        model(images)
+        model(images, **call)
         vk.fuse(model)
-        model(images)
+        model(images, **call)
     expected, out = seen
-    assert expected.dtype == out.dtype == torch.float32
+    assert expected.dtype == out.dtype == (torch.bfloat16 if library == "videomae" else torch.float32)
     close(out, expected, 2e-2)
 
 
@@ -218,17 +255,17 @@ def test_drops_the_same_in_training(case):
 
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_copies_are_fused(library):
-    model, images, _ = build(library)
+    model, images, call = build(library)
     plain = copy.deepcopy(model)
-    expected = result(model(images))
+    expected = result(model(images, **call))
     vk.fuse(model, backend="reference")
     stored = io.BytesIO()
     torch.save(model, stored)
     stored.seek(0)
     copies = copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(stored, weights_only=False)
     for other in copies:
-        close(result(other(images)), expected)
-        assert calls(other, images) == ["reference"]
+        close(result(other(images, **call)), expected)
+        assert calls(other, images, **call) == ["reference"]
         assert vk.fuse(other).fused
         vk.unfuse(other)
         assert [type(m) for m in other.modules()] == [type(m) for m in plain.modules()]
@@ -236,7 +273,7 @@ def test_copies_are_fused(library):
         for parameter in model.parameters():
             parameter.mul_(1.1)
     plain.load_state_dict(model.state_dict(), strict=True)
-    close(result(plain(images)), result(model(images)))
+    close(result(plain(images, **call)), result(model(images, **call)))
 
 
 def test_optimiser_goes_on():
@@ -256,14 +293,17 @@ def test_optimiser_goes_on():
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_compiles_and_exports(library):
-    model, images, _ = build(library)
-    expected = result(model(images))
+    model, images, call = build(library)
+    expected = result(model(images, **call))
     vk.fuse(model)
     torch._dynamo.reset()
-    close(result(torch.compile(model, fullgraph=True, backend="eager")(images)), expected)
-    exported = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("B")},))
+    close(result(torch.compile(model, fullgraph=True, backend="eager")(images, **call)), expected)
+    B = torch.export.Dim("B")
+    shapes = {"pixel_values": {0: B}, "noise": {0: B}} if call else ({0: B},)
+    exported = torch.export.export(model, (images,), call, dynamic_shapes=shapes)
     assert any("vitkernels" in str(node.target) for node in exported.graph.nodes)
-    close(result(exported.module()(images[:1].repeat(3, 1, 1, 1)))[:1], expected[:1])
+    three = {name: value[[0, 0, 0]] for name, value in call.items()}
+    close(result(exported.module()(images[[0, 0, 0]], **three))[:1], expected[:1])
 
 
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
@@ -321,13 +361,14 @@ REFUSED = {
 @pytest.mark.parametrize("images", REFUSED)
 @pytest.mark.parametrize("library", [*LIBRARIES, "timm dynamic", "vit_pytorch without norms"])
 def test_refuses_what_the_library_refuses(library, images):
-    model, images = build(library.removesuffix(" without norms"))[0], REFUSED[images]
+    model, _, call = build(library.removesuffix(" without norms"))
+    images = REFUSED[images]
     if library.endswith("without norms"):
         model.to_patch_embedding[1] = nn.Identity()
 
     def outcome():
         try:
-            return result(model(images))
+            return result(model(images, **call))
         except Exception as error:
             return type(error), str(error)
 
@@ -344,6 +385,11 @@ class Lora(nn.Conv2d):
         return super().forward(x) + 1
 
 
+class Lora3d(nn.Conv3d):
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
 class LoraLinear(nn.Linear):
     def forward(self, x):
         return super().forward(x) + 1
@@ -354,7 +400,9 @@ def put(path, module=Lora, **kwargs):
 
     def change(model):
         old = model.get_submodule(path)
-        sizes = (old.in_features, old.out_features) if isinstance(old, nn.Linear) else (3, 32, 8, 8)
+        sizes = (
+            (old.in_features, old.out_features) if isinstance(old, nn.Linear) else (3, 32, old.kernel_size, old.stride)
+        )
         model.set_submodule(path, module(*sizes, **kwargs))
         return model
 
@@ -394,14 +442,34 @@ def subclass(path, name):
     return change
 
 
-def hf_patches(model):
-    module = model.get_submodule("vit.embeddings.patch_embeddings")
-    module.__class__ = type("Hybrid", (type(module),), {})
+def subclass_masking(model):
+    """Keep the patches that come last."""
+    base = type(model.embeddings)
+
+    def random_masking(self, sequence, noise=None):
+        return base.random_masking(self, sequence.flip(1), noise)
+
+    model.embeddings.__class__ = type("Mine", (base,), {"random_masking": random_masking})
+
+
+def replaced_masking(model):
+    masking = model.embeddings.random_masking
+    model.embeddings.random_masking = lambda sequence, noise=None: masking(sequence * 2, noise)
+
+
+def hf_patches(path):
+    def change(model):
+        module = model.get_submodule(path)
+        module.__class__ = type("Hybrid", (type(module),), {})
+
+    return change
 
 
 PROJECTION = {
     "timm": "patch_embed.proj",
     "transformers": "vit.embeddings.patch_embeddings.projection",
+    "mae": "embeddings.patch_embeddings.projection",
+    "videomae": "embeddings.patch_embeddings.projection",
     "torchvision": "conv_proj",
     "vit_pytorch": "to_patch_embedding.2",
 }
@@ -416,7 +484,22 @@ CHANGES = {
     "timm norm": ("timm", lambda m: setattr(m.patch_embed, "norm", nn.LayerNorm(32)), "norm is a LayerNorm"),
     "transformers wrapped": ("transformers", put(PROJECTION["transformers"]), "projection is a Lora"),
     "transformers patches hook": ("transformers", hook("vit.embeddings.patch_embeddings"), "embeddings has hooks"),
-    "transformers hybrid": ("transformers", hf_patches, "patch_embeddings is a Hybrid"),
+    "transformers hybrid": (
+        "transformers",
+        hf_patches("vit.embeddings.patch_embeddings"),
+        "patch_embeddings is a Hybrid",
+    ),
+    "mae wrapped": ("mae", put(PROJECTION["mae"]), "projection is a Lora"),
+    "mae patches hook": ("mae", hook("embeddings.patch_embeddings"), "embeddings has hooks"),
+    "mae hybrid": ("mae", hf_patches("embeddings.patch_embeddings"), "patch_embeddings is a Hybrid"),
+    "videomae wrapped": ("videomae", put(PROJECTION["videomae"], Lora3d), "Lora3d, not a plain Conv3d"),
+    "videomae dilated": (
+        "videomae",
+        put(PROJECTION["videomae"], nn.Conv3d, dilation=(2, 1, 1), padding=(1, 0, 0)),
+        r"dilation (2, 1, 1)",
+    ),
+    "videomae patches hook": ("videomae", hook("embeddings.patch_embeddings"), "embeddings has hooks"),
+    "videomae hybrid": ("videomae", hf_patches("embeddings.patch_embeddings"), "patch_embeddings is a Hybrid"),
     "torchvision wrapped": ("torchvision", put("conv_proj"), "conv_proj is a Lora"),
     "torchvision encoder hook": ("torchvision", pre_hook("encoder"), "encoder has hooks"),
     "vit_pytorch wrapped": ("vit_pytorch", put("to_patch_embedding.2", LoraLinear), "is a LoraLinear"),
@@ -428,31 +511,104 @@ BEFORE = {  # what is told from the class can't change afterwards
     "timm replaces _pos_embed": ("timm", replaced("", "_pos_embed"), "_pos_embed replaced on the instance"),
     "torchvision overrides": ("torchvision", subclass("", "_process_input"), "overrides _process_input"),
     "transformers overrides": ("transformers", subclass("vit.embeddings", "forward"), "overrides forward"),
+    "mae overrides": ("mae", subclass_masking, "overrides random_masking"),
+    "mae replaces": ("mae", replaced_masking, "random_masking replaced on the instance"),
+    "videomae overrides": ("videomae", subclass("embeddings", "forward"), "overrides forward"),
 }
 
 
 @pytest.mark.parametrize("change", [*CHANGES, *BEFORE])
 def test_left_alone(change):
     library, change, reason = {**CHANGES, **BEFORE}[change]
-    model, images, _ = build(library)
+    model, images, call = build(library)
     change(model)
-    expected, classes = result(model(images)), [type(m) for m in model.modules()]
+    expected, classes = result(model(images, **call)), [type(m) for m in model.modules()]
     report = vk.fuse(model)
     assert [(e.fused, reason in e.note) for e in report] == [(False, True)], report
     assert [type(m) for m in model.modules()] == classes
-    close(result(model(images)), expected, 0)
+    close(result(model(images, **call)), expected, 0)
 
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_change_after_fusing_is_not_passed_by(change):
     library, change, reason = CHANGES[change]
-    (plain, images, _), (model, *_) = build(library), build(library)
+    (plain, images, call), (model, *_) = build(library), build(library)
     vk.fuse(model)
     for each in (plain, model):
         torch.manual_seed(9)
         change(each)
-    close(result(model(images)), result(plain(images)))
+    close(result(model(images, **call)), result(plain(images, **call)))
     assert reason in vk.fuse(model).skipped[0].note
+
+
+def seen_by_the_operation(model, images, **call):
+    """(images, keep) of the one call of the registered operation."""
+    with torch.no_grad(), Calls() as seen:
+        model(images, **call)
+    [(pixels, *_, keep)] = seen.tensors
+    return pixels, keep
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.3, 0.75, 0.99])
+def test_mae_draws_the_mask_it_drew(ratio):
+    model, images, _ = build("mae", mask_ratio=ratio)
+    outs = []
+    for prepare in (vk.unfuse, vk.fuse):
+        prepare(model)
+        torch.manual_seed(7)
+        outs.append((model(images), torch.get_rng_state()))
+    (before, state), (after, state_after) = outs
+    close(after.last_hidden_state, before.last_hidden_state)
+    assert torch.equal(after.mask, before.mask)
+    assert (after.mask.dtype, after.ids_restore.dtype) == (before.mask.dtype, before.ids_restore.dtype)
+    assert torch.equal(after.ids_restore, before.ids_restore)
+    assert torch.equal(state, state_after)
+    _, keep = seen_by_the_operation(model, images)
+    assert keep.shape == (2, int(16 * (1 - ratio)))  # nothing else is embedded
+
+
+def test_mae_noise_for_one_image_is_what_the_library_makes_of_it():
+    model, images, _ = build("mae")
+    expected = model(images, noise=NOISE[:1])
+    vk.fuse(model)
+    close(model(images, noise=NOISE[:1]).last_hidden_state, expected.last_hidden_state, 0)
+    assert calls(model, images, noise=NOISE[:1]) == []
+
+
+def test_video_is_read_where_it_lies_and_only_what_is_visible():
+    model, images, call = build("videomae masked")
+    vk.fuse(model)
+    pixels, keep = seen_by_the_operation(model, images, **call)
+    assert (pixels.data_ptr(), pixels.shape) == (images.data_ptr(), (2, 3, 4, 16, 16))
+    assert keep.tolist() == [[1, 2, 5], [2, 4, 6]]
+    assert seen_by_the_operation(model, images)[1] is None
+
+
+ODD_MASKS = {
+    "five visible": HIDDEN.index_fill(1, torch.tensor([5]), True),
+    "one and three": torch.stack([HIDDEN[0].index_fill(0, torch.tensor([1, 2]), True), HIDDEN[1]]),
+    "all hidden": torch.ones(2, 8).bool(),
+    "integers": HIDDEN.int(),
+    "one image": HIDDEN[:1],
+    "short": HIDDEN[:, :4],
+}
+
+
+@pytest.mark.parametrize("mask", ODD_MASKS)
+def test_odd_masks_are_what_the_library_makes_of_them(mask):
+    model, images, _ = build("videomae")
+
+    def outcome():
+        try:
+            return result(model(images, bool_masked_pos=ODD_MASKS[mask]))
+        except Exception as error:
+            return type(error), str(error)
+
+    expected = outcome()
+    vk.fuse(model)
+    got = outcome()
+    assert got == expected if isinstance(expected, tuple) else torch.equal(got, expected)
+    assert isinstance(expected, torch.Tensor) or mask not in ("one and three", "integers"), expected
 
 
 LEFT = {

@@ -138,9 +138,10 @@ def _looked_at(p: PatchProblem) -> list[int]:
 
 def probe(p: PatchProblem) -> torch.Tensor:
     """The tokens' gradient of a loss of the images that are looked at alone, [B, T+N, D]."""
-    index = torch.tensor(_looked_at(p))
+    index = torch.tensor(_looked_at(p), device=p.device)
     part = torch.randn((len(index), *p.out_shape[1:]), generator=torch.Generator().manual_seed(1))
-    return torch.zeros(p.out_shape).index_copy(0, index, part).to(p.device, p.out_dtype)
+    whole = torch.zeros(p.out_shape, dtype=p.out_dtype, device=p.device)
+    return whole.index_copy_(0, index, part.to(whole))
 
 
 def judged(call: Call, out: torch.Tensor, grads: Sequence[torch.Tensor]) -> str | None:
@@ -252,6 +253,7 @@ def _bench(
     if unknown := [name for name in impls if name not in (*OURS, *PEERS, *CEILINGS)]:
         raise ValueError(f"no implementation {unknown}; there are {', '.join((*OURS, *PEERS, *CEILINGS))}")
     sets = min(128 if p.device.type == "cuda" else 32, max(2, -(-3 * _cache_bytes(device) // p.bytes)))
+    peaks = peaks_of(device, p.compute_dtype, case.dtype == "tf32")
     calls += [case.call(device, seed) for seed in range(1, sets)]
     flops, bytes_ = cost_model.work(p, mode)
     grad = None if mode == "forward" else torch.randn(p.out_shape, device=device).to(p.out_dtype)
@@ -270,8 +272,8 @@ def _bench(
             else:
                 if impl == "auto":
                     row["backend"] = explain(**calls[0]).chosen
-                if error := gate(impl, calls[0], mode):
-                    row["error"] = error
+                if wrong := gate(impl, calls[0], mode):
+                    row["error"] = wrong
                     continue
                 todo = [modal(mode, *made, grad) for made in steps(impl, calls, mode != "forward")]
             for step in todo[:2]:  # warm: compilers, cuDNN's search, pools
@@ -279,11 +281,11 @@ def _bench(
             alive(device)
             if impl not in CEILINGS:
                 row["peak_mb"] = rounded(peak_bytes(todo[0], device) / 1e6)
-            first = len(rows) * sets // (len(impls) + 1)  # in a round, nobody warms the inputs of who comes next
+            first = len(lanes) * sets // len(impls) % sets  # in a round, nobody warms the inputs of the next
             lanes.append((row, sampler_of(device, todo[first:] + todo[:first])))
             if device.type != "cuda":
                 continue
-            captured = row | {"timing": "graph"}
+            captured = {k: v for k, v in row.items() if k != "peak_mb"} | {"timing": "graph"}
             rows.append(captured)
             try:
                 todo = repeated(todo)
@@ -305,8 +307,8 @@ def _bench(
             other = others.enter_context(
                 closing(Other(folder, case, mode=mode, device=device, sets=sets, grad=grad, probe=probe(p)))
             )
-            if error := judged(calls[0], other.tokens, other.grads):
-                row["error"] = error
+            if wrong := judged(calls[0], other.tokens, other.grads):
+                row["error"] = wrong
             else:
                 lanes.append((row, other.sample))
         except (RuntimeError, OSError) as error:
@@ -314,7 +316,6 @@ def _bench(
 
     progress(f"{case.name} {mode}: time")
     samples = rounds([sample for _, sample in lanes], seconds)
-    peaks = peaks_of(device, p.compute_dtype, case.dtype == "tf32")
     bases: dict[str, list[float]] = {}
     for (row, _), times in zip(lanes, samples, strict=True):
         row["ms"] = quantiles(times)

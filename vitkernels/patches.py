@@ -22,18 +22,22 @@ def pieces(
     The buffers are reused by the next piece.
     """
     step, spans = _cut(p, _piece_rows(p, dtype, upright))
-    # Read in the order of memory and normalised first, an image's patches are then gathered from the cache.
-    staged = any(p.pad) or (p.B > 1 and keep is None and len(spans) == 1 and p.image_strides[-1] == 1)
+    staged = is_staged(p, spans)
     grid = None if staged else windows(p, images)  # [B, G_t, G_h, G_w, C, P_t, P_h, P_w]
     wide = _normalised_dtype(p, dtype)
     block = images.new_empty((min(step, p.B), *images.shape[1:]), dtype=wide) if staged else None
     buffer = None
     for first in range(0, p.B if p.rows else 0, max(1, step)):
         b = slice(first, min(first + step, p.B))
-        if block is not None:
-            here = _normalise(p, block[: b.stop - b.start].copy_(images[b]), 3)
+        if grid is not None:
+            here = grid[b]
+        elif block is not None:
+            here = windows(p, _normalise(p, block[: b.stop - b.start].copy_(images[b]), 3))
         for n in spans:
-            part = _part(p, windows(p, here) if grid is None else grid[b], n, None if keep is None else keep[b, n])
+            part = _part(p, here, n, None if keep is None else keep[b, n])
+            if _lies_in_rows(p) and not upright and wide == dtype == images.dtype:
+                yield b, n, part.reshape(-1, p.K).contiguous()
+                continue
             if buffer is None:
                 buffer = images.new_empty(part.numel(), dtype=dtype)
             piece = buffer[: part.numel()]
@@ -48,6 +52,17 @@ def pieces(
                 if wide != dtype:
                     x.copy_(normalised)
             yield b, n, piece.view(p.K, -1) if upright else piece.view(-1, p.K)
+
+
+def is_staged(p: PatchProblem, spans: list[slice]) -> bool:
+    """Whether images are copied first, in memory's order, and normalised; their patches then come from the cache."""
+    whole = p.B > 1 and p.n_keep is None and len(spans) == 1
+    return any(p.pad) or (whole and p.image_strides[-1] == 1 and not _lies_in_rows(p))
+
+
+def _lies_in_rows(p: PatchProblem) -> bool:
+    """A pixel is a patch, and its channels lie side by side: normed patches come so, and are a matrix already."""
+    return p.P == (1, 1, 1) and p.image_strides[1] == 1
 
 
 @lru_cache(maxsize=256)

@@ -55,8 +55,11 @@ def linear(images, weight, bias, pos_embed, prefix, keep, a, b):
         x = grid.reshape(grid.shape[0], -1, weight[0].numel())
     else:
         row = torch.arange(keep.shape[0], device=keep.device)[:, None]
-        index = (row, *torch.unravel_index(keep, grid.shape[1 : 1 + dims]))
-        x = grid[index].flatten(2)
+        place: tuple = (keep,)
+        for side in reversed(grid.shape[2 : 1 + dims]):  # torch.unravel_index copies the sides to a GPU, and waits
+            place = (place[0] // side, place[0] % side, *place[1:])
+        place = (row, *place)
+        x = grid[place].flatten(2)
     if a is not None:  # per channel, after the patches lie in order: one pass for copy and conversion
         x = _normalised(x.unflatten(2, (weight.shape[1], -1)), weight.dtype, a.view(-1, 1), b.view(-1, 1)).flatten(2)
     x = F.linear(x.to(weight.dtype), weight.flatten(1), bias)

@@ -18,8 +18,9 @@ HELP = "the operation beside its peers on a shape of yours; a model before and a
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--model", metavar="SPEC", help="instead of a shape: timm:NAME, torchvision:NAME, transformers:CLASS or "
-        "vit_pytorch:CLASS, with random weights")  # fmt: skip
+    add("--model", metavar="SPEC", help="instead of a shape, with random weights: timm:NAME, torchvision:NAME, "
+        "transformers:CLASS, vit_pytorch:CLASS, each with ,OPTION=VALUE for its constructor; or a short form: vit-b16, "
+        "mae-b16, videomae-b16-masked, …")  # fmt: skip
     add("--task", choices=("inference", "training", "pipeline"), default="inference",
         help="of a --model; pipeline: from the decoder's bytes to tokens (inference)")  # fmt: skip
     shape_arguments(parser, modes=(*MODES, "all"))

@@ -180,7 +180,7 @@ def _row(raw: Any) -> Row | None:
     row["backend"] = str(raw.get("backend") or "")
     row["pixels"] = named.get("pixels", row["dtype"])
     row["batch"] = row["batch"] or named.get("batch")
-    row["model"] = impl in (*BEFORE, "fused", "uint8")
+    row["model"] = impl in (*BEFORE, "fused", "normalise_on_device", "uint8")
     others = {"auto@": "version", **dict.fromkeys(OURS, "ours"), **dict.fromkeys(CEILINGS, "ceiling")}
     row["role"] = others.get("auto@" if impl.startswith("auto@") else impl, "peer")
     row["error"] = None if ms else str(raw.get("error") or "no reason given")

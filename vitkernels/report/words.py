@@ -19,6 +19,7 @@ WORDS = {
     "before": "before fuse",
     "fused": "after fuse",
     "float": "float pixels",
+    "normalise_on_device": "uint8, normalised there",
     "uint8": "uint8 pixels",
     "copy": "device copy",
     "gemm": "bare product",

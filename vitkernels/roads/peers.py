@@ -107,8 +107,7 @@ def _linear(p: PatchProblem, mode: str, name: str) -> Road:
     if p.n_keep is not None:
         coordinates = [
             Pass("image of each row", 0, p.B * INDEX),
-            Pass("keep to grid", (M + axes) * INDEX, M * axes * INDEX),
-            Pass("keep within grid", (M * axes + axes) * INDEX, M * axes * INDEX),
+            *[Pass("line of each", M * INDEX, M * INDEX), Pass("place in it", M * INDEX, M * INDEX)] * (axes - 1),
         ]
         index = (p.B + axes * M) * INDEX
         passes = [*coordinates, Pass("patches", min(pixels_of(p), elements) * s + index, elements * s)]

@@ -38,14 +38,14 @@ def forward(p: PatchProblem) -> Road:
 def _requests(p: PatchProblem, dtype, step: int, spans: list[slice], batches: int, operands: int) -> dict[str, int]:
     s, size, pieces = p.image_dtype.itemsize, dtype.itemsize, batches * len(spans)
     elements, M, taken = p.B * p.rows * p.K, p.B * p.rows * p.D, p.B * p.rows * INDEX
-    staged = any(p.pad) or (p.B > 1 and p.n_keep is None and len(spans) == 1 and p.image_strides[-1] == 1)
+    staged = patches.is_staged(p, spans)
     whole = p.B * p.C * p.F * p.H * p.W
     padded = p.B * p.C * prod(n + 2 * pad for n, pad in zip((p.F, p.H, p.W), p.pad, strict=True)) * size
     # In place: x − m and ·a with a value of each channel, or ·scale
     turns, constants = (2, p.C * patches.sum_dtype(p).itemsize) if p.normalised else (int(p.scale != 1), 0)
     moved = elements * size if staged else elements * s
     requests = {
-        "images": whole * (s + size) * staged + (whole * size + padded) * len(spans) * any(p.pad),  # padded for each
+        "images": whole * (s + size) * staged + (whole * size + padded) * any(p.pad),
         "normalise": turns * (2 * size * (whole if staged else elements) + constants * (batches if staged else pieces)),
         "kept patches": 0 if p.n_keep is None else 2 * moved,
         "patches": moved + elements * size,
