@@ -12,7 +12,8 @@ import pytest
 import torch
 from shapes import CASES, CPU, CPU_TRAINING, TRAINING
 
-from vitkernels.bench import CEILINGS, OURS, PEERS, bench, gate
+from vitkernels import explain
+from vitkernels.bench import CEILINGS, OURS, PEERS, bench, gate, settings
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -47,7 +48,7 @@ def measured(request):
             option = request.config.getoption
             last[case, mode] = bench(
                 case, device=DEVICE, mode=mode, seconds=option("seconds"),
-                compiled=option("compilers") or None, keep_samples=True,
+                compiled=option("compilers"), keep_samples=True,
             )  # fmt: skip
         return last[case, mode]
 
@@ -55,7 +56,8 @@ def measured(request):
 
 
 def pytest_generate_tests(metafunc):
-    compilers = GPU or metafunc.config.getoption("compilers")
+    asked = metafunc.config.getoption("compilers")
+    compilers = GPU if asked is None else asked
     peers = [name for name in PEERS if compilers or not name.startswith("compile")]
     timings = ("eager", "graph") if GPU else ("eager",)
     impls = ("auto", *(name for name in OURS[1:] if GPU), *peers, *CEILINGS)
@@ -69,7 +71,11 @@ def test_patch_embed(benchmark, measured, case, mode, timing, impl):
     benchmark.group = f"{case.name} {mode}" + f" {timing}" * GPU + ", ceilings" * (impl in CEILINGS)
     if benchmark.disabled:
         check = gate if impl not in CEILINGS else lambda *_: None
-        assert benchmark.pedantic(check, (impl, case.call(DEVICE), mode)) is None
+        call = case.call(DEVICE)
+        if impl in OURS[1:] and (reasons := explain(**call)[impl]):
+            pytest.skip("; ".join(reasons))
+        with settings(case):
+            assert benchmark.pedantic(check, (impl, call, mode)) is None
         return
     row = next((r for r in measured(case, mode) if (r["impl"], r["timing"]) == (impl, timing)), None)
     if row is None:

@@ -11,13 +11,17 @@ STORED = pytest.StashKey[dict]()
 
 def pytest_addoption(parser):
     group = parser.getgroup("vitkernels")
-    group.addoption("--compilers", action="store_true", default=None, help="torch.compile among the peers on a CPU too")
+    help = "torch.compile among the peers, which takes minutes for each case (on a GPU by default)"
+    group.addoption("--compilers", action="store_true", default=None, help=help)
+    group.addoption("--no-compilers", action="store_false", dest="compilers", help="without it")
     group.addoption("--seconds", type=float, default=0.3, help="of samples, for each implementation of a case (0.3)")
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-benchmark reads its options
 def pytest_configure(config):
     """Results are always stored, as JSON below .benchmarks/."""
+    if not config.pluginmanager.hasplugin("benchmark"):
+        raise pytest.UsageError("benchmarks/ needs pytest-benchmark: pip install pytest-benchmark")
     option = config.option
     if not (option.benchmark_save or option.benchmark_json):
         option.benchmark_autosave = "vitkernels"

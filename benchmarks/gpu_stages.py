@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -52,8 +53,12 @@ def smoke(args, out, deadline):
                 traceback.print_exc()
                 row["check"] = short(error)
             say(f"{case.name:<32} {backend:<10} {row['check']}")
+            try:
+                alive(torch.device(args.device))
+            except RuntimeError:
+                out.write(row | {"fatal": True})
+                raise
             out.write(row)
-            alive(torch.device(args.device))
 
 
 def headline(args, out, deadline):
@@ -82,10 +87,12 @@ def roads(args, out, deadline):
 
     from vitkernels import cuda, dispatch
     from vitkernels.bench import problem, settings
-    from vitkernels.clock import short
+    from vitkernels.clock import alive, short
 
     for case in _headline(args):
-        if time.time() > deadline - 5 or not out.once(case.name):
+        if time.time() > deadline - 5:
+            return out.write({"note": f"no time left for {case.name} and what follows"})
+        if not out.once(case.name):
             continue
         call = case.call(args.device)
         p = problem(call)
@@ -104,14 +111,19 @@ def roads(args, out, deadline):
                     row = {"case": case.name, "error": f"{how}: {short(error)}"}
                 say(row)
                 out.write(row)
+                alive(torch.device(args.device))
+    return None
 
 
 def tests(args, out, deadline):
     """What the GPU alone can show first: the backends, then the rest."""
-    some = ["tests/test_backends.py", "tests/test_triton_backward.py", "tests/test_cuda.py", "tests/test_ops.py"]
+    first = ["test_backends", "test_triton_backward", "test_cuda", "test_hopper_weight", "test_triton", "test_ops"]
+    never = ["test_bench", "test_benchmarks", "test_bench_model", "test_packaging", "test_train", "test_report"]
+    names = [file.stem for file in (ROOT / "tests").glob("test_*.py") if file.stem not in never]
+    names.sort(key=lambda name: (first.index(name) if name in first else len(first), name))
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=5"]
-    command += ["-x", "-k", "case or problem", "tests"] if args.dry_run else ["--maxfail=30", *some, "tests"]
-    command += ["--ignore=tests/test_bench.py", "--ignore=tests/test_packaging.py", "--ignore=tests/test_train.py"]
+    command += ["-x", "-k", "case or problem"] if args.dry_run else ["--maxfail=30"]
+    command += [f"tests/{name}.py" for name in names]
     log = Path(args.out) / "pytest.log"
     with log.open("w") as file:
         try:
@@ -135,7 +147,10 @@ def tune(args, out, deadline):
     cases = _headline(args)
     for i, case in enumerate(cases):
         left = deadline - time.time()
-        if left > 10 and out.once(case.name):
+        if left <= 10:
+            out.write({"note": f"no time left for {case.name} and what follows"})
+            break
+        if out.once(case.name):
             try:
                 with settings(case):
                     found = search(case.call(args.device), seconds=min(30, left * 0.6 / (len(cases) - i)))
@@ -150,18 +165,25 @@ def tune(args, out, deadline):
 
 
 def profile(args, out, deadline):
-    """`vitkernels profile` of the first headline shape on each backend: trace, and ncu's counters on a GPU."""
-    names = ("auto",) if args.dry_run else ("auto", "cuda")
+    """`vitkernels profile` of the first headline shape: traces of all, then ncu's counters of each backend."""
     size = "--image 32 --dim 48 --batch 2" if args.dry_run else "--batch 256"
-    for name in names:
-        if time.time() > deadline - 10 or not out.once(name):
+    runs = {"traces": "--impl auto --no-run"}
+    if not args.dry_run:
+        runs = {"traces": "--impl auto,cuda,timm_eager --no-run", "auto": "--impl auto", "cuda": "--impl cuda"}
+    for name, words in runs.items():
+        left = deadline - time.time()
+        if left < 12:
+            return out.write({"note": f"no time left for profile {name} and what follows"})
+        if not out.once(name):
             continue
         folder = Path(args.out) / f"profile-{name}"
-        words = [*f"profile {size} --impl {name},timm_eager --device {args.device} --out".split(), str(folder)]
-        end = _run([sys.executable, "-m", "vitkernels", *words], Path(args.out) / f"profile-{name}.txt", deadline)
-        for trace in folder.glob("*.json"):  # traces are megabytes: the tables are in profile-*.txt
-            trace.unlink()
+        words = f"profile {size} {words} --limit {max(5, left - 20):.0f} --device {args.device} --out".split()
+        command = [sys.executable, "-m", "vitkernels", *words, str(folder)]
+        end = _run(command, Path(args.out) / f"profile-{name}.txt", deadline)
+        for file in (f for f in folder.rglob("*") if f.is_file() and f.stat().st_size > 200_000):
+            file.unlink()  # traces are megabytes: the tables are in profile-*.txt
         out.write({"note": f"profile {name}: {end}"})
+    return None
 
 
 def sanitize(args, out, deadline):
@@ -170,7 +192,9 @@ def sanitize(args, out, deadline):
     if not found and not args.dry_run:
         return out.write({"note": "no compute-sanitizer here"})
     for check in ("memcheck", "racecheck")[: 1 if args.dry_run else 2]:
-        if time.time() > deadline - 10 or not out.once(check):
+        if time.time() > deadline - 10:
+            return out.write({"note": f"no time left for {check}"})
+        if not out.once(check):
             continue
         own = [sys.executable, str(HERE / "gpu_suite.py"), "--once", "--device", args.device]
         log = Path(args.out) / f"sanitize-{check}.log"
@@ -191,12 +215,14 @@ def models(args, out, deadline):
     tiny = args.dry_run
     for spec, batch, dtype, task in MODELS[:1] if tiny else MODELS:
         name = f"{spec} B{batch} {dtype} {task}"
-        if time.time() > deadline - 8 or not out.once(name):
+        if time.time() > deadline - 8:
+            return out.write({"note": f"no time left for {name} and what follows"})
+        if not out.once(name):
             continue
         try:
             found = bench_model(
                 "timm:test_vit" if tiny else spec, batch=1 if tiny else batch, device=args.device,
-                dtype="fp32" if tiny else dtype, seconds=0.02 if tiny else 2.0, mode=task,
+                dtype="fp32" if tiny else dtype, seconds=0.02 if tiny else 0.5, mode=task,
             )  # fmt: skip
             for row in found["rows"]:
                 out.write(row)
@@ -206,6 +232,7 @@ def models(args, out, deadline):
             traceback.print_exc()
             out.write({"case": name, "error": short(error)})
             alive(torch.device(args.device))
+    return None
 
 
 def table(args, out, deadline):
@@ -259,9 +286,10 @@ def _headline(args):
 def _time(args, out, deadline, cases, modes, *, impls=None, compiled=None, seconds) -> None:
     import torch
 
-    from vitkernels.bench import bench
+    from vitkernels.bench import bench, default_impls
     from vitkernels.clock import alive, short
 
+    killers = out.killers()
     for mode in modes:
         for case in cases:
             if time.time() > deadline - 5:
@@ -269,8 +297,10 @@ def _time(args, out, deadline, cases, modes, *, impls=None, compiled=None, secon
             if not out.once(f"{case.name} {mode} {' '.join(impls or ())}"):
                 continue
             try:
+                chosen = impls or default_impls(case.call(args.device), compiled=compiled)
+                chosen = [name for name in chosen if name not in killers]
                 rows = bench(
-                    case, device=args.device, mode=mode, impls=impls, compiled=compiled,
+                    case, device=args.device, mode=mode, impls=chosen,
                     seconds=0.02 if args.dry_run else seconds,
                 )  # fmt: skip
             except Exception as error:
@@ -288,11 +318,16 @@ def _time(args, out, deadline, cases, modes, *, impls=None, compiled=None, secon
 def _run(command: list[str], log: Path, deadline: float) -> str:
     """Run to the log, for a minute at most; how it ended."""
     with log.open("w") as file:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
         try:
-            left = max(5, min(deadline - time.time() - 2, 60))
-            done = subprocess.run(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, timeout=left, check=False)
-            return f"exit status {done.returncode}"
+            return f"exit status {process.wait(max(5, min(deadline - time.time() - 6, 60)))}"
         except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGINT)  # it ends the tools that it put in sessions of their own
+            try:
+                process.wait(4)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
             return "cut off"
 
 

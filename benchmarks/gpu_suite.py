@@ -12,6 +12,7 @@ written as they come, so a run that is cut off keeps what it has. `vitkernels re
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -44,13 +45,21 @@ DRY_SECONDS = 30
 LOG_BYTES = 100_000  # of a log that is kept: its end
 
 
+def lines_of(path: Path) -> list[dict]:
+    """What was written; a line that was torn, by a full disk say, is left out."""
+    found = []
+    for text in path.read_text(errors="replace").splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(text))
+    return found
+
+
 class Output:
     """rows.jsonl in the folder: a line per row or note, flushed as it comes; and the log of this stage on stdout."""
 
     def __init__(self, folder: Path, stage: str):
         self.path, self.stage = folder / "rows.jsonl", stage
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        self.begun = {line["begun"] for line in map(json.loads, lines) if "begun" in line}
+        self.begun = {line["begun"] for line in lines_of(self.path) if "begun" in line}
 
     def write(self, line: dict) -> None:
         with self.path.open("a") as file:
@@ -67,6 +76,13 @@ class Output:
         self.write({"begun": key})
         return True
 
+    def killers(self) -> set[str]:
+        """Backends that took the smoke test's process with them: begun, and no check, or a fatal one."""
+        lines = lines_of(self.path)
+        ended = {f"smoke {li['case']} {li['impl']}" for li in lines if "check" in li and not li.get("fatal")}
+        begun = {li["begun"] for li in lines if li.get("begun", "").startswith("smoke ")}
+        return {key.split()[-1] for key in begun - ended}
+
 
 # --- Results.
 
@@ -77,9 +93,7 @@ def say(*words) -> None:
 
 def collect(folder: Path, head: dict, statuses: list[dict]) -> dict:
     """results.json and summary.md from rows.jsonl."""
-    path = folder / "rows.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    lines = [line for line in lines if "begun" not in line]
+    lines = [line for line in lines_of(folder / "rows.jsonl") if not {"begun", "again"} & line.keys()]
     rows = [line for line in lines if "ms" in line]
     result = {"header": head, "stages": statuses, "rows": rows, "notes": [line for line in lines if "ms" not in line]}
     temporary = folder / "results.json.part"
@@ -108,10 +122,11 @@ def summary(result: dict) -> str:
         if ours is None:
             continue
         peers = {i: t for i, t in ms.items() if i not in (*ceilings, "auto", "triton", "cuda", "reference")}
-        best = min(peers, key=peers.get) if peers else ""
+        ratios = {row["impl"]: row["ratio"]["median"] for row in rows if row["ms"] and row.get("ratio")}
+        best = min(peers, key=lambda i: ratios.get(i, peers[i])) if peers else ""
         if "auto" in ms:
             mine = f"{ms['auto']:.4f}"
-            gain = f"{peers[best] / ms['auto']:.2f}" if best else ""
+            gain = f"{ratios[best]:.2f}" if best in ratios else ""
         else:
             mine, gain = ours.get("error", ""), ""
         share = f"{ours['roofline_share']:.0%}" if ours.get("roofline_share") else ""
@@ -168,10 +183,13 @@ def main(argv: list[str] | None = None) -> int:
     command = "python benchmarks/gpu_suite.py " + " ".join(sys.argv[1:] if argv is None else argv)
     head = _header(args.device, command, folder)
     say(json.dumps(head))
+    if "error" in head:
+        say(f"no figures can be taken on {args.device}: {head['error'].strip().splitlines()[-1:]}")
+        return 2
     statuses = _statuses(folder, names, args.resume)
     for status in statuses:
         name = status["stage"]
-        if name not in names or status["status"] == "done":
+        if name not in names or (status["status"] == "done" and name != "build"):  # another machine has no build
             continue
         most = DRY_SECONDS if args.dry_run else STAGES[name][0]
         start = time.time()
@@ -192,10 +210,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _clear(path: Path, resume: bool) -> None:
-    """Forget everything; to resume, what a stage had begun when its time was up."""
-    lines = path.read_text().splitlines(keepends=True) if resume and path.exists() else []
-    last = {json.loads(line)["stage"]: line for line in lines}
-    path.write_text("".join(line for line in lines if line != last[json.loads(line)["stage"]] or '"begun"' not in line))
+    """Forget everything; to resume, what a stage had begun when its time was up, which is tried once more."""
+    lines = lines_of(path) if resume else []
+    again = {line["again"] for line in lines if "again" in line}
+    last = {line["stage"]: i for i, line in enumerate(lines)}
+    for i, line in enumerate(lines):
+        if "begun" in line and i == last[line["stage"]] and line["begun"] not in again:
+            lines[i] = {"stage": line["stage"], "again": line["begun"]}
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def _statuses(folder: Path, names: list[str], resume: bool) -> list[dict]:
@@ -211,6 +233,7 @@ def _statuses(folder: Path, names: list[str], resume: bool) -> list[dict]:
 def _run_stage(args, name: str, deadline: float, folder: Path) -> str:
     command = [sys.executable, str(Path(__file__).resolve()), "--stage", name, "--out", str(folder)]
     command += ["--device", args.device, "--deadline", str(deadline), *["--dry-run"] * args.dry_run]
+    seen = len(lines_of(folder / "rows.jsonl"))
     with (folder / f"{name}.log").open("ab") as log:
         log.write(f"\n--- {' '.join(command)}\n".encode())
         log.flush()
@@ -224,6 +247,8 @@ def _run_stage(args, name: str, deadline: float, folder: Path) -> str:
             os.killpg(child.pid, 9)
             child.wait()
             status = "cut off"
+        with contextlib.suppress(ProcessLookupError):  # what it started and left behind
+            os.killpg(child.pid, 9)
     with (folder / f"{name}.log").open("rb") as log:
         log.seek(place)
         said = log.read()
@@ -231,14 +256,11 @@ def _run_stage(args, name: str, deadline: float, folder: Path) -> str:
     for path in folder.glob("*.log"):
         if path.stat().st_size > LOG_BYTES:
             path.write_bytes(path.read_bytes()[-LOG_BYTES:])
-    return _unfinished(folder, name) if status == "done" else status
-
-
-def _unfinished(folder: Path, name: str) -> str:
-    """A stage that ran out of time says so in a note; it is not done."""
-    lines = (folder / "rows.jsonl").read_text().splitlines() if (folder / "rows.jsonl").exists() else []
-    notes = [line for line in map(json.loads, lines) if line["stage"] == name and "note" in line]
-    return "ran out of time" if notes and notes[-1]["note"].startswith("no time left") else "done"
+    notes = [
+        line["note"] for line in lines_of(folder / "rows.jsonl")[seen:] if line["stage"] == name and "note" in line
+    ]
+    unfinished = any(note.startswith("no time left") for note in notes)
+    return "ran out of time" if status == "done" and unfinished else status
 
 
 def _header(device: str, command: str, folder: Path) -> dict:
@@ -247,16 +269,19 @@ def _header(device: str, command: str, folder: Path) -> dict:
         f"import sys, json; sys.path.insert(0, {str(ROOT)!r})\n"
         f"from vitkernels.machine import header; print(json.dumps(header({device!r}, {command!r})))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=180, check=False)
     try:
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=180, check=False)
         head = json.loads(done.stdout.strip().splitlines()[-1])
     except (IndexError, ValueError):
         head = {"command": command, "error": done.stderr[-2000:]}
+    except (OSError, subprocess.SubprocessError) as error:
+        head = {"command": command, "error": str(error)}
     if smi := shutil.which("nvidia-smi"):
         query = "name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu,memory.total"
-        done = subprocess.run([smi, f"--query-gpu={query}", "--format=csv"], capture_output=True, text=True, timeout=30,
-                              check=False)  # fmt: skip
-        head["nvidia_smi"] = done.stdout.strip()
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            asked = [smi, f"--query-gpu={query}", "--format=csv"]
+            done = subprocess.run(asked, capture_output=True, text=True, timeout=30, check=False)
+            head["nvidia_smi"] = done.stdout.strip()
     (folder / "header.json").write_text(json.dumps(head, indent=1))
     return head
 

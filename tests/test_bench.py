@@ -189,3 +189,22 @@ if __name__ == "__main__":
     result = json.loads((tmp_path / "results.json").read_text())
     assert {s["stage"]: s["status"] for s in result["stages"]} == {"dies": "done", "hangs": "cut off"}
     assert [note["note"] for note in result["notes"]] == ["first", "second"]
+
+
+def test_the_suite_leaves_out_what_killed_the_smoke_test_and_tries_again_once(tmp_path):
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import gpu_suite
+
+    smoke = gpu_suite.Output(tmp_path, "smoke")
+    assert smoke.once("one triton")
+    smoke.write({"case": "one", "impl": "triton", "check": "right"})
+    assert smoke.once("one cuda")  # and here the process ends
+    assert gpu_suite.Output(tmp_path, "headline").killers() == {"cuda"}
+
+    path = tmp_path / "rows.jsonl"
+    for tried in (True, False):  # what was begun last is tried once more, not for ever
+        with path.open("a") as file:
+            file.write('{"stage": "smo')  # torn
+        gpu_suite._clear(path, resume=True)
+        assert gpu_suite.Output(tmp_path, "smoke").once("one cuda") == tried
+    assert gpu_suite.collect(tmp_path, {}, [])["rows"] == []

@@ -159,10 +159,11 @@ def test_what_the_peers_keep_for_the_backward(case):
         dict(B=5, H=32, W=32, P=16, D=48, pixels=U8, **NORM),
         dict(B=3, H=32, W=48, P=8, D=40, weights=HALF, pixels=HALF),
         dict(B=3, H=32, W=32, P=8, D=24, keep=7, pixels=U8),
+        dict(B=3, H=32, W=32, P=8, D=24, keep=7),
         dict(B=2, H=32, W=32, P=8, D=24, padding=3, pos="B"),
         dict(B=2, H=30, W=30, P=7, D=24, T=0, pos=None, stride=5),
     ],
-    ids=["normalised", "bf16", "kept", "padded", "overlap"],
+    ids=["normalised", "bf16", "kept", "kept floats", "padded", "overlap"],
 )
 def test_the_reference_moves_what_the_model_says(call, piece, monkeypatch):
     monkeypatch.setattr(patches, "_piece_rows", lambda *_: piece)
@@ -186,7 +187,7 @@ def test_the_reference_moves_what_the_model_says(call, piece, monkeypatch):
     assert counted["product"] == requested["product"]
     assert counted["normalise"] == requested.get("normalise", 0)
     # Copies: images to their block and to the patches, weight and bias to the product's dtype; the prefix apart
-    copies = requested.get("images", 0) + requested["patches"]
+    copies = requested.get("images", 0) + requested.get("patches", 0)
     if "position" not in requested:
         copies += requested["tokens"]
     sums = p.T * p.D * (p.B if p.pos_per_image else 1)

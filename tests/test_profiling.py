@@ -222,7 +222,8 @@ def nsight_of(tools, *argv):
     args.out = tools / "out"
     case = shapes.case_of(args, "cuda")
     device = type("Device", (), {"type": "cuda", "__str__": lambda self: "cuda"})()
-    return command._nsight(args, case, "auto", device, 23.5, lambda text: None)
+    result = {"traces": [], "roofline": {"attainable_us": 23.5}}
+    return command._nsight(args, case, "auto", device, result, lambda text: None)
 
 
 def test_ncu_and_nsys_are_run_and_read(tools):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -241,7 +241,8 @@ def bench(
                 torch._dynamo.reset()  # it stops at eight versions of a function, and every case makes more
             gc.collect()
             if device.type == "cuda":
-                torch.cuda.empty_cache()
+                with suppress(RuntimeError):  # clock.graph says when
+                    torch.cuda.empty_cache()
 
 
 def _bench(

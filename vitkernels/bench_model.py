@@ -10,7 +10,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -86,7 +86,8 @@ def bench_model(
     finally:
         gc.collect()
         if device.type == "cuda":
-            torch.cuda.empty_cache()
+            with suppress(RuntimeError):  # clock.graph says when
+                torch.cuda.empty_cache()
 
 
 class _Reached(Exception):
@@ -166,13 +167,15 @@ class _Bench:
             unfuse(self.model)
 
     def lane(self, step: Step, fused: bool, stop: bool) -> Callable[[], float]:
-        """Samples of at least 20 ms on a CPU, ten steps on a GPU, each behind a step to warm what rewiring cooled."""
+        """Samples of 20 ms on a CPU, 100 on a GPU, or of ten steps, each behind a step to warm what rewiring cooled."""
         with self.wired(fused), self.stopped() if stop else nullcontext():
             step()
+            alive(self.device)
             begin = time.perf_counter()
             step()
+            alive(self.device)
             took = time.perf_counter() - begin
-        repeat = 10 if self.device.type == "cuda" else max(1, min(10, round(0.02 / took)))
+        repeat = max(1, min(10, round((0.1 if self.device.type == "cuda" else 0.02) / took)))
         timed = sampler(self.device, [step] * repeat, repeat)
 
         def sample() -> float:

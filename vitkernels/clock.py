@@ -6,6 +6,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -60,13 +61,19 @@ def sampler(device: torch.device, todo: list[Step], calls: int) -> Callable[[], 
 
 def graph(todo: list[Step], hold: bool) -> Step:
     """Capture all of `todo` in one CUDA graph. `hold`: outputs keep their own memory, so that writes are cold too."""
-    captured = torch.cuda.CUDAGraph()
-    held = []
-    with torch.cuda.graph(captured, stream=torch.cuda.current_stream()):
-        for step in todo:
-            out = step()
-            if hold:
-                held.append(out)
+    captured, held = torch.cuda.CUDAGraph(), []
+    pool = torch.cuda.graph_pool_handle()
+    try:
+        with torch.cuda.graph(captured, pool=pool, stream=torch.cuda.current_stream()):
+            for step in todo:
+                out = step()
+                if hold:
+                    held.append(out)
+    except BaseException:
+        # Before torch 2.12 the allocator goes on believing in a capture that CUDA refused, and empty_cache raises.
+        with suppress(RuntimeError, AttributeError):
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+        raise
     return captured.replay
 
 

@@ -34,12 +34,15 @@ def backward(
         _images(p, grad[:, p.T :], weight, index, d_images)
     if d_weight is not None:
         _weight(p, grad[:, p.T :], images, index, d_weight)
+    shared = grad  # what tables of all images are summed from: where no patch moves, the sum over images, made once
+    if index is None and any(g is not None for g in (d_pos, d_prefix, d_bias)):
+        shared = grad.sum(0, keepdim=True, dtype=sum_dtype(p))
     if d_pos is not None:
-        position(p, grad, index, d_pos)
+        position(p, grad if p.pos_per_image else shared, index, d_pos)
     if d_prefix is not None:
-        each_or_sum(p, grad[:, : p.T], d_prefix)
+        each_or_sum(p, (grad if d_prefix.shape[0] > 1 else shared)[:, : p.T], d_prefix)
     if d_bias is not None:
-        d_bias.copy_(grad[:, p.T :].sum(0, dtype=sum_dtype(p)).sum(0))
+        d_bias.copy_(shared[:, p.T :].sum(0, dtype=sum_dtype(p)).sum(0))
 
 
 def own_tables(

@@ -13,6 +13,7 @@ import re
 import shutil
 import signal
 import subprocess
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -148,14 +149,15 @@ def problem_in(text: str, status: int = 0) -> str | None:
 
 
 def profiled(ncu: str, report: Path, target: Sequence[str], seconds: float = 300.0) -> dict[str, Any]:
-    """Run ncu and read what it counted: {"kernels": `parse`d and tabled, "files"}, or {"problem"}."""
+    """Run ncu, `seconds` in all, and read what it counted: {"kernels" (`parse`d, tabled), "files"}, or {"problem"}."""
+    stop = time.monotonic() + seconds
     for metrics in (True, False):
         collect, read = ncu_commands(ncu, report, target, metrics=metrics)
-        text, problem = run(collect, seconds)
+        text, problem = run(collect, max(1.0, stop - time.monotonic()))
         if not (problem and "metric" in problem.lower()):
             break
     if problem is None:
-        text, problem = run(read, seconds, LC_ALL="C")  # numbers with a point
+        text, problem = run(read, max(1.0, stop - time.monotonic()), LC_ALL="C")  # numbers with a point
     if problem is not None:
         return {"problem": problem}
     file = report.with_suffix(".csv")

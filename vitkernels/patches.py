@@ -27,6 +27,7 @@ def pieces(
     wide = _normalised_dtype(p, dtype)
     block = images.new_empty((min(step, p.B), *images.shape[1:]), dtype=wide) if staged else None
     buffer = None
+    as_they_are = not upright and is_matrix(p, dtype, spans)
     for first in range(0, p.B if p.rows else 0, max(1, step)):
         b = slice(first, min(first + step, p.B))
         if grid is not None:
@@ -35,7 +36,8 @@ def pieces(
             here = windows(p, _normalise(p, block[: b.stop - b.start].copy_(images[b]), 3))
         for n in spans:
             part = _part(p, here, n, None if keep is None else keep[b, n])
-            if _lies_in_rows(p) and not upright and wide == dtype == images.dtype:
+            if as_they_are:
+                part = part if keep is None else _normalise(p, part, 3)  # kept patches are copies, gathered in a row
                 yield b, n, part.reshape(-1, p.K).contiguous()
                 continue
             if buffer is None:
@@ -58,6 +60,13 @@ def is_staged(p: PatchProblem, spans: list[slice]) -> bool:
     """Whether images are copied first, in memory's order, and normalised; their patches then come from the cache."""
     whole = p.B > 1 and p.n_keep is None and len(spans) == 1
     return any(p.pad) or (whole and p.image_strides[-1] == 1 and not _lies_in_rows(p))
+
+
+def is_matrix(p: PatchProblem, dtype: torch.dtype, spans: list[slice]) -> bool:
+    """Whether patches are multiplied where they lie: kept ones, which are gathered anyhow, and such as lie in rows."""
+    plain = _lies_in_rows(p) and not p.normalised and p.scale == 1
+    same = p.image_dtype == dtype == _normalised_dtype(p, dtype)
+    return same and not is_staged(p, spans) and (plain or p.n_keep is not None)
 
 
 def _lies_in_rows(p: PatchProblem) -> bool:
@@ -110,18 +119,22 @@ def _normalise(p: PatchProblem, x: torch.Tensor, after: int) -> torch.Tensor:
 def centred(p: PatchProblem, dtype: torch.dtype) -> torch.Tensor:
     """[2, C]: the m and a of `PatchProblem.centred`, on the problem's device."""
     m, a = p.centred
+    key = (*m, *a), dtype, p.device
+    if (found := _constants.get(key)) is not None:
+        return found
     if p.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         # A copy from the host can't be captured, and memory of the graph's pool must not outlive it in our cache.
         values = torch.empty(2 * p.C, dtype=dtype, device=p.device)
         for slot, value in zip(values, m + a, strict=True):
             slot.fill_(value)
         return values.view(2, p.C)
-    return _centred(tuple(m), tuple(a), dtype, p.device)
+    made = torch.tensor([m, a], dtype=dtype, device=p.device)
+    if len(_constants) < 1024:
+        _constants[key] = made
+    return made
 
 
-@lru_cache(maxsize=256)
-def _centred(m: tuple[float, ...], a: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    return torch.tensor([m, a], dtype=dtype, device=device)
+_constants: dict[tuple, torch.Tensor] = {}  # none is dropped: a captured graph may read it
 
 
 def linear_of(device_type: str, dtype: torch.dtype) -> Callable[..., torch.Tensor]:

@@ -86,7 +86,10 @@ def trace(
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
         profile.export_chrome_trace(str(file))
-        rows = table(json.loads(file.read_text(errors="replace")), calls)
+        traced = json.loads(file.read_text(errors="replace"))
+        if device.type == "cuda" and not any(e.get("cat") in ON_GPU for e in traced["traceEvents"]):
+            return {"impl": impl, "error": "the profiler saw no kernel: CUPTI can't be used here"}
+        rows = table(traced, calls)
         us = sum(row["us"] for row in rows)
         p = bench.problem(case.call(device))
         peaks = ceilings.peaks(device, p.compute_dtype, case.dtype == "tf32")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--impl", default="auto,timm_eager", metavar="NAMES", help="comma-separated backends and peers (%(default)s)")
     add("--calls", type=positive, default=10, metavar="N", help="of each in its trace (10)")
     add("--out", type=Path, default=Path("profile-output"), metavar="DIR", help="(profile-output)")
+    add("--limit", type=float, default=300, metavar="S", help="seconds for ncu and nsys together (300)")
     add("--no-run", action="store_true", help="print the commands of ncu and nsys, don't run them")
     add("--launch", type=positive, metavar="N", help=argparse.SUPPRESS)  # what ncu and nsys run: N calls, nothing else
 
@@ -68,14 +70,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             "bound": "memory" if bytes_ / peaks.bytes > flops / peaks.flops else "arithmetic",
         }  # fmt: skip
         ours = next((name for name in impls if name in bench.OURS), "auto")
-        result["nsight"] = _nsight(args, case, ours, device, result["roofline"]["attainable_us"], tick)
+        result["nsight"] = _nsight(args, case, ours, device, result, tick)
     files = [row["file"] for row in result["traces"] if "file" in row]
     result["files"] = files + [f for found in result["nsight"].values() for f in found.get("files", ())]
     result["ok"] = not any("error" in row for row in result["traces"] if row["impl"] in bench.OURS)
     return result
 
 
-def _nsight(args, case, impl: str, device, attainable_us: float, tick: Callable[[str], None]) -> dict[str, Any]:
+def _nsight(args, case, impl: str, device, result: dict[str, Any], tick: Callable[[str], None]) -> dict[str, Any]:
     """{"ncu", "nsys"}: "commands", and "kernels", "files", "problem" (why there are none), "roofline_share"."""
     from .. import nsight
 
@@ -86,6 +88,8 @@ def _nsight(args, case, impl: str, device, attainable_us: float, tick: Callable[
     targets = {"ncu": [*program, "--launch", "1"], "nsys": [*program, "--launch", "20"]}
     reports = {"ncu": stem.with_name(stem.name + ".ncu-rep"), "nsys": stem.with_name(stem.name + ".nsys-rep")}
     found: dict[str, Any] = {}
+    stop = time.monotonic() + args.limit
+    broken = next((r["error"] for r in result["traces"] if r["impl"] == impl and "error" in r), None)
     for tool, target in targets.items():
         path = nsight.tool(tool)
         commands = (
@@ -98,17 +102,19 @@ def _nsight(args, case, impl: str, device, attainable_us: float, tick: Callable[
             row["problem"] = "not run: the device is a CPU; these are for a GPU"
         elif path is None:
             row["problem"] = f"not run: no {tool} on PATH nor where NVIDIA installs it"
+        elif broken:
+            row["problem"] = f"not run: {broken}"
         elif args.no_run:
             row["problem"] = "not run: --no-run"
         else:
             tick(f"{case.name} {args.mode} {impl}: {tool}")
             if tool == "ncu":
-                row |= nsight.profiled(path, reports[tool], target)
+                row |= nsight.profiled(path, reports[tool], target, max(1.0, stop - time.monotonic()))
                 us = sum(kernel["us"] or 0.0 for kernel in row.get("kernels", ()))
                 if us:
-                    row |= {"us": us, "roofline_share": attainable_us / us}
+                    row |= {"us": us, "roofline_share": result["roofline"]["attainable_us"] / us}
             else:
-                _, problem = nsight.run(commands[0])
+                _, problem = nsight.run(commands[0], max(1.0, stop - time.monotonic()))
                 row |= {"problem": problem} if problem else {"files": [str(reports[tool])]}
     return found
 

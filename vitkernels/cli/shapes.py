@@ -30,7 +30,7 @@ def shape_arguments(
     add("--prefix", type=_natural, default=1, metavar="T", help="class and register tokens (1)")
     add("--frames", type=positive, metavar="F", help="video of F frames")
     add("--tubelet", type=positive, default=2, metavar="P_t", help="frames of one patch (2)")
-    add("--keep", type=float, metavar="SHARE", help="embed this share of the patches only, as MAE does")
+    add("--keep", type=_share, metavar="SHARE", help="embed this share of the patches only, as MAE does")
     add("--dtype", choices=("bf16", "fp16", "fp32", "tf32"), help="of weights and tokens (fp32; bf16 on a GPU)")
     add("--pixels", choices=("uint8", "bf16", "fp16", "fp32"), help="of the images (as --dtype)")
     add("--channels-last", action="store_true", help="images lie in memory as [B,H,W,C]")
@@ -43,8 +43,14 @@ def device_of(args: argparse.Namespace) -> str:
     import torch
 
     device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+    try:
+        kind = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device {device!r}: it is auto, cpu, cuda or cuda:N") from None
+    if kind.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {device!r}: this PyTorch finds no GPU")
+    if kind.type == "cuda" and (kind.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {device!r}: there are {torch.cuda.device_count()} GPUs here")
     return device
 
 
@@ -82,6 +88,13 @@ def _natural(text: str) -> int:
     value = int(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"must be at least 0, got {value}")
+    return value
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, got {value}")
     return value
 
 

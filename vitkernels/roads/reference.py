@@ -48,7 +48,7 @@ def _requests(p: PatchProblem, dtype, step: int, spans: list[slice], batches: in
         "images": whole * (s + size) * staged + (whole * size + padded) * any(p.pad),
         "normalise": turns * (2 * size * (whole if staged else elements) + constants * (batches if staged else pieces)),
         "kept patches": 0 if p.n_keep is None else 2 * moved,
-        "patches": moved + elements * size,
+        "patches": 0 if patches.is_matrix(p, dtype, spans) else moved + elements * size,
         "product": elements * size + pieces * operands + M * size,
         "tokens": M * size + M * p.out_dtype.itemsize,
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from functools import lru_cache, partial
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -55,17 +55,20 @@ def packed(p: PatchProblem, order: Order, columns: int, weight: torch.Tensor) ->
 
 def centred(p: PatchProblem, order: Order, columns: int) -> torch.Tensor:
     """[2, columns]: m and a of y = (x − m)·a for each element of a patch, in the weight's order."""
-    dtype = patches.sum_dtype(p)
+    dtype, key = patches.sum_dtype(p), (p, order, columns)
+    if (found := _constants.get(key)) is not None:
+        return found
     if p.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         # Memory of a graph's pool must not outlive it in our cache.
         return _each_in_order(p, order, columns, patches.centred(p, dtype))
-    return _centred_constant(p, order, columns, dtype)
-
-
-@lru_cache(maxsize=256)
-def _centred_constant(p: PatchProblem, order: Order, columns: int, dtype: torch.dtype) -> torch.Tensor:
     # Made on the host: when the copy returns, it is there for every stream.
-    return _each_in_order(p, order, columns, torch.tensor(p.centred, dtype=dtype)).to(p.device)
+    made = _each_in_order(p, order, columns, torch.tensor(p.centred, dtype=dtype)).to(p.device)
+    if len(_constants) < 1024:
+        _constants[key] = made
+    return made
+
+
+_constants: dict[tuple[PatchProblem, Order, int], torch.Tensor] = {}  # none is dropped: a captured graph may read it
 
 
 def _each_in_order(p: PatchProblem, order: Order, columns: int, channels: torch.Tensor) -> torch.Tensor:
