@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +16,7 @@ def pytest_addoption(parser):
     help = "torch.compile among the peers, which takes minutes for each case (on a GPU by default)"
     group.addoption("--compilers", action="store_true", default=None, help=help)
     group.addoption("--no-compilers", action="store_false", dest="compilers", help="without it")
+    group.addoption("--results", metavar="FILE", help="write header and rows there, as in benchmarks/results/")
     group.addoption("--seconds", type=float, default=0.3, help="of samples, for each implementation of a case (0.3)")
 
 
@@ -41,6 +44,10 @@ def pytest_benchmark_update_machine_info(config, machine_info):
 
 def pytest_benchmark_update_json(config, benchmarks, output_json):
     config.stash[STORED] = output_json
+    if file := config.getoption("results"):
+        rows = [b["extra_info"]["row"] for b in output_json["benchmarks"] if "row" in b["extra_info"]]
+        result = {"header": output_json["machine_info"]["vitkernels"], "rows": rows}
+        Path(file).write_text(json.dumps(result, indent=0))
 
 
 def pytest_terminal_summary(terminalreporter, config):

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 import vitkernels
-from vitkernels import cli, extension
+from vitkernels import cli, extension, report
 from vitkernels.cli import info
 
 ROOT = Path(__file__).parents[1]
@@ -329,6 +329,11 @@ def test_readme_tables(name):
     table = re.search(rf"<!-- {name}\b[^>]*-->\n(.*?)\n<!-- /{name} -->", readme, re.DOTALL)
     assert table
     assert table[1] == info.TABLES[name](), f"`vitkernels info --markdown {name}` prints what goes between the markers"
+
+
+def test_readme_figures_are_those_of_stored_results():
+    results = report.load([ROOT / "benchmarks" / "results" / "amd-epyc-2-threads"])
+    assert report.markdown(results) in (ROOT / "README.md").read_text()
 
 
 def test_readme_names_every_command():

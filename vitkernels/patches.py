@@ -166,7 +166,7 @@ def _piece_rows(p: PatchProblem, dtype: torch.dtype, upright: bool = False) -> i
     twice as much. On a GPU a piece has to fill it."""
     most = 3_750_000 * max(2, torch.get_num_threads()) if p.device.type == "cpu" else 3 << 28
     weight = p.D * p.K * dtype.itemsize
-    converted = 2 * weight * (dtype != p.weight_dtype)  # and packed by oneDNN
+    converted = weight * (dtype != p.weight_dtype)
     budget = 2 * most if upright else max(most // 4, min(max(most // 2, 2 * weight), most - converted))
     kept = p.n_keep is not None
     row = p.K * (dtype.itemsize + _normalised_dtype(p, dtype).itemsize) + p.D * dtype.itemsize * (1 + kept)

@@ -48,8 +48,10 @@ def forward(
         tokens = out[b, p.T + n.start : p.T + n.stop]  # [b, n, D]
         if pos_embed is None:
             tokens.copy_(linear(x, W, bias).view(tokens.shape))
-        else:
+        elif dtype == p.out_dtype:
             torch.add(linear(x, W, bias).view(tokens.shape), _positions(p, pos_embed, b, n, keep), out=tokens)
+        else:  # into another dtype, it would make the sum aside first
+            tokens.copy_(linear(x, W, bias).view(tokens.shape).add_(_positions(p, pos_embed, b, n, keep)))
     if outside is not None:
         out[:, p.T :].masked_fill_(outside[:, :, None], float("nan"))
     return out
