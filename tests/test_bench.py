@@ -140,6 +140,32 @@ def test_command_line_for_people(capsys):
     assert "nobody" in capsys.readouterr().err
 
 
+def test_another_version_is_sampled_in_the_same_rounds_and_held_to_the_rule(tmp_path, capsys):
+    wrong = tmp_path / "wrong" / "vitkernels"
+    wrong.mkdir(parents=True)
+    (wrong / "__init__.py").write_text(
+        "def patch_embed(images, weight, **k): return images.new_zeros(len(images), 5, len(weight)) + weight.sum()"
+    )
+    words = (
+        "bench --image 32 --dim 32 --batch 2 --device cpu --seconds 0.02 --impl auto --mode both --json"
+    )
+    status = cli.main([*words.split(), "--against", str(ROOT), "--against", str(wrong.parent)])
+    result = json.loads(capsys.readouterr().out)
+    ours, same, other = result["rows"]
+    assert [row["impl"] for row in result["rows"]] == ["auto", f"auto@{ROOT.name}", "auto@wrong"]
+    assert ours["ms"]
+    assert same["ms"]
+    assert same["ratio"]["median"] > 0
+    assert other["ms"] is None
+    assert "error" in other
+    [line] = [line for line in result["against"] if line["against"] == ROOT.name]
+    assert line["verdict"] in ("same", "slower", "faster")
+    assert status == (line["verdict"] == "slower")
+
+    assert cli.main([*words.split(), "--against", "no-such-revision"]) == 2
+    assert "'no-such-revision' is no folder" in capsys.readouterr().err
+
+
 def test_dry_run_of_the_gpu_suite(tmp_path):
     stages = "build,smoke,headline,training"  # each is a process, and most of its time goes into importing torch
     script = [sys.executable, str(ROOT / "benchmarks" / "gpu_suite.py"), "--out", str(tmp_path), "--dry-run"]

@@ -18,16 +18,14 @@ import torch
 
 from . import cost_model, dispatch, verify
 from .bench_against import Other
-from .cases import DTYPES, PIXELS, Call, Case
+from .cases import Call, Case
 from .ceilings import peaks as peaks_of
 from .clock import Step, alive, graph, modal, quantiles, repeated, rounded, rounds, sampler, sampler_of, short
 from .functional import explain, patch_embed
-from .machine import header
 from .memory import peak_bytes
 from .peers import PEERS, conv
 from .problem import PatchProblem
 
-__all__ = ["DTYPES", "MODES", "PIXELS", "Case", "bench", "gate", "header", "settings", "steps"]
 MODES = ("forward", "backward", "both")
 LEARNT = ("weight", "bias", "pos_embed", "prefix")
 

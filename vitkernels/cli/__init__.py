@@ -8,7 +8,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from contextlib import nullcontext, redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from importlib import import_module
 from typing import NoReturn
 
@@ -28,6 +29,20 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
     return value
+
+
+@contextmanager
+def ticking(quiet: bool) -> Iterator[Callable[[str], None]]:
+    """A line on stderr that says what is being done, where somebody watches."""
+    from rich.console import Console
+    from rich.markup import escape
+
+    console = Console(stderr=True)
+    if quiet or not console.is_terminal:
+        yield lambda text: None
+        return
+    with console.status("") as status:
+        yield lambda text: status.update(escape(text))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
+from . import ticking
 from .shapes import MODES, case_of, device_of, dtype_of, shape_arguments
 
 HELP = "the operation beside its peers on a shape of yours; a model before and after fuse"
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     device = device_of(args)
     result: dict[str, Any] = {"header": machine.header(device, "vitkernels " + " ".join(sys.argv[1:]))}
-    with _progress(args.json) as tick:
+    with ticking(args.json) as tick:
         if args.model:
             return result | bench_model.bench_model(
                 args.model, batch=args.batch, device=device, dtype=dtype_of(args, device), backend=args.backend,
@@ -112,16 +112,3 @@ def _cell(row: dict[str, Any], of: Callable[[dict[str, Any]], str]) -> str:
         return of(row)
     except (KeyError, TypeError):  # a row doesn't say it: a ceiling has no images, an error no time
         return ""
-
-
-@contextmanager
-def _progress(quiet: bool) -> Iterator[Callable[[str], None]]:
-    """A line on stderr that says what is being done, where somebody watches."""
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    if quiet or not console.is_terminal:
-        yield lambda text: None
-        return
-    with console.status("") as status:
-        yield status.update

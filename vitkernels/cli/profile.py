@@ -10,12 +10,11 @@ import argparse
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import positive
+from . import positive, ticking
 from .shapes import case_of, device_of, shape_arguments, words_of
 
 HELP = "traces, kernels and hardware counters of a shape, beside its peers and against the roofline"
@@ -49,7 +48,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     result: dict[str, Any] = {
         "header": machine.header(device, "vitkernels " + " ".join(sys.argv[1:])), "case": case.name, "mode": args.mode,
     }  # fmt: skip
-    with _progress(args.json) as tick:
+    with ticking(args.json) as tick:
         result["traces"] = []
         for impl in impls:
             tick(f"{case.name} {args.mode} {impl}: trace")
@@ -192,16 +191,3 @@ def _show_counters(console, found: dict[str, Any]) -> None:
         console.print(f"{row['kernel'][:50]}: {row['reading']}", highlight=False, markup=False)
     if "roofline_share" in found:
         console.print(f"{found['us']:.4g} µs from cold caches: {found['roofline_share']:.0%} of the roofline")
-
-
-@contextmanager
-def _progress(quiet: bool) -> Iterator[Callable[[str], None]]:
-    """A line on stderr that says what is being done, where somebody watches."""
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    if quiet or not console.is_terminal:
-        yield lambda text: None
-        return
-    with console.status("") as status:
-        yield status.update

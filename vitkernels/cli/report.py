@@ -6,10 +6,10 @@ Takes what `vitkernels bench --json`, benchmarks/ and the GPU suite leave behind
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from . import ticking
 
 HELP = "figures and a page of stored results; fails on a regression"
 PAGE = "index.html"
@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from .. import report
     from ..report import compare
 
-    with _progress(args.json or args.markdown) as tick:
+    with ticking(args.json or args.markdown) as tick:
         results = report.load(args.paths, tick)
         old = report.load([args.compare], tick) if args.compare else None
         comparison = compare.compare(results, old, args.noise) if old else None
@@ -139,17 +139,3 @@ def _regressions(result: dict[str, Any], stderr: bool = False) -> None:
     )
     console.print(f"compared: {text}{band}")
     console.print("ok" if result["ok"] else "regressions", style="green" if result["ok"] else "red")
-
-
-@contextmanager
-def _progress(quiet: bool) -> Iterator[Callable[[str], None]]:
-    """A line on stderr that says what is being done, where somebody watches."""
-    from rich.console import Console
-    from rich.markup import escape
-
-    console = Console(stderr=True)
-    if quiet or not console.is_terminal:
-        yield lambda text: None
-        return
-    with console.status("") as status:
-        yield lambda text: status.update(escape(text))
