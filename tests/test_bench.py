@@ -146,9 +146,7 @@ def test_another_version_is_sampled_in_the_same_rounds_and_held_to_the_rule(tmp_
     (wrong / "__init__.py").write_text(
         "def patch_embed(images, weight, **k): return images.new_zeros(len(images), 5, len(weight)) + weight.sum()"
     )
-    words = (
-        "bench --image 32 --dim 32 --batch 2 --device cpu --seconds 0.02 --impl auto --mode both --json"
-    )
+    words = "bench --image 32 --dim 32 --batch 2 --device cpu --seconds 0.02 --impl auto --mode both --json"
     status = cli.main([*words.split(), "--against", str(ROOT), "--against", str(wrong.parent)])
     result = json.loads(capsys.readouterr().out)
     ours, same, other = result["rows"]
