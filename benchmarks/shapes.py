@@ -56,18 +56,18 @@ CASES = [
 
 # Whole models on a GPU: (model, batch, dtype, task)
 MODELS = [
-    ("timm:vit_tiny_patch16_224", 256, "bf16", "pipeline"),
-    ("timm:vit_tiny_patch16_224", 256, "bf16", "inference"),
-    ("timm:vit_tiny_patch16_224", 256, "bf16", "training"),
-    ("timm:vit_tiny_patch16_224", 1, "bf16", "inference"),
-    ("transformers:ViTMAEModel", 128, "bf16", "training"),
-    ("transformers:VideoMAEModel,mask_ratio=0.9", 32, "bf16", "training"),
-    ("timm:vit_small_patch16_224", 256, "bf16", "training"),
-    ("timm:vit_base_patch16_224", 128, "bf16", "training"),
-    ("timm:vit_large_patch14_clip_224", 64, "bf16", "training"),
-    ("vit_pytorch:ViT", 128, "bf16", "training"),
-    ("timm:vit_base_patch16_224", 128, "bf16", "inference"),
-    ("timm:vit_large_patch14_clip_224", 64, "bf16", "inference"),
+    ("vit-ti16", 256, "bf16", "pipeline"),
+    ("vit-ti16", 256, "bf16", "inference"),
+    ("vit-ti16", 256, "bf16", "training"),
+    ("vit-ti16", 1, "bf16", "inference"),
+    ("mae-b16", 128, "bf16", "training"),
+    ("videomae-b16-masked", 32, "bf16", "training"),
+    ("vit-s16", 256, "bf16", "training"),
+    ("vit-b16", 128, "bf16", "training"),
+    ("vit-l14", 64, "bf16", "training"),
+    ("vit_pytorch-b16", 128, "bf16", "training"),
+    ("vit-b16", 128, "bf16", "inference"),
+    ("vit-l14", 64, "bf16", "inference"),
 ]
 
 # The kinds of smoke test: one of each road through a backend.
