@@ -140,14 +140,15 @@ def test_command_line_for_people(capsys):
     assert "nobody" in capsys.readouterr().err
 
 
-def test_another_version_is_sampled_in_the_same_rounds_and_held_to_the_rule(tmp_path, capsys):
+@pytest.mark.parametrize(("mode", "message"), [("forward", "tokens: error"), ("both", "RuntimeError: the version in")])
+def test_another_version_is_sampled_in_the_same_rounds_and_held_to_the_rule(mode, message, tmp_path, capsys):
     wrong = tmp_path / "wrong" / "vitkernels"
     wrong.mkdir(parents=True)
     (wrong / "__init__.py").write_text(
         "def patch_embed(images, weight, **k): return images.new_zeros(len(images), 5, len(weight)) + weight.sum()"
     )
-    words = "bench --image 32 --dim 32 --batch 2 --device cpu --seconds 0.02 --impl auto --mode both --json"
-    status = cli.main([*words.split(), "--against", str(ROOT), "--against", str(wrong.parent)])
+    words = "bench --image 32 --dim 32 --batch 2 --device cpu --seconds 0.02 --impl auto --json"
+    status = cli.main([*words.split(), "--mode", mode, "--against", str(ROOT), "--against", str(wrong.parent)])
     result = json.loads(capsys.readouterr().out)
     ours, same, other = result["rows"]
     assert [row["impl"] for row in result["rows"]] == ["auto", f"auto@{ROOT.name}", "auto@wrong"]
@@ -155,7 +156,7 @@ def test_another_version_is_sampled_in_the_same_rounds_and_held_to_the_rule(tmp_
     assert same["ms"]
     assert same["ratio"]["median"] > 0
     assert other["ms"] is None
-    assert "error" in other
+    assert other["error"].startswith(message)
     [line] = [line for line in result["against"] if line["against"] == ROOT.name]
     assert line["verdict"] in ("same", "slower", "faster")
     assert status == (line["verdict"] == "slower")
