@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vitkernels import bench, cli, cost_model, dispatch, reference
+from vitkernels import bench, ceilings, cli, cost_model, dispatch, reference
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -69,6 +69,24 @@ def test_rows(mode):
         assert row["peak_tflops"] > 0
     assert rows[0]["ratio"]["median"] == 1
     assert json.loads(json.dumps(rows)) == rows
+
+
+@pytest.mark.parametrize("peaks", [(1e9, 1e15), (1e15, 1e9)], ids=["memory bounds", "arithmetic bounds"])
+@pytest.mark.parametrize("mode", ["forward", "both"])
+def test_the_figures_of_a_row(mode, peaks, monkeypatch):
+    monkeypatch.setattr(bench, "rounds", lambda samplers, seconds: [[i + 1.0] * 9 for i in range(len(samplers))])
+    monkeypatch.setattr(bench, "peaks_of", lambda *_: ceilings.Peaks(*peaks))
+    case, impls = TINY[0], ("auto", "timm_eager", "copy")
+    p, times = bench.problem(case.call("cpu")), 1 + (mode == "both")
+    rows = bench.bench(case, mode=mode, impls=impls)
+    least = max(times * p.bytes / peaks[0], times * p.flops / peaks[1]) * 1e3
+    for ms, row in enumerate(rows, 1):  # of 1, 2, 3 ms
+        assert row["ms"] == row["ratio"] == {"median": ms, "p20": ms, "p80": ms}
+        assert row["gb_per_s"] == pytest.approx(times * p.bytes / ms / 1e6, rel=1e-4)
+    for ms, row in enumerate(rows[:2], 1):
+        assert row["images_per_s"] == pytest.approx(1e3 * case.batch / ms, rel=1e-4)
+        assert row["tflops"] == pytest.approx(times * p.flops / ms / 1e9, rel=1e-4)
+        assert row["roofline_share"] == pytest.approx(least / ms, rel=1e-4)
 
 
 @pytest.mark.parametrize(
