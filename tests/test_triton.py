@@ -86,6 +86,7 @@ DESCRIPTOR = {
 def test_descriptor_road(name, tile, monkeypatch, device):
     call = arguments(**DESCRIPTOR[name], device=device)
     assert plan.no_descriptor(problem(call), H100, "half", True) == []
+    monkeypatch.setattr(plan, "roads_of", lambda *_: ("descriptor",))
     monkeypatch.setattr(tuning, "default", lambda *_: tile)
     right(call)
 
@@ -94,7 +95,7 @@ def test_descriptor_road(name, tile, monkeypatch, device):
 @pytest.mark.parametrize("tile", tuning.TABLE[90, "gather", "half"], ids=lambda c: f"{c.BM}x{c.BN}")
 def test_gather_road_takes_the_same_problems(name, tile, monkeypatch, device):
     call = arguments(**DESCRIPTOR[name], device=device)
-    monkeypatch.setattr(plan, "no_descriptor", lambda *_: ["not now"])
+    monkeypatch.setattr(plan, "roads_of", lambda *_: ("gather",))
     monkeypatch.setattr(tuning, "default", lambda *_: tile)
     right(call)
 
@@ -202,7 +203,7 @@ def test_an_index_out_of_range_is_nan_where_it_is_not_checked(monkeypatch, devic
 
 def test_tables_pick_large_tiles_for_large_batches_and_small_for_one_image():
     def tile(B, D=768):
-        return tuning.default(compiled.problem(16, "bf16", B=B, D=D), "descriptor", "half", H100)
+        return tuning.default(compiled.problem(16, "bf16", B=B, D=D), "gather", "half", H100)
 
     assert (tile(256).BM, tile(256).BN) == (128, 256)
     assert tile(1).BM * tile(1).BN < 128 * 128
@@ -227,18 +228,18 @@ def test_a_measured_entry_goes_before_the_default(tmp_path, monkeypatch):
     tuning.measured.cache_clear()
     p = compiled.problem(16, "bf16")
     gpu = H100._replace(name="Some GPU 9000")
-    entry = {"road": "gather", "config": [64, 64, 64, 4, 2, 1.0], "ms": 0.1}
+    entry = {"road": "descriptor", "config": [64, 64, 64, 4, 2, 1.0], "ms": 0.1}
     file = tuning.remember(gpu.name, tuning.key(p, "half", True), entry)
     assert file.name == "some-gpu-9000.json"
     triton.forget_plans()
     chosen = plan.make_plan(p, gpu, True, False)
-    assert (chosen.road, chosen.config.stages) == ("gather", 2)
-    assert plan.make_plan(compiled.problem(16, "bf16", B=2), gpu, True, False).road == "descriptor"
+    assert (chosen.road, chosen.config.stages) == ("descriptor", 2)
+    assert plan.make_plan(compiled.problem(16, "bf16", B=2), gpu, True, False).road == "gather"
     tuning.measured.cache_clear()
 
 
 def test_a_refused_descriptor_falls_to_the_gather_road(monkeypatch, device):
-    call = arguments(2, 3, 32, 48, 16, 40, pixels=HALF, device=device)
+    call = arguments(2, 3, 32, 48, 16, 40, pixels=U8, device=device)
     real = triton._launch
 
     def launch(p, plan, *rest):

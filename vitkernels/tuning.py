@@ -29,7 +29,9 @@ class Config(NamedTuple):
     BK: int
     warps: int
     stages: int
-    rate: float = 1.0  # guess, not measured: the share of the arithmetic units' rate that a tile of this shape reaches
+    rate: float = (
+        1.0  # of the arithmetic units' that such a tile reaches, beside the row's best; guessed where not measured
+    )
 
 
 class Gpu(NamedTuple):
@@ -55,8 +57,10 @@ TABLE: dict[tuple[int, str, str], tuple[Config, ...]] = {
     (80, "gather", "tf32"): (Config(128, 64, 32, 8, 3), Config(64, 64, 32, 4, 3, 0.8)),
     (80, "gather", "fp32"): (Config(64, 64, 16, 8, 3), Config(32, 32, 16, 4, 3, 0.6)),
     (80, "gather", "fp64"): (Config(64, 64, 16, 4, 3), Config(32, 32, 16, 4, 3, 0.8)),
+    # Measured on an H200 at B = 256 (benchmarks/results/nvidia-h200/tune.txt): 157, 188 and 268 µs with P = 16, 285,
+    # 302 and 655 with P = 14.
     (90, "gather", "half"): (
-        Config(128, 128, 32, 8, 4, 0.85), Config(64, 256, 32, 8, 4, 0.8), Config(64, 64, 64, 4, 3, 0.5),
+        Config(128, 256, 32, 8, 4), Config(128, 128, 32, 4, 3, 0.85), Config(64, 64, 64, 4, 3, 0.55),
     ),
     (90, "gather", "tf32"): (Config(128, 128, 32, 8, 3), Config(64, 64, 32, 4, 3, 0.6)),
     (90, "descriptor", "half"): (
@@ -67,7 +71,8 @@ TABLE: dict[tuple[int, str, str], tuple[Config, ...]] = {
     # Of the backward: BM channels × BN elements of a patch, BK patches at a step ("weight"), and BM cells × BN pixels,
     # BK channels at a step ("images").
     (80, "weight", "half"): (Config(128, 128, 32, 8, 3), Config(64, 64, 64, 8, 3, 0.6)),
-    # Beside a keep list, or a wider dY that is rounded on its way (autocast, where tokens stay fp32).
+    # Beside a keep list, pixels that are converted, or a wider dY that is rounded on its way (autocast, where tokens
+    # stay fp32).
     (80, "weight", "crowded"): (Config(128, 64, 16, 8, 3), Config(64, 64, 32, 4, 3, 0.8)),
     (80, "weight", "tf32"): (Config(128, 64, 16, 8, 3), Config(64, 64, 16, 8, 3, 0.8)),
     (80, "weight", "fp32"): (Config(64, 64, 16, 8, 3), Config(32, 32, 16, 4, 3, 0.6)),
@@ -76,11 +81,11 @@ TABLE: dict[tuple[int, str, str], tuple[Config, ...]] = {
     (80, "images", "tf32"): (Config(128, 64, 32, 8, 3), Config(64, 64, 32, 8, 3, 0.8)),
     (80, "images", "fp32"): (Config(64, 64, 16, 8, 3), Config(32, 32, 16, 4, 3, 0.6)),
     (80, "images", "fp64"): (Config(64, 64, 16, 4, 3), Config(32, 32, 16, 4, 3, 0.8)),
-    (90, "weight", "half"): (
-        Config(128, 256, 64, 8, 3), Config(128, 128, 64, 8, 4, 0.85), Config(64, 64, 64, 4, 4, 0.5),
-    ),
-    # Halves whose pixels are read by less than 16 bytes at a time: more addresses to hold. 256×128×32 spills 8 bytes.
-    (90, "weight", "narrow"): (Config(128, 128, 64, 8, 4), Config(64, 64, 64, 4, 4, 0.6)),
+    # Measured there, too: 439 and 635 µs; those of 8 warps take 679 and more.
+    (90, "weight", "half"): (Config(128, 128, 64, 4, 3), Config(64, 64, 64, 4, 4, 0.7)),
+    # Halves whose pixels are read by less than 16 bytes at a time: more addresses to hold. 1,271 µs with P = 14, where
+    # 128×128×64 takes 1,646.
+    (90, "weight", "narrow"): (Config(64, 64, 64, 4, 4),),
     (90, "weight", "crowded"): (Config(128, 128, 32, 8, 4), Config(64, 64, 64, 4, 4, 0.6)),
     (90, "weight", "tf32"): (Config(128, 128, 32, 8, 3), Config(64, 64, 32, 4, 3, 0.6)),
     (90, "images", "half"): (Config(128, 128, 32, 8, 4), Config(64, 64, 64, 4, 3, 0.5)),

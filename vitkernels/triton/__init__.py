@@ -17,15 +17,16 @@ from .backward import backward as backward
 from .backward import forget as forget_gradients
 from .backward_plan import cells_of, gradient_candidates
 from .launching import bound, centred, interpreted, packed
-from .plan import Plan, make_plan, no_descriptor, product_of
+from .plan import Plan, make_plan, product_of, roads_of
 
 INT32 = 2**31
+HOW = {"gather": "pixels gathered by threads", "descriptor": "patches cut by the copy engine"}
 SLACK = 1 << 17  # rows that a kernel may count past the end, of its last tile or of its last part
 
 
 def how(p: PatchProblem) -> str:
-    reasons = no_descriptor(p, gpu_of(p.device), product_of(p, tf32()), True)
-    return f"gathering pixels by threads: {'; '.join(reasons)}" if reasons else "patches cut by the copy engine"
+    road, *_ = roads_of(p, gpu_of(p.device), product_of(p, tf32()), True)
+    return HOW[road]
 
 
 @lru_cache(maxsize=1)
@@ -72,7 +73,7 @@ def why_not(p: PatchProblem) -> list[str]:
 
 def tuning_key(p: PatchProblem, gpu: Gpu, aligned: bool, road: str = "forward") -> str:
     product = product_of(p, tf32())
-    return tuning.key(p, product, road == "forward" and not no_descriptor(p, gpu, product, aligned), road)
+    return tuning.key(p, product, road == "forward" and "descriptor" in roads_of(p, gpu, product, aligned), road)
 
 
 def candidates(p: PatchProblem, gpu: Gpu, aligned: bool, road: str = "forward") -> list[tuple[str, Config]]:
@@ -80,7 +81,7 @@ def candidates(p: PatchProblem, gpu: Gpu, aligned: bool, road: str = "forward") 
     product = product_of(p, tf32())
     if road != "forward":
         return gradient_candidates(p, gpu, product, road)
-    roads = ["gather"] if no_descriptor(p, gpu, product, aligned) else ["descriptor", "gather"]
+    roads = roads_of(p, gpu, product, aligned)
     found = [
         (road, c)
         for road in roads

@@ -21,7 +21,8 @@ def _weight_tile(
     S_t: tl.constexpr, S_h: tl.constexpr, S_w: tl.constexpr,
     pad_t: tl.constexpr, pad_h: tl.constexpr, pad_w: tl.constexpr,
     VEC: tl.constexpr, NORMALISED: tl.constexpr, HAS_KEEP: tl.constexpr,
-    COMPUTE: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
+    COMPUTE: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr, SETTLE: tl.constexpr,
+    INTERPRETED: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """parts[split, d, k] = Σ_m dY[m, d]·x[m, k] for BM channels × BN elements, over the `chunk` patches of a split."""
@@ -52,7 +53,7 @@ def _weight_tile(
                      PADDED, NORMALISED, COMPUTE, SUM, INTERPRETED)  # fmt: skip
         at = b * grad_b + (T + i).to(tl.int64) * grad_n
         dy = tl.load(grad_column[:, None] + at[None, :], mask=(d < D)[:, None] & real[None, :], other=0)
-        acc = product(rounded(dy, COMPUTE, INTERPRETED), x, acc, PRECISION, SUM, INTERPRETED)
+        acc = product(rounded(dy, COMPUTE, INTERPRETED), x, acc, PRECISION, SUM, SETTLE, INTERPRETED)
     out = parts + (split.to(tl.int64) * D + d)[:, None] * K + k[None, :]
     tl.store(out, acc, mask=(d < D)[:, None] & (k < K)[None, :])
 
@@ -109,7 +110,8 @@ def reduce_kernel(
     pad_t: tl.constexpr, pad_h: tl.constexpr, pad_w: tl.constexpr,
     VEC: tl.constexpr, NORMALISED: tl.constexpr, HAS_KEEP: tl.constexpr,
     WEIGHT: tl.constexpr, SUMS: tl.constexpr, TABLE: tl.constexpr, BIAS: tl.constexpr,
-    COMPUTE: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
+    COMPUTE: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr, SETTLE: tl.constexpr,
+    INTERPRETED: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     BI: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
@@ -120,7 +122,7 @@ def reduce_kernel(
         _weight_tile(pid % tiles, pid // tiles, images, grad, centred, keep, weight_parts, B, F, H, W, T, D, rows,
                      weight_chunk, G_t, G_h, G_w, image_b, image_c, image_f, image_h, image_w, grad_b, grad_n, grad_d,
                      K, K_PAD, P_t, P_h, P_w, S_t, S_h, S_w, pad_t, pad_h, pad_w, VEC, NORMALISED, HAS_KEEP,
-                     COMPUTE, SUM, PRECISION, INTERPRETED, BM, BN, BK)  # fmt: skip
+                     COMPUTE, SUM, PRECISION, SETTLE, INTERPRETED, BM, BN, BK)  # fmt: skip
     elif SUMS:
         tile = pid - weight_programs
         tiles = tl.cdiv(last_row - first_row, BR) * tl.cdiv(D, BD)
@@ -135,7 +137,7 @@ def kept_kernel(
     keep,  # [B, rows]
     table_parts,  # [sums_splits, table_rows, D]
     B, N, T, D, rows, chunk, first_row, table_rows, grad_b, grad_n, grad_d,
-    COMPUTE: tl.constexpr, SUM: tl.constexpr, INTERPRETED: tl.constexpr,
+    COMPUTE: tl.constexpr, SUM: tl.constexpr, SETTLE: tl.constexpr, INTERPRETED: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Σ of dY over the kept patches that are patch n, BM of them × BN channels, over the `chunk` images of a split.
@@ -161,7 +163,7 @@ def kept_kernel(
         at = (m // rows).to(tl.int64) * grad_b + (T + m % rows).to(tl.int64) * grad_n
         dy = tl.load(grad_column[None, :] + at[:, None], mask=real[:, None] & (d < D)[None, :], other=0)
         chosen = tl.where(kept[None, :] == n[:, None], 1.0, 0.0).to(COMPUTE)
-        total = product(chosen, dy.to(COMPUTE), total, "ieee", SUM, INTERPRETED)
+        total = product(chosen, dy.to(COMPUTE), total, "ieee", SUM, SETTLE, INTERPRETED)
     row = split.to(tl.int64) * table_rows + T - first_row + n
     tl.store(table_parts + (row * D)[:, None] + d[None, :], total, mask=(n < N)[:, None] & (d < D)[None, :])
 
@@ -252,7 +254,8 @@ def images_kernel(
     pad_t: tl.constexpr, pad_h: tl.constexpr, pad_w: tl.constexpr,
     J_t: tl.constexpr, J_h: tl.constexpr, J_w: tl.constexpr,
     VEC: tl.constexpr, NORMALISED: tl.constexpr, SCALED: tl.constexpr,
-    COMPUTE: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
+    COMPUTE: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr, SETTLE: tl.constexpr,
+    INTERPRETED: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Pixels by cells of one stride: cell q holds the pixels q·S … q·S + S − 1 of the padded image, which patches
@@ -291,7 +294,7 @@ def images_kernel(
         there = (column < COLUMNS) & (rt + jt * S_t < P_t) & (ry + jy * S_h < P_h) & (rx + jx * S_w < P_w)
         k = element + (jt * S_t * P_h + jy * S_h) * P_w + jx * S_w
         w = tl.load(weight + d.to(tl.int64)[:, None] * K + k[None, :], mask=(d < D)[:, None] & there[None, :], other=0)
-        acc = product(rounded(dy, COMPUTE, INTERPRETED), w, acc, PRECISION, SUM, INTERPRETED)
+        acc = product(rounded(dy, COMPUTE, INTERPRETED), w, acc, PRECISION, SUM, SETTLE, INTERPRETED)
     if NORMALISED:
         channel = rx % CHANNELS if CHANNELS > 1 else c
         acc *= tl.load(factor + channel, mask=column < COLUMNS, other=0)[None, :]

@@ -13,7 +13,7 @@ import torch
 from .. import patches, tuning
 from ..problem import PatchProblem
 from ..tuning import Config, Gpu
-from .plan import Order, by_axis, product_of, scaling, vector_of, view_of
+from .plan import Order, by_axis, product_of, scaling, settles, vector_of, view_of
 
 # What a call needs beside its gradients: several parts of dW, or of the table, have at most so many bytes together.
 WEIGHT_BYTES = 20 << 20
@@ -70,7 +70,7 @@ class Sums(NamedTuple):
 
 def weight_tiles(p: PatchProblem, gpu: Gpu, grad_dtype: torch.dtype, product: str) -> tuple[Config, ...]:
     v, kind = view_of(p), product
-    if product == "half" and (p.n_keep is not None or grad_dtype.itemsize > 2):
+    if product == "half" and (p.n_keep is not None or grad_dtype.itemsize > 2 or p.image_dtype != p.compute_dtype):
         kind = "crowded"
     elif product == "half" and gcd(vector_of(p, v)[0], v.P[2], v.S[2]) * p.image_dtype.itemsize < 16:
         kind = "narrow"
@@ -177,10 +177,12 @@ def reduction(
             "NORMALISED": normalised and wanted.weight, "HAS_KEEP": p.n_keep is not None,
             "WEIGHT": wanted.weight, "SUMS": sums.tiles > 0, "TABLE": sums.rows > 0, "BIAS": wanted.bias,
             "COMPUTE": p.compute_dtype, "SUM": sum_dtype, "PRECISION": "tf32" if product == "tf32" else "ieee",
-            "INTERPRETED": interpreted,
+            "SETTLE": settles(gpu, product, grad_dtype != p.compute_dtype), "INTERPRETED": interpreted,
             "BM": c.BM, "BN": c.BN, "BK": c.BK, "BI": sums.BI, "BR": sums.BR, "BD": sums.BD,
         },
     )  # fmt: skip
+    # Times zeros and ones, dY is exact in its own dtype.
+    exact = grad_dtype if grad_dtype.itemsize < sum_dtype.itemsize == 4 else sum_dtype
     kept = Launch(
         "kept_kernel", KEPT,
         grid=sums.kept * sums.splits,
@@ -189,9 +191,8 @@ def reduction(
             "table_rows": sums.rows,
         },
         constants={
-            # Times zeros and ones, dY is exact in its own dtype.
-            "COMPUTE": grad_dtype if grad_dtype.itemsize < sum_dtype.itemsize == 4 else sum_dtype,
-            "SUM": sum_dtype, "INTERPRETED": interpreted, "BM": KEPT.BM, "BN": KEPT.BN, "BK": KEPT.BK,
+            "COMPUTE": exact, "SUM": sum_dtype, "SETTLE": settles(gpu, "half" if exact.itemsize == 2 else "fp32", True),
+            "INTERPRETED": interpreted, "BM": KEPT.BM, "BN": KEPT.BN, "BK": KEPT.BK,
         },
     )  # fmt: skip
     weight_blocks = -(-p.D * p.K // FINISH.BK) if wanted.weight else 0
@@ -256,7 +257,8 @@ def image_launch(
             **by_axis(P=v.P, S=v.S, pad=v.pad, J=overlap),
             "C": v.C, "CHANNELS": p.C if v.channels_last else 1, "K": p.K, "VEC": vec,
             "NORMALISED": normalised, "SCALED": scaled, "COMPUTE": p.compute_dtype, "SUM": patches.sum_dtype(p),
-            "PRECISION": "tf32" if product == "tf32" else "ieee", "INTERPRETED": interpreted,
+            "PRECISION": "tf32" if product == "tf32" else "ieee",
+            "SETTLE": settles(gpu, product, grad_dtype != p.compute_dtype), "INTERPRETED": interpreted,
             "BM": c.BM, "BN": c.BN, "BK": c.BK,
         },
     )  # fmt: skip

@@ -19,7 +19,7 @@ from .. import machine_code, tuning
 from ..problem import Arguments, Meta, PatchProblem, build
 from ..tuning import Config, Gpu, rows
 from .backward_plan import Launch, Wanted, image_launch, reduction, weight_tiles
-from .plan import Plan, make_plan, no_descriptor, product_of
+from .plan import Plan, make_plan, product_of, roads_of
 
 # Roads of the backward: dW and sums in one launch, sums alone, sums where patches are kept, second pass; dX.
 GRADIENTS = ("weight", "sums", "kept", "finish", "images")
@@ -68,17 +68,21 @@ def shipped(arch: int, patch: int, dtype: str) -> list[tuple[PatchProblem, str, 
         p = problem(patch, dtype, B=B, D=D, keep=keep)
         for road, picked, others in _roads(p, gpu, tf32):
             apart = keep and road in ("weight", "sums")  # there it is a kernel of its own
-            found[road, picked, apart] = p, True
+            if picked is not None:
+                found[road, picked, apart] = p, True
             for c in others:
                 found.setdefault((road, c, apart), (p, False))
     return [(p, road, c, default) for (road, c, _), (p, default) in found.items()]
 
 
-def _roads(p: PatchProblem, gpu: Gpu, tf32: bool) -> Iterator[tuple[str, Config, list[Config]]]:
-    """(road, the tile that its table picks, all its tiles) of the forward and of the backward."""
+def _roads(p: PatchProblem, gpu: Gpu, tf32: bool) -> Iterator[tuple[str, Config | None, list[Config]]]:
+    """(road, the tile that its table picks, all its tiles) of the forward and of the backward. Of the forward's second
+    road no tile is picked: it is there to be tuned."""
     kind = product_of(p, tf32)
-    road = "gather" if no_descriptor(p, gpu, kind, True) else "descriptor"
-    yield road, tuning.default(p, road, kind, gpu), [tuning.fitted(p, c, gpu) for c in rows(gpu.arch, road, kind)]
+    first, *others = roads_of(p, gpu, kind, True)
+    yield first, tuning.default(p, first, kind, gpu), []
+    for road in (first, *others):
+        yield road, None, [tuning.fitted(p, c, gpu) for c in rows(gpu.arch, road, kind)]
     tiles = {"weight": weight_tiles(p, gpu, p.out_dtype, kind), "sums": (), "kept" if p.n_keep else "finish": ()}
     if p.image_dtype.is_floating_point and p.n_keep is None:
         tiles["images"] = rows(gpu.arch, "images", kind)

@@ -10,7 +10,7 @@ programs after the last tile write the prefix tokens. All offsets into images, t
 import triton
 import triton.language as tl
 
-from .tiles import corners, elements, gathered, pixels, product, rounded
+from .tiles import corners, elements, gathered, pixels, product, program_again, rounded
 
 
 @triton.jit
@@ -32,12 +32,26 @@ def _prefix_tile(pid, prefix, pos, out, B, T, rows, D, prefix_b, prefix_t, pos_b
 
 @triton.jit
 def _based(acc, bias, pos, at, d, D, HAS_BIAS: tl.constexpr, HAS_POS: tl.constexpr, SUM: tl.constexpr):
-    """acc + bias[d] + pos[at + d]"""
-    if HAS_BIAS:
-        acc += tl.load(bias + d, mask=d < D, other=0).to(SUM)[None, :]
+    """acc + pos[at + d] + bias[d]: the bias last, which is nothing but registers."""
     if HAS_POS:
         acc += tl.load(pos + at[:, None] + d[None, :], mask=(d < D)[None, :], other=0).to(SUM)
+    if HAS_BIAS:
+        acc += tl.load(bias + d, mask=d < D, other=0).to(SUM)[None, :]
     return acc
+
+
+@triton.jit
+def _patches(m, keep, M, N, rows, HAS_KEEP: tl.constexpr):
+    """Image and patch of row m, and whether there is such a patch; rows past the end repeat the last one."""
+    row = tl.minimum(m, M - 1)
+    if HAS_KEEP:
+        n = tl.load(keep + row)
+        real = (n >= 0) & (n < N)
+        n = tl.where(real, n, 0).to(tl.int32)
+    else:
+        n = row % rows
+        real = n >= 0
+    return (row // rows).to(tl.int64), n, real
 
 
 @triton.jit
@@ -63,7 +77,8 @@ def gather_kernel(
     NORMALISED: tl.constexpr, SCALED: tl.constexpr, BASE_FIRST: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_POS: tl.constexpr,
     POS_PREFIX: tl.constexpr, HAS_PREFIX: tl.constexpr, HAS_KEEP: tl.constexpr,
-    COMPUTE: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
+    COMPUTE: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr, SETTLE: tl.constexpr,
+    INTERPRETED: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     PADDED: tl.constexpr = pad_t > 0 or pad_h > 0 or pad_w > 0
@@ -76,29 +91,23 @@ def gather_kernel(
                      POS_PREFIX, SUM, INTERPRETED)  # fmt: skip
     else:
         # Neighbouring programs share their patches, not their weights: the weight stays in the L2 cache anyway.
-        m = (pid // tiles_n) * BM + tl.arange(0, BM)
-        d = (pid % tiles_n) * BN + tl.arange(0, BN)
-        row = tl.minimum(m, M - 1)  # rows past the end repeat the last one and are not stored
-        real = (d < D)[None, :]
-        b = (row // rows).to(tl.int64)
-        if HAS_KEEP:
-            n = tl.load(keep + row).to(tl.int64)
-            in_grid = (n >= 0) & (n < G_t * G_h * G_w)
-            n = tl.where(in_grid, n, 0)
-        else:
-            n = row % rows
-        f0, h0, w0, origin = corners(n, b, G_h, G_w, image_b, image_f, image_h, image_w, S_t, S_h, S_w,
-                                     pad_t, pad_h, pad_w, VEC)  # fmt: skip
-
-        at = b * pos_b
-        if HAS_POS:
-            first = T if POS_PREFIX else 0
-            at += (n + first).to(tl.int64) * pos_n
+        # Sums of halves take tiles so large that no register is left to remember rows in: each of three parts computes
+        # its own.
+        N = G_t * G_h * G_w
+        first = T if POS_PREFIX else 0
         acc = tl.zeros((BM, BN), SUM)
         if BASE_FIRST:
-            acc = _based(acc, bias, pos, at, d, D, HAS_BIAS, HAS_POS, SUM)
+            b, n, _ = _patches((pid // tiles_n) * BM + tl.arange(0, BM), keep, M, N, rows, HAS_KEEP)
+            d = (pid % tiles_n) * BN + tl.arange(0, BN)
+            acc = _based(acc, bias, pos, b * pos_b + (n + first).to(tl.int64) * pos_n, d, D, HAS_BIAS, HAS_POS, SUM)
             if SCALED:
                 acc *= 1 / scale
+            pid = program_again(pid, INTERPRETED)
+
+        b, n, _ = _patches((pid // tiles_n) * BM + tl.arange(0, BM), keep, M, N, rows, HAS_KEEP)
+        d = (pid % tiles_n) * BN + tl.arange(0, BN)
+        f0, h0, w0, origin = corners(n, b, G_h, G_w, image_b, image_f, image_h, image_w, S_t, S_h, S_w,
+                                     pad_t, pad_h, pad_w, VEC)  # fmt: skip
         w_rows = weight + d.to(tl.int64)[None, :] * WROW
         for k0 in tl.range(0, k_stop, BK):
             k = k0 + tl.arange(0, BK)
@@ -106,19 +115,25 @@ def gather_kernel(
             x = gathered(images, origin, f0, h0, w0, None, k, pt, py, px, inside, F, H, W, centred, K, K_PAD,
                          False, PADDED, NORMALISED, COMPUTE, SUM, INTERPRETED)  # fmt: skip
             if WROW < K_PAD:
-                w = tl.load(w_rows + k[:, None], mask=real & (k < K)[:, None], other=0)
+                w = tl.load(w_rows + k[:, None], mask=(d < D)[None, :] & (k < K)[:, None], other=0)
             else:
-                w = tl.load(w_rows + k[:, None], mask=real, other=0)
-            acc = product(x, w, acc, PRECISION, SUM, INTERPRETED)
+                w = tl.load(w_rows + k[:, None], mask=(d < D)[None, :], other=0)
+            acc = product(x, w, acc, PRECISION, SUM, SETTLE, INTERPRETED)
         if SCALED:
             acc *= scale
+
+        if BASE_FIRST:
+            pid = program_again(pid, INTERPRETED)
+        m = (pid // tiles_n) * BM + tl.arange(0, BM)
+        d = (pid % tiles_n) * BN + tl.arange(0, BN)
+        b, n, real = _patches(m, keep, M, N, rows, HAS_KEEP)
         if not BASE_FIRST:
-            acc = _based(acc, bias, pos, at, d, D, HAS_BIAS, HAS_POS, SUM)
+            acc = _based(acc, bias, pos, b * pos_b + (n + first).to(tl.int64) * pos_n, d, D, HAS_BIAS, HAS_POS, SUM)
         if HAS_KEEP:
-            acc = tl.where(in_grid[:, None], acc, float("nan"))
-        token = (b * (T + rows) + T + row % rows) * D
+            acc = tl.where(real[:, None], acc, float("nan"))
+        token = (b * (T + rows) + T + m % rows) * D
         tokens = rounded(acc, out.dtype.element_ty, INTERPRETED)
-        tl.store(out + token[:, None] + d[None, :], tokens, mask=(m < M)[:, None] & real)
+        tl.store(out + token[:, None] + d[None, :], tokens, mask=(m < M)[:, None] & (d < D)[None, :])
 
 
 @triton.jit
@@ -138,7 +153,8 @@ def descriptor_kernel(
     NORMALISED: tl.constexpr, SCALED: tl.constexpr, BASE_FIRST: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_POS: tl.constexpr,
     POS_PREFIX: tl.constexpr, HAS_PREFIX: tl.constexpr,
-    COMPUTE: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
+    COMPUTE: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr, SETTLE: tl.constexpr,
+    INTERPRETED: tl.constexpr,
     BB: tl.constexpr, BY: tl.constexpr, BX: tl.constexpr, BN: tl.constexpr, RK: tl.constexpr, XK: tl.constexpr,
 ):  # fmt: skip
     BM: tl.constexpr = BB * BY * BX
@@ -181,7 +197,7 @@ def descriptor_kernel(
             k = step * BK + tl.arange(0, BK)
             operand = pixels(patches.reshape(BM, BK), k, centred, K, NORMALISED, COMPUTE, SUM, INTERPRETED)
             weights = weight_desc.load([d0, step * BK])
-            acc = product(operand, weights.T, acc, PRECISION, SUM, INTERPRETED)
+            acc = product(operand, weights.T, acc, PRECISION, SUM, SETTLE, INTERPRETED)
         if SCALED:
             acc *= scale
         if not BASE_FIRST:

@@ -30,12 +30,30 @@ def pixels(x, k, centred, K_PAD: tl.constexpr, NORMALISED: tl.constexpr, COMPUTE
 
 
 @triton.jit
-def product(x, w, acc, PRECISION: tl.constexpr, SUM: tl.constexpr, INTERPRETED: tl.constexpr):
-    """acc + x·w; the interpreter would multiply bf16 as the integers that hold it."""
+def product(x, w, acc, PRECISION: tl.constexpr, SUM: tl.constexpr, SETTLE: tl.constexpr, INTERPRETED: tl.constexpr):
+    """acc + x·w; the interpreter would multiply bf16 as the integers that hold it.
+
+    SETTLE: x comes through registers on sm_90. Triton before 3.9 leaves such products in flight over the loop's back
+    edge, while the next step writes the registers that they read (Triton issue 9433). Whatever uses the sum has to wait
+    for it first, in its own step: that is all these instructions, none, do. They order what each warpgroup reads in
+    shared memory before the next step's barrier, too (Triton issue 11047).
+    """
     if INTERPRETED and SUM == tl.float32:
         x = x.to(tl.float32)
         w = w.to(tl.float32)
-    return tl.dot(x, w, acc, input_precision=PRECISION, out_dtype=SUM)
+    acc = tl.dot(x, w, acc, input_precision=PRECISION, out_dtype=SUM)
+    if SETTLE and not INTERPRETED:
+        acc = tl.inline_asm_elementwise("", "=f,0", [acc], dtype=tl.float32, is_pure=True, pack=1)
+    return acc
+
+
+@triton.jit
+def program_again(pid, INTERPRETED: tl.constexpr):
+    """`pid`, but the compiler does not know: what is computed from it is computed anew, and nothing has to stay in a
+    register across the loop before."""
+    if not INTERPRETED:
+        pid = tl.inline_asm_elementwise("mov.u32 $0, %ctaid.x;", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+    return pid
 
 
 @triton.jit
