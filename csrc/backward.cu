@@ -4,6 +4,7 @@
 #include "backward_images.cuh"
 #include "backward_sums.cuh"
 #include "backward_weight.cuh"
+#include "errors.h"
 #include "hopper_weight.h"
 #include "launch.h"
 
@@ -191,11 +192,7 @@ static void launch_all(backward::Call run, const Backward& plan) {
 }
 
 void run_backward(const Problem& p, const Backward& plan, const BackwardTensors& t, Stream stream) {
-    try {
-        launch_all({p, plan, t, stream}, plan);
-    } catch (const std::runtime_error& error) {
-        throw std::runtime_error(std::string(error.what()) + ": the gradients of " + describe(p));
-    }
+    locate_errors([&] { launch_all({p, plan, t, stream}, plan); }, [&] { return "the gradients of " + describe(p); });
 }
 
 // All counts of one axis, and what a grid numbers, are 32 bits; offsets are 64.

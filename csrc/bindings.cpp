@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include "backward.h"
+#include "errors.h"
 #include "forward.h"
 
 namespace py = pybind11;
@@ -47,6 +48,7 @@ static void* pointer(uintptr_t address) { return reinterpret_cast<void*>(address
 
 PYBIND11_MODULE(VITKERNELS_MODULE, m) {
     m.attr("device_type") = device_type();
+    py::register_local_exception<Refused>(m, "Refused", PyExc_RuntimeError);
 
     py::class_<Problem>(m, "Problem", py::module_local())
         .def(py::init(&problem_of))

@@ -1,5 +1,7 @@
 // The forward, from tensors to launches.
 #include "forward.h"
+
+#include "errors.h"
 #include "launch.h"
 #include "values.cuh"
 
@@ -76,11 +78,7 @@ static void launch_all(const Problem& p, const Forward& f, const ForwardTensors&
 }
 
 void run_forward(const Problem& p, const Forward& f, const ForwardTensors& t, Stream stream) {
-    try {
-        launch_all(p, f, t, stream);
-    } catch (const std::runtime_error& error) {
-        throw std::runtime_error(std::string(error.what()) + ": " + describe(p) + ", " + how(p, f));
-    }
+    locate_errors([&] { launch_all(p, f, t, stream); }, [&] { return describe(p) + ", " + how(p, f); });
 }
 
 }  // namespace vk

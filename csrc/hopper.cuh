@@ -6,8 +6,8 @@
 // the operands are put together in registers, as in forward.cuh: converted, normalised, or begun at any even pixel.
 #pragma once
 
+#include "driver.h"
 #include "forward.cuh"
-#include "tensor_map.h"
 
 namespace vk {
 

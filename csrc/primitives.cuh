@@ -30,7 +30,7 @@ namespace vk {
 
 using half = __half;
 using bfloat16 = __nv_bfloat16;
-using TensorMap = CUtensorMap;  // made on the host (tensor_map.h)
+using TensorMap = CUtensorMap;  // made on the host (driver.h)
 using Barrier = uint64_t;       // of asynchronous copies, in shared memory
 
 // Threads

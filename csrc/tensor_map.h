@@ -4,12 +4,9 @@
 #include <stdexcept>
 #include <string>
 
+#include "errors.h"
 #include "primitives.cuh"
 #include "problem.h"
-
-#if defined(__CUDACC__)
-#include <cuda_runtime.h>
-#endif
 
 namespace vk {
 
@@ -52,53 +49,11 @@ inline std::string refused(const TensorBlock& t, const void* base) {
     return "";
 }
 
-#if defined(__CUDACC__)
+constexpr int SUCCESS = 0, INVALID_VALUE = 1;  // CUresults
 
-namespace detail {
-
-using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
-
-// From the driver that is loaded, so that nothing is linked with libcuda: a machine without a driver can import us.
-inline EncodeTiled encode_tiled() {
-    static EncodeTiled found = [] {
-        void* function = nullptr;
-        cudaDriverEntryPointQueryResult result = cudaDriverEntryPointSymbolNotFound;
-#if CUDART_VERSION >= 12050
-        cudaError_t code = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
-                                                            cudaEnableDefault, &result);
-#else
-        cudaError_t code = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &result);
-#endif
-        if (code != cudaSuccess || result != cudaDriverEntryPointSuccess || function == nullptr) {
-            cudaGetLastError();  // so that it is not reported again, to somebody else
-            throw std::runtime_error("CUDA: no cuTensorMapEncodeTiled in the driver, it must be of CUDA 12 or later: " +
-                                     std::string(cudaGetErrorName(code)) + ", query result " +
-                                     std::to_string(static_cast<int>(result)));
-        }
-        return reinterpret_cast<EncodeTiled>(function);
-    }();
-    return found;
-}
-
-inline CUtensorMapDataType data_type(Dtype d) {
-    switch (d) {
-        case Dtype::u8: case Dtype::i8: return CU_TENSOR_MAP_DATA_TYPE_UINT8;  // only copied
-        case Dtype::i16: return CU_TENSOR_MAP_DATA_TYPE_UINT16;
-        case Dtype::f16: return CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-        case Dtype::bf16: return CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-        case Dtype::f32: return CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
-        case Dtype::f64: return CU_TENSOR_MAP_DATA_TYPE_FLOAT64;
-        case Dtype::i32: return CU_TENSOR_MAP_DATA_TYPE_INT32;
-        case Dtype::i64: return CU_TENSOR_MAP_DATA_TYPE_INT64;
-    }
-    throw std::runtime_error("no such dtype: " + std::to_string(static_cast<int>(d)));
-}
-
-}  // namespace detail
-
-#endif  // __CUDACC__
-
-inline TensorMap make_tensor_map(const TensorBlock& t, const void* base) {
+// The map of a tensor as a driver makes it (driver.h).
+template <class Driver>
+TensorMap make_tensor_map(const TensorBlock& t, const void* base, Driver&& driver) {
     auto what = [&] {
         std::string text = "a tensor map of " + std::to_string(t.rank) + " dimensions";
         for (int i = 0; i < t.rank && i < 5; ++i)
@@ -107,40 +62,14 @@ inline TensorMap make_tensor_map(const TensorBlock& t, const void* base) {
         return text;
     };
     if (std::string why = refused(t, base); !why.empty()) throw std::runtime_error(what() + " is refused: " + why);
+    // Until its first call of the runtime that needs one a thread has no context, and the driver encodes nothing in it.
+    if (!driver.has_context()) driver.bind_context();
     TensorMap map{};
-#if defined(__CUDACC__)
-    cuuint64_t sizes[5], strides[4] = {};
-    cuuint32_t block[5], steps[5];
-    for (int i = 0; i < t.rank; ++i) {
-        sizes[i] = t.sizes[i];
-        block[i] = t.block[i];
-        steps[i] = 1;
-        if (i > 0) strides[i - 1] = t.strides[i];
-    }
-    CUtensorMapSwizzle swizzle = t.swizzle == 128  ? CU_TENSOR_MAP_SWIZZLE_128B
-                                 : t.swizzle == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
-                                 : t.swizzle == 32 ? CU_TENSOR_MAP_SWIZZLE_32B
-                                                   : CU_TENSOR_MAP_SWIZZLE_NONE;
-    CUresult code = detail::encode_tiled()(
-        &map, detail::data_type(t.dtype), static_cast<cuuint32_t>(t.rank), const_cast<void*>(base), sizes, strides,
-        block, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-        CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);  // "none": zeros
-    if (code != CUDA_SUCCESS)
-        throw std::runtime_error("CUDA: " + what() + " is refused by the driver: CUresult " +
-                                 std::to_string(static_cast<int>(code)));
-#else
-    map.base = static_cast<const char*>(base);
-    map.dtype = t.dtype;
-    map.rank = t.rank;
-    map.swizzle = t.swizzle;
-    for (int i = 0; i < 5; ++i) {
-        bool real = i < t.rank;
-        map.sizes[i] = real ? t.sizes[i] : 1;
-        map.strides[i] = real ? t.strides[i] : 0;
-        map.block[i] = real ? t.block[i] : 1;
-    }
-#endif
-    return map;
+    int result = driver.encode(map, t, base);
+    if (result == SUCCESS) return map;
+    std::string text = "CUDA: " + driver.name_of(result) + ": " + what();
+    if (result == INVALID_VALUE) throw Refused(text + " is refused by the driver");
+    throw std::runtime_error(text);
 }
 
 }  // namespace vk

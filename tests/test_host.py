@@ -165,6 +165,20 @@ def test_maps_that_the_driver_would_refuse(probe):
             fetch(**wrong)
 
 
+def test_a_map_is_made_in_a_context(probe):
+    """Bound where the thread has none; one that it has, maybe the caller's own, is left alone."""
+    assert probe.bound_for_a_map(0, context=False, binds=True) == 1
+    assert probe.bound_for_a_map(0, context=True, binds=True) == 0
+
+
+@pytest.mark.parametrize(("result", "context"), [(0, False), (3, True), (201, True), (700, True), (1, True)])
+def test_only_a_wrong_value_is_a_refusal(probe, result, context):
+    answer = result if context else 201
+    with pytest.raises(RuntimeError, match=rf"CUDA: CODE \({answer}\): a tensor map of 3 ") as raised:
+        probe.bound_for_a_map(result, context, binds=False)
+    assert isinstance(raised.value, probe.Refused) == (result == 1)
+
+
 @pytest.mark.parametrize("from_registers", [True, False])
 @pytest.mark.parametrize("span", [32, 128])
 @pytest.mark.parametrize("n", [64, 128, 256])

@@ -13,7 +13,7 @@
 
 namespace vk {
 
-// What the copy engine knows of a tensor: the host's stand-in for CUtensorMap (tensor_map.h fills it).
+// What the copy engine knows of a tensor: the host's stand-in for CUtensorMap (driver.h fills it).
 struct alignas(64) TensorMap {
     const char* base;
     Dtype dtype;

@@ -10,9 +10,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <launch.h>  // that of csrc/, not the one beside this file
+#include <driver.h>  // those of csrc/, not the ones beside this file
+#include <launch.h>
 #include "primitives.cuh"
-#include "tensor_map.h"
 
 namespace py = pybind11;
 using namespace vk;
@@ -422,6 +422,25 @@ int64_t wrong_divisions(int64_t divisor, int64_t first, int64_t step, int64_t co
 
 #if !defined(__CUDACC__)
 
+// A driver that answers with `result` where it has a context, and counts how often one is bound
+struct Answering {
+    int result;
+    bool context, binds;
+    int bound = 0;
+
+    bool has_context() const { return context; }
+    void bind_context() { ++bound, context = binds; }
+    int encode(TensorMap&, const TensorBlock&, const void*) const { return context ? result : 201; }
+    std::string name_of(int code) const { return "CODE (" + std::to_string(code) + ")"; }
+};
+
+int bound_for_a_map(int result, bool context, bool binds) {
+    alignas(16) static const float x[64] = {};
+    Answering driver{result, context, binds};
+    make_tensor_map(tensor_block(int(Dtype::f32), {64, 1, 1}, {4, 256, 256}, {8, 1, 1}, 0), x, driver);
+    return driver.bound;
+}
+
 // Conversions, all on arrays
 void convert(int dtype, bool to, Address in, Address out, int64_t count) {
     for (int64_t i = 0; i < count; ++i) {
@@ -612,6 +631,7 @@ void repeat(const std::string& what, int64_t blocks, int threads, int rounds) {
 }  // namespace
 
 PYBIND11_MODULE(VITKERNELS_MODULE, m) {
+    py::register_local_exception<Refused>(m, "Refused", PyExc_RuntimeError);
     m.def("product", product);
     m.def("matrices", matrices);
     m.def("copies", copies);
@@ -625,6 +645,7 @@ PYBIND11_MODULE(VITKERNELS_MODULE, m) {
     m.def("pipeline", pipeline);
     m.def("wrong_divisions", wrong_divisions);
 #if !defined(__CUDACC__)
+    m.def("bound_for_a_map", bound_for_a_map, py::arg("result"), py::arg("context"), py::arg("binds"));
     m.def("convert", convert);
     m.def("sample", sample);
     m.def("repeat", repeat);
