@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from .device import indexed
 from .patches import linear_of
 
 
@@ -21,12 +22,16 @@ class Peaks(NamedTuple):
         return 1e3 * max(bytes_ / self.bytes, flops / self.flops)
 
 
-@lru_cache(maxsize=16)
 def peaks(device: torch.device, dtype: torch.dtype, tf32: bool = False) -> Peaks:
     """The fastest of some large copies and products; `tf32` says what PyTorch's switches say, for the cache's sake.
 
     On a CPU that multiplies float32 faster than halves the product is that of float32: so would a good kernel.
     """
+    return _peaks(indexed(device), dtype, tf32)
+
+
+@lru_cache(maxsize=16)
+def _peaks(device: torch.device, dtype: torch.dtype, tf32: bool) -> Peaks:
     with torch.cuda.device_of(torch.empty(0, device=device)):
         return _measured(device, dtype, tf32)
 

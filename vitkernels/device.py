@@ -13,9 +13,39 @@ def tf32() -> bool:
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
-@lru_cache(maxsize=64)
+def indexed(device: torch.device) -> torch.device:
+    """`cuda` without a number is the current GPU, which changes: what is remembered of it needs the number."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def bind_context(device: torch.device) -> None:
+    """Gives this thread the context of the current GPU, where it has none yet.
+
+    The driver's own functions want one, and PyTorch's switch to a GPU calls nothing where that is the current one
+    already, as cuda:0 is from a thread's start. This is the cheapest call that needs a context, and allowed while a
+    graph is captured.
+    """
+    if device.type == "cuda":
+        torch.cuda.Stream.priority_range()
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether a graph is captured from the current stream of this device, which may not be the current device."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
 def gpu_of(device: torch.device) -> Gpu:
     """The figures of a GPU; for the CPU, where tests run the kernels, those of an H100."""
+    return _gpu_of(indexed(device))
+
+
+@lru_cache(maxsize=64)
+def _gpu_of(device: torch.device) -> Gpu:
     if device.type == "cpu":
         return NOMINAL[90]._replace(name="emulated")
     properties = torch.cuda.get_device_properties(device)

@@ -11,6 +11,7 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 
+from .device import capturing
 from .problem import PatchProblem
 
 
@@ -122,16 +123,14 @@ def centred(p: PatchProblem, dtype: torch.dtype) -> torch.Tensor:
     key = (*m, *a), dtype, p.device
     if (found := _constants.get(key)) is not None:
         return found
-    if p.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if capturing(p.device):
         # A copy from the host can't be captured, and memory of the graph's pool must not outlive it in our cache.
         values = torch.empty(2 * p.C, dtype=dtype, device=p.device)
         for slot, value in zip(values, m + a, strict=True):
             slot.fill_(value)
         return values.view(2, p.C)
     made = torch.tensor([m, a], dtype=dtype, device=p.device)
-    if len(_constants) < 1024:
-        _constants[key] = made
-    return made
+    return _constants.setdefault(key, made) if len(_constants) < 1024 else made
 
 
 _constants: dict[tuple, torch.Tensor] = {}  # none is dropped: a captured graph may read it

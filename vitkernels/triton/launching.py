@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from .. import patches
+from ..device import capturing
 from ..problem import PatchProblem
 from ..tuning import Config
 from .plan import Order
@@ -58,14 +59,12 @@ def centred(p: PatchProblem, order: Order, columns: int) -> torch.Tensor:
     dtype, key = patches.sum_dtype(p), (p, order, columns)
     if (found := _constants.get(key)) is not None:
         return found
-    if p.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if capturing(p.device):
         # Memory of a graph's pool must not outlive it in our cache.
         return _each_in_order(p, order, columns, patches.centred(p, dtype))
     # Made on the host: when the copy returns, it is there for every stream.
     made = _each_in_order(p, order, columns, torch.tensor(p.centred, dtype=dtype)).to(p.device)
-    if len(_constants) < 1024:
-        _constants[key] = made
-    return made
+    return _constants.setdefault(key, made) if len(_constants) < 1024 else made
 
 
 _constants: dict[tuple[PatchProblem, Order, int], torch.Tensor] = {}  # none is dropped: a captured graph may read it
