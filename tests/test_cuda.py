@@ -4,15 +4,18 @@ Without a GPU the kernels' own source runs on the CPU (tests/host): threads of a
 land as late as they may, poisoned shared memory.
 """
 
+import json
 import random
+import warnings
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
 import torch
 
 import vitkernels as vk
-from vitkernels import cuda, extension, verify
+from vitkernels import cli, cuda, extension, fallbacks, verify
 from vitkernels.dispatch import canonical
 from vitkernels.triton.compiled import problem
 
@@ -142,17 +145,98 @@ def test_a_tensor_map_that_the_driver_refuses(on_cuda_kernels, device, monkeypat
         def forward(self, problem, plan, *rest):
             asked.append(true.how(problem, plan))
             if "wgmma" in asked[-1] or len(asked) == 1:
-                raise RuntimeError("CUDA: a tensor map is refused by the driver: CUresult 1")
+                raise true.Refused("CUDA: CUDA_ERROR_INVALID_VALUE (1): a tensor map is refused by the driver")
             return true.forward(problem, plan, *rest)
 
     monkeypatch.setattr(extension, "load", Refusing)
-    monkeypatch.setattr(cuda, "_refused", set())
+    monkeypatch.setattr(fallbacks, "_reasons", {})
     with pytest.warns(UserWarning, match="the copy engine is not used"):
         tokens = vk.patch_embed(**arguments, backend="cuda")
     assert len(asked) == 2 and "mma.sync" in asked[1]
     torch.testing.assert_close(tokens, expected, rtol=2e-2, atol=2e-2)
     vk.patch_embed(**arguments, backend="cuda")
     assert len(asked) == 3  # it is not asked again
+
+
+@pytest.fixture
+def driver(on_cuda_kernels, device, monkeypatch):
+    """Call it with the CUresult that the emulated driver answers from then on."""
+    if device == "cuda":
+        pytest.skip("a GPU's driver answers for itself")
+    on_cuda_kernels(90, multiprocessors=1)
+    monkeypatch.setattr(fallbacks, "_reasons", {})
+    warnings.simplefilter("error")  # pytest has the filters back afterwards
+    return lambda result: monkeypatch.setenv("VITKERNELS_HOST_DRIVER", str(result))
+
+
+def mapped() -> dict:
+    """Tokens and the weight's gradient come by the copy engine."""
+    generator = torch.Generator().manual_seed(3)
+    return dict(
+        images=torch.rand(40, 3, 32, 48, generator=generator).half(),
+        weight=(torch.randn(72, 3, 16, 16, generator=generator) / 28).half().requires_grad_(),
+    )
+
+
+def wgmma(call: dict) -> bool:
+    return "wgmma" in vk.explain(**call).notes["cuda"]
+
+
+def step_of(name: str, call: dict, backend: str = "cuda"):
+    """The forward, or the backward of tokens that are there already."""
+    tokens = vk.patch_embed(**call, backend=backend)
+    grad = torch.randn(tokens.shape, generator=torch.Generator().manual_seed(0)).half()
+    backward = partial(torch.autograd.grad, tokens, call["weight"], grad, retain_graph=True)
+    return {"forward": lambda: (vk.patch_embed(**call, backend=backend),), "backward": backward}[name]
+
+
+@pytest.mark.parametrize("result", [3, 201, 700])
+@pytest.mark.parametrize("name", ["forward", "backward"])
+def test_an_error_of_the_driver_is_no_refusal(driver, monkeypatch, name, result):
+    """It is the caller's, named, and the next call is as if nothing had been."""
+    call = mapped()
+    step = step_of(name, call)
+    right = step()
+    driver(result)
+    with pytest.raises(RuntimeError, match=rf"CUDA: CUresult \({result}\): a tensor map of .*: .*B=40"):
+        step()
+    assert vk.explain(**call).fallbacks == {} and wgmma(call)
+    monkeypatch.delenv("VITKERNELS_HOST_DRIVER")
+    assert torch.equal(*step(), *right)
+
+
+@pytest.mark.parametrize("name", ["forward", "backward"])
+def test_a_refusal_is_told(driver, capsys, name):
+    call = mapped()
+    step = step_of(name, call)
+    assert wgmma(call) and "fell back" not in str(vk.explain(**call))
+    driver(1)
+    with pytest.warns(UserWarning, match="refused by the driver: .*; the copy engine is not used") as told:
+        found = step()
+    assert len(told) == 1
+    torch.testing.assert_close(*found, *step_of(name, call, "reference")(), rtol=1e-2, atol=1e-2)
+    for again in ("forward", "backward"):
+        step_of(again, call)()
+
+    explained = vk.explain(**call)
+    assert not wgmma(call) and list(explained.fallbacks) == ["cuda"]
+    assert f"fell back: {explained.fallbacks['cuda']}" in str(explained)
+    fallback = {"backend": "cuda", "problem": str(explained.problem), "reason": explained.fallbacks["cuda"]}
+    assert cli.main(["info", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["fallbacks"] == [fallback]
+    assert cli.main(["info"]) == 0
+    assert explained.fallbacks["cuda"] in capsys.readouterr().out
+    assert vk.explain(**call | {"images": call["images"][:39]}).fallbacks == {}  # it is another problem
+
+
+@pytest.mark.parametrize("name", ["forward", "backward"])
+def test_a_new_thread_has_no_context(driver, name):
+    """As autograd's has none, where this may be the first call that needs one."""
+    call = mapped()
+    step = step_of(name, call)
+    with ThreadPoolExecutor(1) as pool:
+        assert torch.equal(*pool.submit(step).result(), *step())
+    assert fallbacks.listed() == []
 
 
 def test_every_road_is_drawn(on_cuda_kernels):

@@ -1,5 +1,7 @@
 """The Triton forward by road and tile, in the interpreter where there is no GPU; plans and tables by arithmetic."""
 
+import re
+import warnings
 from math import prod
 
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 import torch
 
 import vitkernels as vk
-from vitkernels import tuning, verify
+from vitkernels import fallbacks, tuning, verify
 
 triton = pytest.importorskip("vitkernels.triton")
 pytest.importorskip("triton")
@@ -16,6 +18,7 @@ from vitkernels.triton import compiled, plan  # noqa: E402
 H100 = tuning.NOMINAL[90]
 NORM = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)}
 HALF, F32, U8 = torch.bfloat16, torch.float32, torch.uint8
+NO_MAP = "Triton Error [CUDA]: Failed to create tensor map descriptor"
 
 
 @pytest.fixture(autouse=True)
@@ -244,13 +247,54 @@ def test_a_refused_descriptor_falls_to_the_gather_road(monkeypatch, device):
 
     def launch(p, plan, *rest):
         if plan.road == "descriptor":
-            raise RuntimeError("Triton Error [CUDA]: invalid argument")
+            raise RuntimeError(f"{NO_MAP}: invalid argument\nelemType=9 rank=5")
         real(p, plan, *rest)
 
     monkeypatch.setattr(triton, "_launch", launch)
-    monkeypatch.setattr(triton, "_refused", set())
-    with pytest.warns(UserWarning, match="refused"):
+    monkeypatch.setattr(fallbacks, "_reasons", {})
+    with pytest.warns(UserWarning, match="invalid argument elemType=9 rank=5; pixels are gathered") as told:
         right(call)
+    assert len(told) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        right(call)
+    explained = vk.explain(**call)
+    assert explained.notes["triton"] == triton.HOW["gather"]
+    assert "fell back: Triton Error" in str(explained) and list(explained.fallbacks) == ["triton"]
+
+
+@pytest.mark.parametrize("error", [
+    f"{NO_MAP}: invalid device context\nelemType=9", f"{NO_MAP}: an illegal memory access was encountered\nelemType=9",
+    "Triton Error [CUDA]: invalid argument", "CUDA error: invalid argument",
+])  # fmt: skip
+def test_no_other_error_is_a_refusal(monkeypatch, device, error):
+    call = arguments(2, 3, 32, 48, 16, 40, pixels=U8, device=device)
+
+    def launch(*_):
+        raise RuntimeError(error)
+
+    monkeypatch.setattr(triton, "_launch", launch)
+    monkeypatch.setattr(fallbacks, "_reasons", {})
+    with pytest.raises(RuntimeError, match=re.escape(error)):
+        vk.patch_embed(**call, backend="triton")
+    assert fallbacks.listed() == []
+
+
+@pytest.mark.parametrize("road", ["descriptor", "gather"])
+def test_descriptors_are_made_in_a_context(monkeypatch, device, road):
+    """Triton gives a thread one only as it launches, when they are there already."""
+    call = arguments(2, 3, 32, 48, 16, 40, pixels=HALF, device=device)
+    p, done, real = problem(call), [], triton._prepared
+
+    def prepared(*args):
+        plan, kernel = real(*args)
+        return plan, lambda **tensors: (done.append("kernel"), kernel(**tensors))
+
+    monkeypatch.setattr(plan, "roads_of", lambda *_: (road,))
+    monkeypatch.setattr(triton, "_prepared", prepared)
+    monkeypatch.setattr(triton, "bind_context", lambda on: done.append(on))
+    vk.patch_embed(**call, backend="triton")
+    assert done == [p.device] * (road == "descriptor") + ["kernel"]
 
 
 def test_tune_without_a_gpu_says_so():

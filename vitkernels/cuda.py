@@ -4,13 +4,12 @@ strides and the current stream, plans the launch (csrc/plan.h, backward_plan.h) 
 from __future__ import annotations
 
 import math
-import warnings
 from functools import lru_cache
 from typing import Any
 
 import torch
 
-from . import extension, gradients, patches
+from . import extension, fallbacks, gradients, patches
 from .device import gpu_of, tf32
 from .problem import PatchProblem
 
@@ -19,6 +18,7 @@ DTYPES = (
     torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64,
     torch.int8, torch.int16, torch.int32, torch.int64,
 )  # fmt: skip
+BACKEND = "cuda"
 _NUMBER = {dtype: i for i, dtype in enumerate(DTYPES)}
 
 
@@ -56,7 +56,7 @@ def covers(built: str, arch: int) -> bool:
 def how(p: PatchProblem) -> str:
     """The forward's road, for tensors that begin on 16 bytes and a dense weight."""
     weight = _dense((p.D, p.C, *p.P))
-    plan = _plan(p, tf32(), p in _refused, 0, 0, _NUMBER[p.weight_dtype], weight)
+    plan = _plan(p, tf32(), fallbacks.happened(BACKEND, p), 0, 0, _NUMBER[p.weight_dtype], weight)
     return extension.load().how(_problem(p, tf32()), plan)
 
 
@@ -82,7 +82,7 @@ def forward(
     if out.numel() == 0:
         return out
     rounded, centred = tf32(), _centred(p)
-    taken = plan or _plan(p, rounded, p in _refused, *_places(images, weight))
+    taken = plan or _plan(p, rounded, fallbacks.happened(BACKEND, p), *_places(images, weight))
     scratch = images.new_empty(taken.scratch_bytes, dtype=torch.uint8) if taken.scratch_bytes else None
     try:
         with torch.cuda.device_of(images):
@@ -91,9 +91,10 @@ def forward(
                 _table(prefix), _plain(keep), _plain(centred), _plain(out),
                 0 if scratch is None else scratch.data_ptr(), _stream(p),
             )  # fmt: skip
-    except RuntimeError as error:
-        if plan is not None or not _refuse(p, error):
+    except extension.load().Refused as error:
+        if plan is not None:
             raise
+        _leave_the_copy_engine(p, error)
         return forward(p, images, weight, bias, pos_embed, prefix, keep)
     return out
 
@@ -119,28 +120,20 @@ def backward(
     everything = (grad, images, weight, keep, centred, d_images, d_weight, d_bias, d_pos, d_prefix)
     tensors = tuple(map(_plain, everything))
     module, problem = extension.load(), _problem(p, tf32())
-    plan = module.plan_backward(problem, _gpu(p.device, p in _refused), tensors)
+    plan = module.plan_backward(problem, _gpu(p.device, fallbacks.happened(BACKEND, p)), tensors)
     scratch = images.new_empty(plan.scratch_bytes, dtype=torch.uint8)
     try:
         with torch.cuda.device_of(images):
             module.backward(problem, plan, tensors, scratch.data_ptr(), _stream(p))
-    except RuntimeError as error:
-        if not _refuse(p, error):
-            raise
+    except extension.load().Refused as error:
+        _leave_the_copy_engine(p, error)
         return backward(p, grad, images, weight, bias, pos_embed, prefix, keep, grads)
     return None
 
 
-_refused: set[PatchProblem] = set()
-
-
-def _refuse(p: PatchProblem, error: RuntimeError) -> bool:
-    """Whether the driver refused a tensor map, which it checks as it makes one; then the copy engine is not used."""
-    if "refused by the driver" not in str(error):
-        return False
-    warnings.warn(f"{error}; the copy engine is not used", stacklevel=3)
-    _refused.add(p)
-    return True
+def _leave_the_copy_engine(p: PatchProblem, error: Exception) -> None:
+    """For what came before it needs no tensor map, and so nothing that the driver refuses."""
+    fallbacks.remember(BACKEND, p, f"{error}; the copy engine is not used")
 
 
 @lru_cache(maxsize=1024)

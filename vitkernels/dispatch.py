@@ -8,6 +8,7 @@ from types import ModuleType
 
 import torch
 
+from . import fallbacks
 from .problem import PatchProblem
 
 # Every backend is a module with `why_not(problem) -> reasons`, `how(problem) -> what would happen, for people`,
@@ -43,19 +44,23 @@ def choose(p: PatchProblem, name: str) -> ModuleType:
 
 
 class Explanation(dict[str, list[str]]):
-    """Backend -> the reasons why it would not run; an empty list: it would. `chosen` is what `auto` takes."""
+    """Backend -> the reasons why it would not run; an empty list: it would. `chosen` is what `auto` takes, `notes`
+    are how each would do it, and `fallbacks` why some no longer do it in another way, since a call in this process."""
 
     def __init__(self, p: PatchProblem):
         super().__init__((name, why_not(p, name)) for name in MODULES)
         self.problem = p
         self.chosen = choose(p, "auto").__name__.rpartition(".")[2]
         self.notes = {name: backend(name).how(p) for name, reasons in self.items() if not reasons}
+        self.fallbacks = fallbacks.of(p)
 
     def __str__(self) -> str:
         lines = [str(self.problem)]
         for name, reasons in self.items():
             mark = "auto takes it" if name == self.chosen else "would run"
             lines.append(f"  {name:<10}" + ("no: " + "; ".join(reasons) if reasons else f"{mark}, {self.notes[name]}"))
+            if name in self.fallbacks:
+                lines.append(f"  {'':<10}fell back: {self.fallbacks[name]}")
         return "\n".join(lines)
 
 

@@ -31,12 +31,15 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.markdown:
         return {"markdown": TABLES[args.markdown]()}
+    from .. import fallbacks
+
     problems = _problems()
     return {
         "machine": machine(),
         "versions": versions(),
         "backends": [_backend(name, problems) for name in next(iter(problems.values()))],
         "auto": {title: explanation.chosen for title, explanation in problems.items()},
+        "fallbacks": fallbacks.listed(),
     }
 
 
@@ -70,6 +73,10 @@ def show(result: dict[str, Any]) -> None:
             here = "yes" if backend["available"] else "no"
             table.add_row(*((backend["name"], here) if i == 0 else ("", "")), title + taken, "; ".join(reasons))
     console.print(table)
+    for fallback in result["fallbacks"]:
+        console.print(escape("{backend} fell back for {problem}: {reason}".format(**fallback)), soft_wrap=True)
+    if not result["fallbacks"]:
+        console.print("fallbacks in this process: none")
 
 
 def machine() -> dict[str, Any]:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
 from functools import lru_cache, partial
 from types import ModuleType
 
 import numpy
 import torch
 
-from .. import tuning
-from ..device import gpu_of, tf32
+from .. import fallbacks, tuning
+from ..device import bind_context, gpu_of, tf32
 from ..problem import PatchProblem
 from ..tuning import Config, Gpu
 from .backward import backward as backward
@@ -21,11 +20,14 @@ from .plan import Plan, make_plan, product_of, roads_of
 
 INT32 = 2**31
 HOW = {"gather": "pixels gathered by threads", "descriptor": "patches cut by the copy engine"}
+# As Triton names CUDA_ERROR_INVALID_VALUE of cuTensorMapEncodeTiled; any other error is no refusal.
+REFUSED = "Triton Error [CUDA]: Failed to create tensor map descriptor: invalid argument"
+BACKEND = "triton"
 SLACK = 1 << 17  # rows that a kernel may count past the end, of its last tile or of its last part
 
 
 def how(p: PatchProblem) -> str:
-    road, *_ = roads_of(p, gpu_of(p.device), product_of(p, tf32()), True)
+    road, *_ = roads_of(p, gpu_of(p.device), product_of(p, tf32()), not fallbacks.happened(BACKEND, p))
     return HOW[road]
 
 
@@ -114,21 +116,17 @@ def forward(
         t if t is None or t.stride(-1) == 1 else t.contiguous() for t in (pos_embed, prefix, bias)
     )
     keep = None if keep is None else keep.contiguous()
-    aligned = images.data_ptr() % 16 == 0 and p not in _refused
+    aligned = images.data_ptr() % 16 == 0 and not fallbacks.happened(BACKEND, p)
     plan, kernel = _prepared(p, aligned, tf32(), interpreted(), choice)
     try:
         _launch(p, plan, kernel, images, weight, bias, pos_embed, prefix, keep, out)
     except RuntimeError as error:
-        if plan.road != "descriptor" or choice is not None or "invalid argument" not in str(error):
+        if plan.road != "descriptor" or choice is not None or not str(error).startswith(REFUSED):
             raise
         # The driver checks a descriptor when it is launched; what it refuses, threads can still gather.
-        warnings.warn(f"the driver refused the tensor descriptors of {p}: {error}; pixels are gathered", stacklevel=2)
-        _refused.add(p)
+        fallbacks.remember(BACKEND, p, f"{' '.join(str(error).split())}; pixels are gathered")
         return forward(p, images, weight, bias, pos_embed, prefix, keep)
     return out
-
-
-_refused: set[PatchProblem] = set()
 
 
 def _launch(p, plan: Plan, kernel, images, weight, bias, pos_embed, prefix, keep, out) -> None:
@@ -152,6 +150,8 @@ def _launch(p, plan: Plan, kernel, images, weight, bias, pos_embed, prefix, keep
         for dim, axis in enumerate("bn" if name == "pos" else "bt")
     }
     with torch.cuda.device_of(images):
+        if plan.descriptors:
+            bind_context(p.device)  # Triton does so only after it has made the descriptors
         kernel(**tensors, **strides)
 
 
