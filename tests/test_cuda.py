@@ -230,9 +230,12 @@ def test_a_refusal_is_told(driver, capsys, name):
 
 
 @pytest.mark.parametrize("name", ["forward", "backward"])
-def test_a_new_thread_has_no_context(driver, name):
+def test_a_new_thread_has_no_context(on_cuda_kernels, device, monkeypatch, name):
     """As autograd's has none, where this may be the first call that needs one."""
-    call = mapped()
+    on_cuda_kernels(90, multiprocessors=1)
+    monkeypatch.setattr(fallbacks, "_reasons", {})
+    call = on(mapped(), device)
+    call["weight"] = call["weight"].detach().requires_grad_()
     step = step_of(name, call)
     with ThreadPoolExecutor(1) as pool:
         assert torch.equal(*pool.submit(step).result(), *step())

@@ -2,6 +2,7 @@
 
 import re
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from math import prod
 
 import numpy as np
@@ -295,6 +296,16 @@ def test_descriptors_are_made_in_a_context(monkeypatch, device, road):
     monkeypatch.setattr(triton, "bind_context", lambda on: done.append(on))
     vk.patch_embed(**call, backend="triton")
     assert done == [p.device] * (road == "descriptor") + ["kernel"]
+
+
+def test_a_new_thread(monkeypatch, device):
+    """It has no context yet; and memory for its tokens is there, so that PyTorch needs none either."""
+    call = arguments(2, 3, 32, 48, 16, 40, pixels=HALF, device=device)
+    monkeypatch.setattr(fallbacks, "_reasons", {})
+    tokens = vk.patch_embed(**call, backend="triton").cpu()
+    with ThreadPoolExecutor(1) as pool:
+        assert torch.equal(pool.submit(vk.patch_embed, **call, backend="triton").result().cpu(), tokens)
+    assert fallbacks.listed() == []
 
 
 def test_tune_without_a_gpu_says_so():
