@@ -1,7 +1,7 @@
 """Kernels compiled for a GPU that need not be there, and what their machine code says: registers, spills, shared
-memory, tensor-core and copy-engine instructions, width of the image loads.
+memory, tensor-core and copy-engine instructions, width of the image loads, hazards.
 
-The SASS is read by `machine_code`.
+The SASS is read by `machine_code` and `hazards`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from .. import machine_code, tuning
+from ..hazards import hazards
 from ..problem import Arguments, Meta, PatchProblem, build
 from ..tuning import Config, Gpu, rows
 from .backward_plan import Launch, Wanted, image_launch, reduction, weight_tiles
@@ -97,7 +98,8 @@ def measure(p: PatchProblem, gpu: Gpu, tf32: bool, choice: tuple[str, Config] | 
 
     Returns:
         {"kernel", "registers", "spill_bytes" (stack), "shared_bytes", "wgmma", "mma" (mma.sync and tcgen05), "tma",
-        "load_bytes" (of one image load; of one row of a copy-engine block; 0 where no image is read)}.
+        "load_bytes" (of one image load; of one row of a copy-engine block; 0 where no image is read), "hazards" (how
+        many instructions break the rules of hazards.py), "first_hazard"}.
     """
     road = choice[0] if choice else "forward"
     if road in GRADIENTS:
@@ -107,11 +109,12 @@ def measure(p: PatchProblem, gpu: Gpu, tf32: bool, choice: tuple[str, Config] | 
         road, kernel = plan.road, compile_plan(p, plan, gpu.arch)
         load = plan.constants["XK"] * p.image_dtype.itemsize if road == "descriptor" else None
     usage, sass = machine_code.read(kernel.asm["cubin"])
-    count = machine_code.counts(sass)
+    count, found = machine_code.counts(sass), hazards(sass, kernel.metadata.num_warps)
     return {
         "kernel": road, "registers": usage.registers, "spill_bytes": usage.stack,
         "shared_bytes": kernel.metadata.shared, "wgmma": count["wgmma"], "mma": count["mma"],
         "tma": count["tma_loads"] + count["tma_stores"], "load_bytes": _load_bytes(sass) if load is None else load,
+        "hazards": len(found), "first_hazard": next(iter(found), ""),
     }  # fmt: skip
 
 
