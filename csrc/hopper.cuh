@@ -214,11 +214,13 @@ VK_DEVICE void consume(const HopperArguments& h, const char* stages, float* slic
                             warpgroup_multiply_add(c, operands[odd], weight(i + odd), T{});
                             warpgroup_commit();
                             warpgroup_wait<1>();
+                        } else {
+                            warpgroup_wait<0>();  // operands[0] are written next, and must not be while they are read
                         }
             }
-            // The last group goes on while the next stage is awaited: then the stage before is free. But operands[0] must
-            // not be written while it is read, and of two stages the producer waits for this very one.
-            bool drained = !Source::DIRECT && (parts % 2 || a.stages == 2);
+            // The last group goes on while the next stage is awaited: then the stage before is free. But of two stages
+            // the producer waits for this very one.
+            bool drained = !Source::DIRECT && a.stages == 2;
             if (drained) warpgroup_wait<0>();
             if (before >= 0) release(before);
             before = turn.slot;

@@ -232,7 +232,7 @@ def test_a_measured_entry_goes_before_the_default(tmp_path, monkeypatch):
     tuning.measured.cache_clear()
     p = compiled.problem(16, "bf16")
     gpu = H100._replace(name="Some GPU 9000")
-    entry = {"road": "descriptor", "config": [64, 64, 64, 4, 2, 1.0], "ms": 0.1}
+    entry = {"road": "descriptor", "config": [64, 64, 64, 4, 2, 1.0], "ms": 0.1, **tuning.compiled_from()}
     file = tuning.remember(gpu.name, tuning.key(p, "half", True), entry)
     assert file.name == "some-gpu-9000.json"
     triton.forget_plans()

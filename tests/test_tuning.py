@@ -345,12 +345,16 @@ def test_the_tile_that_is_timed_is_the_one_asked_for_and_right(road, device, mon
 
 
 def entry(**change):
-    return {"road": "gather", "config": [64, 64, 64, 4, 2, 1.0], "ms": 0.1, "default_ms": 0.13, **change}
+    made = {"road": "gather", "config": [64, 64, 64, 4, 2, 1.0], "ms": 0.1, "default_ms": 0.13}
+    return made | tuning.compiled_from() | change
 
 
 WRONG = {
     "too many stages for the GPU": entry(config=[128, 128, 128, 8, 8, 1.0]),
     "a road of another problem": entry(road="weight"),
+    "another Triton's": entry(triton="3.5.0"),
+    "another source's": entry(kernels="0" * 12),
+    "an older version's, which noted neither": {"road": "gather", "config": [64, 64, 64, 4, 2, 1.0], "ms": 0.1},
     "no road": {"config": [64, 64, 64, 4, 2]},
     "no power of two": entry(config=[65, 64, 64, 4, 2]),
     "too short": entry(config=[64, 64]),
@@ -408,6 +412,16 @@ for i in range(25):
 """
 
 
+def test_a_tile_with_a_hazard_is_not_launched(device, monkeypatch):
+    tensors = {k: torch.randn_like(t, device=device) for k, t in call(B=2).items()}
+    p = vk.explain(**tensors).problem
+    run = tuning.runner(p, tensors, "forward")
+    monkeypatch.setattr(tuning, "hazard_of", lambda p, choice: "LDSM R4: touches R4" * (choice[1].warps == 8))
+    monkeypatch.setattr(triton, "forward", lambda *_, choice: pytest.fail(f"{choice} was launched"))
+    with pytest.raises(ArithmeticError, match="hazard: LDSM R4"):
+        run(("gather", Config(64, 64, 64, 8, 2)))
+
+
 def test_processes_that_remember_at_once_lose_nothing(tmp_path):
     pytest.importorskip("fcntl")
     running = [subprocess.Popen([sys.executable, "-c", REMEMBER, name, tmp_path]) for name in "abc"]
@@ -455,7 +469,7 @@ def test_list_and_forget_work_without_a_gpu(cache, capsys):
     status, listed = run("--list", capsys=capsys)
     assert status == 0
     assert [(e["gpu"], e["key"], e["shipped"], e["stale"]) for e in listed["entries"]] == [
-        ("GPU Two", "weight/half/y", True, True), ("GPU One", "half/x", False, True),
+        ("GPU Two", "weight/half/y", True, False), ("GPU One", "half/x", False, True),
     ]  # fmt: skip
     assert cli.main(["tune", "--list"]) == 0
     out = capsys.readouterr().out

@@ -105,10 +105,11 @@ def _after(op: Instruction, state: State, warps: int) -> tuple[State, str]:
 def _product(op: Instruction, state: State) -> tuple[State, str]:
     shape = re.search(r"GMMA\.\d+x(\d+)x\d+\.(F32|F16|S32)", op.opcode)
     operands = [text.strip() for text in op.operands.split(",")]
-    if shape is None or not (to := re.fullmatch(r"R(\d+)", operands[0])):
+    if shape is None or not (to := re.fullmatch(r"R(\d+|Z)", operands[0])):
         raise ValueError(f"not understood: {op}")
-    first, count = int(to[1]), int(shape[1]) // (4 if shape[2] == "F16" else 2)
-    sums = {(r, (first, count)) for r in range(first, first + count)}
+    count = int(shape[1]) // (4 if shape[2] == "F16" else 2)
+    first = 0 if to[1] == "Z" else int(to[1])  # RZ: no product, but the end of a group
+    sums = set() if to[1] == "Z" else {(r, (first, count)) for r in range(first, first + count)}
     left = re.match(r"R(\d+)", operands[1])
     A = {(r, "A") for r in range(int(left[1]), int(left[1]) + 4)} if left else set()
     written, read = {r for r, _ in sums}, {r for r, _ in A}
@@ -196,7 +197,7 @@ class Flow:
             if not calls:
                 raise ValueError(f"{op}: there is no call to return from")
             return [*found, (calls[-1], calls[:-1], meeting)]
-        return found + [(to, calls, meeting) for to in targets]
+        return found + [(to, calls, meeting) for to in targets if to < len(self.code)]
 
     def _jump(self, op: Instruction) -> tuple[set[int], bool]:
         """Where an instruction may jump to, and whether the next one may follow."""
@@ -204,7 +205,7 @@ class Flow:
         if kind in ("BRA", "JMP"):
             return {self._target(op)}, op.conditional or not op.operands.startswith("`")
         if kind in ("BRX", "JMX"):
-            return set(self.labels.values()), op.conditional
+            return self._targets(op), op.conditional
         if kind == "CALL":
             return {self._target(op)}, op.conditional
         if kind == "WARPSYNC" and "`" in op.operands:
@@ -216,6 +217,13 @@ class Flow:
         if name is None or name[1] not in self.labels:
             raise ValueError(f"{op}: it is not known where that leads")
         return self.labels[name[1]]
+
+    def _targets(self, op: Instruction) -> set[int]:
+        """Of a jump to one of several: nvdisasm lists them."""
+        names = re.search(r'BRANCH_TARGETS ([^"]+)"', op.operands)
+        if names is None or not set(names[1].split(",")) <= self.labels.keys():
+            raise ValueError(f"{op}: it is not known where that leads")
+        return {self.labels[name] for name in names[1].split(",")}
 
     def _returns(self, call: int) -> None:
         """A call returns behind itself: so says an instruction that brings its address to a register."""

@@ -6,10 +6,11 @@ package:
     {"half/bfloat16-bfloat16-bfloat16/C3/P1x16x16/S1x16x16/D768/M16/d": {
         "road": "descriptor", "config": [128, 256, 64, 8, 3, 1.0],      a `Config`: BM BN BK warps stages rate
         "ms": 0.1, "default_ms": 0.12,                                   the tile's time, and that of the table's own
-        "gpu": "NVIDIA H100 80GB HBM3", "driver": "580.95", "triton": "3.6.0", "vitkernels": "0.1.0",
-        "date": "2026-01-31"}}
+        "gpu": "NVIDIA H100 80GB HBM3", "driver": "580.95", "triton": "3.6.0", "kernels": "0123456789ab",
+        "vitkernels": "0.1.0", "date": "2026-01-31"}}
 
-An entry is used whatever versions it names; `vitkernels tune --list` tells those that another Triton measured. What is
+An entry holds for the Triton and the kernels (a hash of their source) that it was measured with: others compile another
+kernel, of another speed and with other hazards. `vitkernels tune --list` tells those that are stale. What is stale,
 damaged or doesn't fit is not used.
 """
 

@@ -11,6 +11,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -182,10 +183,28 @@ def measured(gpu_name: str) -> dict[str, tile_cache.Entry]:
     return tile_cache.read(cache_file(gpu_name, ship=True)) | tile_cache.read(cache_file(gpu_name))
 
 
+@lru_cache(maxsize=1)
+def compiled_from() -> dict[str, str | None]:
+    """What makes a tile's machine code: Triton, and the source of the kernels. A time, and that there was no hazard,
+    hold for these alone."""
+    try:
+        triton: str | None = version("triton")
+    except PackageNotFoundError:
+        triton = None
+    folder = Path(__file__).parent / "triton"
+    text = b"".join((folder / name).read_bytes() for name in ("kernels.py", "backward_kernels.py", "tiles.py"))
+    return {"triton": triton, "kernels": hashlib.sha1(text).hexdigest()[:12]}
+
+
+def is_stale(entry: tile_cache.Entry) -> bool:
+    """Whether another Triton compiled it, or from another source."""
+    return any(entry.get(name) != value for name, value in compiled_from().items())
+
+
 def remembered(gpu: Gpu, problem_key: str, roads: Sequence[str], fits: Callable[[Config], bool]) -> Choice | None:
-    """The measured tile of a problem; None where there is none, or it doesn't fit what runs today."""
+    """The measured tile of a problem; None where there is none, or it is stale or doesn't fit what runs today."""
     entry = measured(gpu.name).get(problem_key)
-    if entry is None:
+    if entry is None or is_stale(entry):
         return None
     road, c = entry["road"], Config(*entry["config"])
     return (road, c) if road in roads and fits(c) else None
@@ -248,7 +267,7 @@ def tune(
     aligned = call["images"].data_ptr() % 16 == 0
     candidates, problem_key = triton.candidates(p, gpu, aligned, road), triton.tuning_key(p, gpu, aligned, road)
     header = machine.header(p.device, "")
-    versions = {name: header[name] for name in ("driver", "triton", "vitkernels")}
+    versions = {name: header[name] for name in ("driver", "vitkernels")} | compiled_from()
     digest = hashlib.sha1(problem_key.encode()).hexdigest()[:12]
     file = cache_file(gpu.name)
     with search.journal(
@@ -281,9 +300,20 @@ def _timer(p: PatchProblem, call: dict[str, Any], road: str) -> Timer:
     return timed
 
 
+def hazard_of(p: PatchProblem, choice: Choice) -> str:
+    """What breaks the rules of hazards.py in a candidate's machine code; "" where nothing does, and on other GPUs."""
+    from .device import gpu_of, tf32
+    from .triton import compiled
+
+    gpu = gpu_of(p.device)
+    if p.device.type != "cuda" or gpu.arch != 90:
+        return ""
+    return compiled.measure(p, gpu, tf32(), choice)["first_hazard"]
+
+
 def runner(p: PatchProblem, call: dict[str, Any], road: str) -> Callable[[Choice], object]:
-    """Runs a candidate; the first time its result is held to the definition's, and ArithmeticError says that it is
-    wrong: it gets no time."""
+    """Runs a candidate. The first time its machine code must have no hazard, or it is not launched, and its result is
+    held to the definition's; ArithmeticError says what is wrong: it gets no time."""
     import torch
 
     from . import dispatch, gradients, reference, triton
@@ -307,6 +337,8 @@ def runner(p: PatchProblem, call: dict[str, Any], road: str) -> Callable[[Choice
     checked: set[Choice] = set()
 
     def once(choice: Choice) -> object:
+        if choice not in checked and (hazard := hazard_of(p, choice)):
+            raise ArithmeticError(f"its machine code has a hazard: {hazard}")
         results = run(choice)
         if choice not in checked:
             for ours, theirs in zip(results, expected, strict=True):

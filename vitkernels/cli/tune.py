@@ -112,18 +112,10 @@ def _front_end(spec: str, dtype: str, pixels: str | None) -> Callable[[int, str]
 
 
 def _listed() -> dict[str, Any]:
-    from .. import tile_cache
+    from .. import tile_cache, tuning
 
-    try:
-        import triton
-
-        version = triton.__version__
-    except ImportError:
-        version = None
-    entries = [
-        {**entry, "stale": version is not None and entry.get("triton") != version} for entry in tile_cache.listed()
-    ]
-    return {"triton": version, "folder": str(tile_cache.folder()), "entries": entries}
+    entries = [{**entry, "stale": tuning.is_stale(entry)} for entry in tile_cache.listed()]
+    return {**tuning.compiled_from(), "folder": str(tile_cache.folder()), "entries": entries}
 
 
 def _forgotten(gpu: str) -> dict[str, Any]:
