@@ -80,6 +80,9 @@ PYBIND11_MODULE(VITKERNELS_MODULE, m) {
         .def_readonly("scratch_bytes", &Backward::scratch_bytes)
         .def_property_readonly("hopper", [](const Backward& b) { return b.weight.hopper; });
     m.def("backward_refused", &backward_refused);
+    m.def("no_hopper_weight", [](const Problem& p, const Gpu& gpu, const py::object& images, const py::object& grad) {
+        return backward::no_hopper_weight(p, gpu, tensor_of(images), tensor_of(grad));
+    });
     auto tensors = [](const py::tuple& t, uintptr_t scratch) {
         return BackwardTensors{tensor_of(t[0]), tensor_of(t[1]), tensor_of(t[2]), tensor_of(t[3]), tensor_of(t[4]),
                                tensor_of(t[5]), tensor_of(t[6]), tensor_of(t[7]), tensor_of(t[8]), tensor_of(t[9]),

@@ -1,5 +1,6 @@
 """The definition: gradcheck, pieces of every size, no copy of the images; and the oracle against a model's modules."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -8,7 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vitkernels as vk
-from vitkernels import patches, reference, verify
+from vitkernels import dispatch, gradients, patches, reference, verify
 from vitkernels.cases import Case
 from vitkernels.memory import peak_bytes
 
@@ -176,3 +177,54 @@ def test_what_cannot_be_checked_on_a_gpu_is_nan_and_has_no_gradient(monkeypatch)
     theirs = torch.autograd.grad(right, (weight, pos), torch.ones_like(right))
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(ours, theirs, strict=True))
     assert problem.in_grid(vk.explain(images, weight).problem, None) == (None, None)
+
+
+# What a GPU computes otherwise: products of halves summed in fp32, rows padded to 16 bytes, many images at once
+
+
+ON_A_GPU = {
+    "P = 16": dict(images=(3, 3, 32, 48), weight=(20, 3, 16, 16), rows=2 + 6),
+    "P = 14, rows padded": dict(images=(3, 3, 28, 42), weight=(24, 3, 14, 14), rows=6),
+    "overlap and padding": dict(images=(2, 3, 20, 20), weight=(8, 3, 7, 7), stride=(4, 3), padding=(2, 3), rows=2 + 35),
+    "keep": dict(images=(4, 3, 28, 28), weight=(8, 3, 14, 14), keep=((3, 1, 1),) * 4, rows=2 + 4),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("at_once", [1, 10**9], ids=["one piece an image", "one piece"])
+@pytest.mark.parametrize("name", ON_A_GPU)
+def test_as_on_a_gpu(name, at_once, dtype, monkeypatch):
+    case = dict(ON_A_GPU[name])
+    rows = case.pop("rows")
+    call = {n: images_of(*case.pop(n), dtype=dtype, seed=i) for i, n in enumerate(("images", "weight"))}
+    D = call["weight"].shape[0]
+    call |= {"bias": images_of(D, dtype=dtype), "pos_embed": images_of(rows, D, dtype=dtype), **case}
+    call["prefix"] = images_of(2, D, dtype=dtype, seed=3)
+    if "keep" in call:
+        call["keep"] = torch.tensor(call["keep"])
+    call["weight"] = call["weight"] / 8
+    real = verify.evaluate(lambda **kw: vk.patch_embed(**kw, backend="reference"), call)
+
+    def multiplied(a, b, out):  # mm's out_dtype is a GPU's own
+        products.append((a.dtype, b.shape[1]))
+        return a.to(out) @ b.to(out)
+
+    products = []
+    p = replace(vk.explain(**call).problem, device=torch.device("cuda", 90))
+    monkeypatch.setattr(gradients, "product", multiplied)
+    monkeypatch.setattr(patches, "GPU_BYTES", at_once)
+    tensors = dispatch.canonical(*(call.get(n) for n in ("images", "weight", "bias", "pos_embed", "prefix", "keep")))
+    tokens = reference.forward(p, *tensors)
+    exact = verify.evaluate(verify.oracle, verify._doubled(call))
+    limit = {torch.bfloat16: 2**-7, torch.float32: 1e-5}[dtype]
+    assert (tokens.double() - exact["tokens"]).abs().max() <= limit * exact["tokens"].abs().max()
+    grad = torch.randn(tokens.shape, generator=torch.Generator().manual_seed(tokens.numel()))
+    grads = tuple(torch.empty_like(t) for t in tensors[:5])
+    reference.backward(p, grad.to(torch.bfloat16).to(dtype), *tensors, grads=grads)
+    for found, what in zip(grads, ("images", "weight", "bias", "pos_embed", "prefix"), strict=True):
+        difference = (found.double().view(exact[what].shape) - exact[what]).abs().max()
+        assert difference <= limit * exact[what].abs().max(), what
+        assert found.view(real[what].shape).stride() == real[what].stride()
+    K = p.K
+    assert {d for d, _ in products} == {dtype}
+    assert K % 8 == 0 or dtype == torch.float32 or any(n == -(-K // 8) * 8 for _, n in products)

@@ -43,7 +43,8 @@ def default_impls(call: Call, *, compiled: bool | None = None) -> list[str]:
     takes up to a minute a case."""
     why = explain(**call)
     gpu = call["images"].is_cuda
-    others = [name for name, reasons in why.items() if not reasons and name not in (why.chosen, "reference")]
+    always = {name for name, _ in why.auto.values()}  # by `auto`, if it is one
+    others = [name for name, reasons in why.items() if not reasons and {name} != always and name != "reference"]
     peers = [
         name
         for name in PEERS
@@ -270,7 +271,7 @@ def _bench(
                 todo = ceiling_steps(impl, calls, mode)
             else:
                 if impl == "auto":
-                    row["backend"] = explain(**calls[0]).chosen
+                    row["backend"] = explain(**calls[0]).takes(mode)
                 if wrong := gate(impl, calls[0], mode):
                     row["error"] = wrong
                     continue

@@ -60,6 +60,14 @@ def how(p: PatchProblem) -> str:
     return extension.load().how(_problem(p, tf32()), plan)
 
 
+@lru_cache(maxsize=1024)
+def no_wgmma(p: PatchProblem) -> str:
+    """Why the weight's gradient is not multiplied by wgmma, for dense gradients of the tokens; "": it is."""
+    images = (0, _NUMBER[p.image_dtype], *p.image_strides)
+    grad = (0, _NUMBER[p.out_dtype], *_dense(p.out_shape))
+    return extension.load().no_hopper_weight(_problem(p, tf32()), _gpu(p.device), images, grad)
+
+
 def candidates(p: PatchProblem, images: torch.Tensor, weight: torch.Tensor) -> dict[str, Any]:
     """Every plan of the forward that can take the problem, by what it would do."""
     module, problem = extension.load(), _problem(p, tf32())

@@ -40,14 +40,29 @@ def capturing(device: torch.device) -> bool:
 
 
 def gpu_of(device: torch.device) -> Gpu:
-    """The figures of a GPU; for the CPU, where tests run the kernels, those of an H100."""
+    """The figures of a GPU; for the CPU, where tests run the kernels, those of an H100.
+
+    A number that is an architecture's, as in cuda:90, and none of this machine's GPUs, is that architecture's nominal
+    GPU: what would be chosen there can be asked without one.
+    """
     return _gpu_of(indexed(device))
+
+
+def nominal(name: str) -> torch.device:
+    """The device that stands for a GPU by its architecture ("sm_90") or name ("H100")."""
+    for arch, gpu in NOMINAL.items():
+        if name in (gpu.name, f"sm_{arch}"):
+            return torch.device("cuda", arch)
+    known = ", ".join(f"sm_{arch} ({gpu.name})" for arch, gpu in NOMINAL.items())
+    raise ValueError(f"gpu must be one of {known}; got {name!r}")
 
 
 @lru_cache(maxsize=64)
 def _gpu_of(device: torch.device) -> Gpu:
     if device.type == "cpu":
         return NOMINAL[90]._replace(name="emulated")
+    if device.index in NOMINAL and device.index >= torch.cuda.device_count():
+        return NOMINAL[device.index]
     properties = torch.cuda.get_device_properties(device)
     arch = properties.major * 10 + properties.minor
     return Gpu(properties.name, arch, properties.multi_processor_count, properties.shared_memory_per_block_optin)

@@ -5,18 +5,68 @@ from __future__ import annotations
 import importlib
 from functools import lru_cache
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 
-from . import fallbacks
+from . import extension, fallbacks
+from .device import gpu_of, tf32
 from .problem import PatchProblem
 
 # Every backend is a module with `why_not(problem) -> reasons`, `how(problem) -> what would happen, for people`,
 # `forward(problem, *tensors) -> tokens`, and `backward(problem, grad, *tensors, grads)`, which writes the gradients.
 MODULES = {"triton": ".triton", "cuda": ".cuda", "reference": ".reference"}
-# What `auto` tries, first to last. Triton's interpreter, on a CPU, runs only when it is named. `cuda` joins once a file
-# of benchmarks/results shows it right, and fast, on the GPU's architecture: so far it has not been run on one.
-AUTO = {"cuda": ("triton", "reference")}
+# "weight" stands for all that is learnt: weight, bias, position table and prefix.
+DIRECTIONS = {"forward": "tokens", "weight": "parameters' gradients", "images": "images' gradient"}
+
+
+class Row(NamedTuple):
+    backends: tuple[str, ...]  # what `auto` tries, first to last
+    why: str
+
+
+# What was measured: (architecture, direction, kind of product) -> row. Microseconds are of CUDA-graph replays on an
+# H200, B = 256, at commit b74a4aa, from benchmarks/results/nvidia-h200; ViT-B/16 unless it says otherwise.
+MEASURED: dict[tuple[int, str, str], Row] = {
+    (90, "forward", "half"): Row(
+        ("triton", "cuda", "reference"),
+        "triton 157 µs, cuda 229, reshape + linear 497; ViT-L/14: 285, 769, 1,058; from uint8: 158 to 190 before it "
+        "waited for its products, 350, 709",
+    ),
+    (90, "forward", "fp32"): Row(
+        ("reference",),
+        "forward and backward: reshape + linear, which the reference is, 3,007 µs, cuda 5,822, triton 10,400",
+    ),
+    (90, "weight", "half"): Row(
+        ("cuda", "reference"), "cuda 176 µs, reshape + linear 257, triton 439; from uint8: 167, 258, 684"
+    ),
+    (90, "weight", "half, not by wgmma"): Row(
+        ("reference",),
+        "ViT-L/14: reshape + linear 608 µs, triton 1,271, cuda 1,739; keep 25 %: 211, 405, 280",
+    ),
+    (90, "weight", "fp32"): Row(("reference",), "reshape + linear 1,386 µs, cuda 1,989, triton 2,545"),
+    (90, "weight", "tf32"): Row(
+        ("reference",), "not measured: in every other kind of product triton's took longer than reshape + linear"
+    ),
+}
+NOT_MEASURED = {
+    "cuda": Row(("triton", "reference"), "not measured on this architecture, for this direction and product"),
+    # Triton's interpreter, on a CPU, runs only when it is named.
+    "cpu": Row(("reference",), "the definition is the fast way on a CPU"),
+}
+
+
+def row_of(p: PatchProblem, direction: str) -> Row:
+    """Which backends `auto` tries for this problem, and why in that order."""
+    row = NOT_MEASURED.get(p.device.type, Row(("reference",), "there are no kernels for this device"))
+    if p.device.type != "cuda":
+        return row
+    from .triton.plan import product_of  # a call on a CPU does without
+
+    kind = product_of(p, tf32())
+    if (direction, kind) == ("weight", "half") and not extension.missing() and backend("cuda").no_wgmma(p):
+        kind = "half, not by wgmma"
+    return MEASURED.get((gpu_of(p.device).arch, direction, kind), row)
 
 
 def backend(name: str) -> ModuleType:
@@ -33,26 +83,52 @@ def why_not(p: PatchProblem, name: str) -> list[str]:
     return backend(name).why_not(p)
 
 
-@lru_cache(maxsize=1024)
-def choose(p: PatchProblem, name: str) -> ModuleType:
+@lru_cache(maxsize=4096)
+def choose(p: PatchProblem, name: str, direction: str = "forward") -> ModuleType:
     check_name(name)
     if name == "auto":
-        return next(b for n in AUTO.get(p.device.type, ("reference",)) if not (b := backend(n)).why_not(p))
+        return next(b for n in row_of(p, direction).backends if not (b := backend(n)).why_not(p))
     if reasons := why_not(p, name):
         raise NotImplementedError(f"backend {name!r} can't take this problem ({p}): {'; '.join(reasons)}")
     return backend(name)
 
 
+def shares(
+    p: PatchProblem, name: str, grads: tuple[torch.Tensor | None, ...]
+) -> dict[ModuleType, tuple[torch.Tensor | None, ...]]:
+    """Backend -> those of the gradients of images, weight, bias, pos_embed and prefix that it writes."""
+    found: dict[ModuleType, list[torch.Tensor | None]] = {}
+    for i, grad in enumerate(grads):
+        if grad is not None:
+            module = choose(p, name, "weight" if i else "images")
+            found.setdefault(module, [None] * len(grads))[i] = grad
+    return {module: tuple(share) for module, share in found.items()}
+
+
 class Explanation(dict[str, list[str]]):
-    """Backend -> the reasons why it would not run; an empty list: it would. `chosen` is what `auto` takes, `notes`
-    are how each would do it, and `fallbacks` why some no longer do it in another way, since a call in this process."""
+    """Backend -> the reasons why it would not run; an empty list: it would.
+
+    `chosen` is what `auto` takes for the tokens, and `auto` maps each of DIRECTIONS to (backend, why it comes first);
+    `notes` are how each backend would do it, and `fallbacks` why some no longer do it in another way, since a call in
+    this process.
+    """
 
     def __init__(self, p: PatchProblem):
         super().__init__((name, why_not(p, name)) for name in MODULES)
         self.problem = p
-        self.chosen = choose(p, "auto").__name__.rpartition(".")[2]
+        self.auto = {
+            direction: (choose(p, "auto", direction).__name__.rpartition(".")[2], row_of(p, direction).why)
+            for direction in DIRECTIONS
+            if direction != "images" or p.image_dtype.is_floating_point
+        }
+        self.chosen = self.auto["forward"][0]
         self.notes = {name: backend(name).how(p) for name, reasons in self.items() if not reasons}
         self.fallbacks = fallbacks.of(p)
+
+    def takes(self, mode: str) -> str:
+        """What `auto` takes in "forward", "backward" (of the parameters) or "both": "triton, then cuda"."""
+        directions = {"forward": ["forward"], "backward": ["weight"]}.get(mode, ["forward", "weight"])
+        return ", then ".join(dict.fromkeys(self.auto[direction][0] for direction in directions))
 
     def __str__(self) -> str:
         lines = [str(self.problem)]
@@ -61,6 +137,8 @@ class Explanation(dict[str, list[str]]):
             lines.append(f"  {name:<10}" + ("no: " + "; ".join(reasons) if reasons else f"{mark}, {self.notes[name]}"))
             if name in self.fallbacks:
                 lines.append(f"  {'':<10}fell back: {self.fallbacks[name]}")
+        if self.problem.device.type == "cuda":
+            lines += [f"  auto takes {n} for the {DIRECTIONS[what]}: {why}" for what, (n, why) in self.auto.items()]
         return "\n".join(lines)
 
 

@@ -22,7 +22,7 @@ def happened(backend: str, p: PatchProblem) -> bool:
 
 def of(p: PatchProblem) -> dict[str, str]:
     """Backend -> why it left the road that it would have taken."""
-    return {backend: reason for (backend, problem), reason in _reasons.items() if problem is p}
+    return {backend: reason for (backend, problem), reason in _reasons.items() if problem == p}
 
 
 def listed() -> list[dict[str, str]]:

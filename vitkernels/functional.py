@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TypeAlias
 
 import torch
 
 from . import dispatch, ops
+from .device import nominal
 from .problem import arguments_of, problem_of
 
 Channels: TypeAlias = float | Sequence[float] | torch.Tensor
@@ -86,12 +88,19 @@ def explain(
     keep: torch.Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     backend: str = "auto",
+    gpu: str | None = None,
 ) -> dispatch.Explanation:
     """Per backend, whether `patch_embed` with these arguments would run on it; if not, every reason.
 
     Takes what `patch_embed` takes and raises what it raises for wrong inputs. Returns a dict, backend -> list of
-    reasons (empty: it would run), which prints as a table; its ``chosen`` is the backend that ``auto`` takes.
+    reasons (empty: it would run), which prints as a table; its ``chosen`` is the backend that ``auto`` takes for the
+    tokens, and its ``auto`` says for tokens and gradients which it takes and why.
+
+    Args:
+        gpu: an architecture that need not be here, "sm_90", or one of its GPUs, "H100": what would happen if images
+            were there, with this machine's packages. Tensors may then be on any device, "meta" among them.
     """
     dispatch.check_name(backend)
     arguments = arguments_of(images, weight, stride, padding, mean, std, scale, out_dtype)
-    return dispatch.Explanation(problem_of(images, weight, bias, pos_embed, prefix, keep, arguments))
+    p = problem_of(images, weight, bias, pos_embed, prefix, keep, arguments)
+    return dispatch.Explanation(p if gpu is None else replace(p, device=nominal(gpu)))

@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
-from .patches import centred, linear_of, pieces, sum_dtype, windows
+from .patches import centred, images_at_once, linear_of, pieces, product, sum_dtype, windows
 from .problem import PatchProblem, in_grid
 
 Grads = tuple[torch.Tensor | None, ...]  # of images, weight, bias, pos_embed, prefix
@@ -98,6 +98,10 @@ def each_or_sum(p: PatchProblem, g: torch.Tensor, out: torch.Tensor) -> None:
 
 
 def _weight(p, d_tokens, images, keep, out) -> None:
+    (_weight_on_cpu if p.device.type == "cpu" else _weight_on_gpu)(p, d_tokens, images, keep, out)
+
+
+def _weight_on_cpu(p, d_tokens, images, keep, out) -> None:
     dtype = sum_dtype(p)
     total, buffer = images.new_zeros((p.D, p.K), dtype=dtype), None
     linear = linear_of(p.device.type, dtype)
@@ -109,27 +113,42 @@ def _weight(p, d_tokens, images, keep, out) -> None:
     out.copy_(total.view(out.shape))
 
 
+def _weight_on_gpu(p, d_tokens, images, keep, out) -> None:
+    """In the product's own dtype, from rows as they are read: a transposed copy would cost more than the product."""
+    dtype, total = sum_dtype(p), None
+    for b, n, x in pieces(p, images, keep, p.compute_dtype):  # x [b·n, K, or more with zeros]
+        dy = d_tokens[b, n].reshape(-1, p.D).to(p.compute_dtype)
+        part = product(dy.t(), x, dtype)
+        total = part if total is None else total.add_(part)
+    out.copy_(0 if total is None else total[:, : p.K].reshape(out.shape))
+
+
 def _images(p, d_tokens, weight, keep, out) -> None:
     dtype = sum_dtype(p)
-    W = weight.reshape(p.D, p.K).to(dtype).t().contiguous()
+    gpu = p.device.type != "cpu"
+    W = weight.reshape(p.D, p.K).to(p.compute_dtype if gpu else dtype)
+    W = W.contiguous() if gpu else W.t().contiguous()
     linear = linear_of(p.device.type, dtype)
     if keep is not None:
         d_tokens = scattered(p, d_tokens, keep, per_image=True)
     size = [s + 2 * pad for s, pad in zip((p.F, p.H, p.W), p.pad, strict=True)]
     raw = replace(p, n_keep=None, pad=(0, 0, 0), F=size[0], H=size[1], W=size[2])
     overlap = [-(-P // S) for P, S in zip(p.P, p.S, strict=True)]  # windows that share a pixel, (t, y, x)
-    for b in range(p.B):
-        d_image = out.new_zeros((1, p.C, *size), dtype=dtype)
-        grid = windows(raw, d_image)  # [1, G_t, G_h, G_w, C, P_t, P_h, P_w], a view
-        d_x = linear(d_tokens[b].to(dtype).contiguous(), W, None).view(grid.shape)
+    each = images_at_once(p)
+    for first in range(0, p.B, each):
+        b = slice(first, min(first + each, p.B))
+        d_image = out.new_zeros((b.stop - b.start, p.C, *size), dtype=dtype)
+        grid = windows(raw, d_image)  # [b, G_t, G_h, G_w, C, P_t, P_h, P_w], a view
+        dy = d_tokens[b].reshape(-1, p.D).to(W.dtype)
+        d_x = (product(dy, W, dtype) if gpu else linear(dy.contiguous(), W, None)).view(grid.shape)
         if p.normalised:
             d_x *= centred(p, dtype)[1].view(p.C, 1, 1, 1)
         elif p.scale != 1:
             d_x *= p.scale
-        for first in itertools.product(
+        for corner in itertools.product(
             *map(range, overlap)
         ):  # windows `overlap` apart share no pixel: one such set at a time
-            apart = (slice(None), *(slice(f, None, o) for f, o in zip(first, overlap, strict=True)))
+            apart = (slice(None), *(slice(f, None, o) for f, o in zip(corner, overlap, strict=True)))
             grid[apart].add_(d_x[apart])
-        inner = (0, slice(None), *(slice(pad, pad + s) for pad, s in zip(p.pad, (p.F, p.H, p.W), strict=True)))
+        inner = (slice(None), slice(None), *(slice(n, n + s) for n, s in zip(p.pad, (p.F, p.H, p.W), strict=True)))
         out[b] = d_image[inner]

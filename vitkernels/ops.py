@@ -55,8 +55,9 @@ def _backward(grad, *args):
     p = _problem(*tensors, *arguments)
     grads = [torch.empty_like(t) if need else None for t, need in zip(tensors, needs, strict=False)]
     with torch.autocast(grad.device.type, enabled=False):  # the product's dtype was settled by the forward
-        backend = dispatch.choose(p, backend)
-        backend.backward(p, grad, *dispatch.canonical(*tensors), grads=dispatch.canonical(*grads, None)[:5])
+        shares = dispatch.shares(p, backend, dispatch.canonical(*grads, None)[:5])
+        for module, share in shares.items():
+            module.backward(p, grad, *dispatch.canonical(*tensors), grads=share)
     return [g for g in grads if g is not None]
 
 

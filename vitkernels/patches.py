@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import lru_cache
+from math import prod
 
 import torch
 import torch.nn.functional as F
@@ -14,21 +15,23 @@ import torch.nn.functional as F
 from .device import capturing
 from .problem import PatchProblem
 
+GPU_BYTES = 3 << 28  # of a piece on a GPU, which it has to fill
+
 
 def pieces(
     p: PatchProblem, images: torch.Tensor, keep: torch.Tensor | None, dtype: torch.dtype, upright: bool = False
 ) -> Iterator[tuple[slice, slice, torch.Tensor]]:
-    """Images b, patches n of each, and their normalised pixels [b·n, K], `upright` [K, b·n], contiguous.
+    """Images b, patches n of each, and their normalised pixels [b·n, columns_of(p)], zeros past K; `upright` [K, b·n].
 
-    The buffers are reused by the next piece.
+    The buffers are contiguous, and reused by the next piece.
     """
     step, spans = _cut(p, _piece_rows(p, dtype, upright))
     staged = is_staged(p, spans)
     grid = None if staged else windows(p, images)  # [B, G_t, G_h, G_w, C, P_t, P_h, P_w]
     wide = _normalised_dtype(p, dtype)
     block = images.new_empty((min(step, p.B), *images.shape[1:]), dtype=wide) if staged else None
-    buffer = None
-    as_they_are = not upright and is_matrix(p, dtype, spans)
+    buffer, columns = None, p.K if upright else columns_of(p, dtype)
+    as_they_are = not upright and columns == p.K and is_matrix(p, dtype, spans)
     for first in range(0, p.B if p.rows else 0, max(1, step)):
         b = slice(first, min(first + step, p.B))
         if grid is not None:
@@ -41,25 +44,32 @@ def pieces(
                 part = part if keep is None else _normalise(p, part, 3)  # kept patches are copies, gathered in a row
                 yield b, n, part.reshape(-1, p.K).contiguous()
                 continue
+            size = part.numel() // p.K * columns
             if buffer is None:
-                buffer = images.new_empty(part.numel(), dtype=dtype)
-            piece = buffer[: part.numel()]
+                buffer = (images.new_empty if columns == p.K else images.new_zeros)(size, dtype=dtype)
+            piece = buffer[:size]
             if upright:
                 x = piece.view(*part.shape[-4:], *part.shape[:-4]).permute(*range(4, part.ndim), 0, 1, 2, 3)
             else:
-                x = piece.view(part.shape)
+                x = piece.view(-1, columns)[:, : p.K].view(part.shape)
             if staged or wide == dtype:
                 x.copy_(part)
             if not staged:
                 normalised = _normalise(p, x if wide == dtype else part.to(wide, copy=True), 3)
                 if wide != dtype:
                     x.copy_(normalised)
-            yield b, n, piece.view(p.K, -1) if upright else piece.view(-1, p.K)
+            yield b, n, piece.view(p.K, -1) if upright else piece.view(-1, columns)
+
+
+def columns_of(p: PatchProblem, dtype: torch.dtype) -> int:
+    """Elements of a row of patches. On a GPU rows of halves begin at 16 bytes: the library's product of K = 588 takes
+    441 µs as it lies and 129 padded (H200, ViT-L/14, B = 256)."""
+    return p.K if p.device.type == "cpu" or dtype.itemsize > 2 else -(-p.K // 8) * 8
 
 
 def is_staged(p: PatchProblem, spans: list[slice]) -> bool:
-    """Whether images are copied first, in memory's order, and normalised; their patches then come from the cache."""
-    whole = p.B > 1 and p.n_keep is None and len(spans) == 1
+    """Whether images are copied first, in memory's order, and normalised; a CPU's patches then come from the cache."""
+    whole = p.device.type == "cpu" and p.B > 1 and p.n_keep is None and len(spans) == 1
     return any(p.pad) or (whole and p.image_strides[-1] == 1 and not _lies_in_rows(p))
 
 
@@ -149,6 +159,11 @@ def _has_onednn() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
+def product(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """a·b in `dtype`, in which it is summed: fp32 where a GPU multiplies halves."""
+    return a @ b if a.dtype == dtype else torch.mm(a, b, out_dtype=dtype)
+
+
 def sum_dtype(p: PatchProblem) -> torch.dtype:
     return torch.float64 if p.compute_dtype == torch.float64 else torch.float32
 
@@ -158,12 +173,20 @@ def _normalised_dtype(p: PatchProblem, dtype: torch.dtype) -> torch.dtype:
     return sum_dtype(p) if p.normalised or p.scale != 1 else dtype
 
 
+def images_at_once(p: PatchProblem) -> int:
+    """Whose gradient is made together: one, which a CPU's caches hold, or as many as fill a GPU."""
+    if p.device.type == "cpu":
+        return 1
+    padded = prod(n + 2 * pad for n, pad in zip((p.F, p.H, p.W), p.pad, strict=True))
+    return max(1, GPU_BYTES // (p.C * padded * sum_dtype(p).itemsize + p.N * p.K * sum_dtype(p).itemsize))
+
+
 def _piece_rows(p: PatchProblem, dtype: torch.dtype, upright: bool = False) -> int:
     """Patches of a piece. On a CPU all that a piece needs (its images, patches, product and positions, and the weight
     where it is converted) stays within 3.75 MB a thread; half of that, which the caches hold, where the weight is small
     enough to be read again for each piece. Upright ones make the weight's gradient, which is added up piece by piece:
     twice as much. On a GPU a piece has to fill it."""
-    most = 3_750_000 * max(2, torch.get_num_threads()) if p.device.type == "cpu" else 3 << 28
+    most = 3_750_000 * max(2, torch.get_num_threads()) if p.device.type == "cpu" else GPU_BYTES
     weight = p.D * p.K * dtype.itemsize
     converted = weight * (dtype != p.weight_dtype)
     budget = 2 * most if upright else max(most // 4, min(max(most // 2, 2 * weight), most - converted))

@@ -12,9 +12,10 @@ import os
 from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 
 from .gradients import backward as backward
-from .patches import linear_of, pieces, sum_dtype
+from .patches import columns_of, linear_of, pieces, sum_dtype
 from .problem import PatchProblem, in_grid
 
 
@@ -42,9 +43,11 @@ def forward(
         extra = pos_embed[:, : p.T] if pos_embed is not None and p.pos_rows > p.N else prefix.new_zeros(())
         out[:, : p.T] = prefix.to(sum_dtype(p)) + extra
     W = weight.reshape(p.D, p.K).to(dtype).contiguous()  # oneDNN reads past the strides of either
+    if (columns := columns_of(p, dtype)) > p.K:
+        W = F.pad(W, (0, columns - p.K))
     bias = bias if bias is None else bias.to(dtype).contiguous()
     linear = linear_of(p.device.type, dtype)
-    for b, n, x in pieces(p, images, keep, dtype):  # x [b·n, K]
+    for b, n, x in pieces(p, images, keep, dtype):  # x [b·n, K, or more with zeros]
         tokens = out[b, p.T + n.start : p.T + n.stop]  # [b, n, D]
         if pos_embed is None:
             tokens.copy_(linear(x, W, bias).view(tokens.shape))

@@ -18,13 +18,21 @@ HELP = "machine, versions, and which backend would run here"
 PACKAGES = ("torch", "triton", "numpy", "timm", "transformers", "torchvision", "vit_pytorch")
 BACKENDS = {
     "triton": "Triton kernels, forward and backward",
-    "cuda": "CUDA C++ kernels, forward and backward (not yet run on a GPU)",
+    "cuda": "CUDA C++ kernels, forward and backward",
     "reference": "the definition, in plain PyTorch: any device, any dtype, every problem",
+}
+PRODUCTS = {  # kinds of dispatch.MEASURED
+    "half": "16-bit products",
+    "half, not by wgmma": "16-bit products where `cuda` would not use wgmma (P = 14, keep lists, …)",
+    "fp32": "float32",
+    "tf32": "float32 as TF32",
 }
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    help = "print the table that stands in README.md: backends (the default) or fused, what fuse knows"
+    help = (
+        "print a table that stands in README.md: backends (the default), auto, what it takes, or fused, what fuse knows"
+    )
     parser.add_argument("--markdown", nargs="?", const="backends", choices=TABLES, help=help)
 
 
@@ -112,19 +120,23 @@ def versions() -> dict[str, str | None]:
 
 def backend_table() -> str:
     """README's table of backends: the same on every machine."""
-    from ..dispatch import AUTO, MODULES
+    from ..dispatch import MODULES
 
-    places = {"cpu": ("reference",), **AUTO}
-    words = {"cpu": "the CPU", "cuda": "CUDA GPUs"}
-    rows = ["| backend | what it is | `auto` takes it on |", "| --- | --- | --- |"]
-    for name in MODULES:
-        ranks = [
-            f"{words.get(place, place)}, {'first' if names[0] == name else 'for what the others cannot take'}"
-            for place, names in places.items()
-            if name in names
-        ]
-        rows.append(f"| `{name}` | {BACKENDS[name]} | {'; '.join(ranks) or 'no device: it must be named'} |")
-    return "\n".join(rows)
+    return "\n".join(["| backend | what it is |", "| --- | --- |", *(f"| `{n}` | {BACKENDS[n]} |" for n in MODULES)])
+
+
+def auto_table() -> str:
+    """README's table of what `auto` tries where, and why."""
+    from ..dispatch import DIRECTIONS, MEASURED, NOT_MEASURED
+
+    rows = [f"| {device.upper()}s | all | {_tried(row)} | {row.why} |" for device, row in NOT_MEASURED.items()]
+    for (arch, direction, kind), row in MEASURED.items():
+        rows.append(f"| sm_{arch} | {DIRECTIONS[direction]}, {PRODUCTS[kind]} | {_tried(row)} | {row.why} |")
+    return "\n".join(["| device | what | `auto` tries | because |", "| --- | --- | --- | --- |", *rows])
+
+
+def _tried(row: Any) -> str:
+    return ", ".join(f"`{name}`" for name in row.backends)
 
 
 def fused_table() -> str:
@@ -138,7 +150,7 @@ def fused_table() -> str:
     return "\n".join(rows)
 
 
-TABLES = {"backends": backend_table, "fused": fused_table}
+TABLES = {"backends": backend_table, "auto": auto_table, "fused": fused_table}
 
 
 def _problems() -> dict[str, Any]:

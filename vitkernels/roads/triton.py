@@ -8,7 +8,7 @@ from typing import Any
 from .. import patches, tuning
 from ..problem import PatchProblem
 from ..triton.backward_plan import KEPT, Wanted, cells_of, image_launch, reduction
-from ..triton.plan import Order, Plan, make_plan, no_descriptor, product_of
+from ..triton.plan import Order, Plan, make_plan, no_descriptor, product_of, roads_of
 from ..tuning import Gpu
 from . import INDEX, Pass, Road, Sizes, gathered
 
@@ -18,8 +18,7 @@ def roads(p: PatchProblem, mode: str, gpu: Gpu, tf32: bool) -> tuple[dict[str, R
     if mode != "forward":
         return {"triton": backward(p, gpu, tf32) if mode == "backward" else images(p, gpu, tf32)}, {}
     product = product_of(p, tf32)
-    reasons = no_descriptor(p, gpu, product, True)
-    names = ["gather"] if reasons else ["descriptor", "gather"]
+    reasons, names = no_descriptor(p, gpu, product, True), roads_of(p, gpu, product, True)
     taken = make_plan(p, gpu, True, tf32)  # with the tile that was measured, where one was
     plans = {
         name: taken if name == taken.road
@@ -64,7 +63,7 @@ def _forward_requests(p: PatchProblem, plan: Plan, centred: int) -> dict[str, in
         "bias": tiles_m * p.D * learnt * p.has_bias,
         "position": rows * p.D * learnt * (p.pos_rows > 0) + prefixed * (p.pos_rows > p.N),
         "prefix": prefixed,
-        "keep": rows * tiles_n * INDEX * (p.n_keep is not None),
+        "keep": rows * tiles_n * INDEX * (p.n_keep is not None) * (2 + bool(plan.constants["BASE_FIRST"])),
         "centred": tiles_m * tiles_n * centred,
         "tokens": prod(p.out_shape) * p.out_dtype.itemsize,
     }

@@ -57,10 +57,9 @@ def why_not(p: PatchProblem) -> list[str]:
         return [missing]
     reasons = []
     if p.device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(p.device)
-        if major < 8:
-            name = torch.cuda.get_device_name(p.device)
-            reasons.append(f"{name} is sm_{major}{minor}; the kernels need sm_80 or later")
+        gpu = gpu_of(p.device)
+        if gpu.arch < 80:
+            reasons.append(f"{gpu.name} is sm_{gpu.arch}; the kernels need sm_80 or later")
     elif not (p.device.type == "cpu" and interpreted()):
         reasons.append(f"images are on {p.device}; Triton needs a CUDA device (or its interpreter, TRITON_INTERPRET=1)")
     for name, rows in (("N", p.N), ("B·N", p.B * p.rows), ("B·T", p.B * p.T), ("B·cells", p.B * cells_of(p))):
