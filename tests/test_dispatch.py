@@ -108,6 +108,28 @@ def test_one_backend_gives_both_gradients_in_one_call():
 
 # --- The rows come from stored results.
 
+
+def stored():
+    """Every time of the H200, in µs, as text may quote it."""
+    times = [
+        1e3 * row["ms"]["median"]
+        for name in ("results", "compiled", "models")
+        for row in json.loads((RESULTS / f"{name}.json").read_text())["rows"]
+        if row["ms"]
+    ]
+    for name in ("tune", "host-cost"):
+        times += [float(t) for t in re.findall(r"([\d.]+) [µu]s", (RESULTS / f"{name}.txt").read_text())]
+    return {f"{t:,.0f}" for t in times} | {f"{t:,.1f}" for t in times}
+
+
+def test_readme_quotes_stored_times():
+    readme = (RESULTS.parent.parent.parent / "README.md").read_text()
+    table = re.search(r"<!-- h200 -->\n(.*?)<!-- /h200 -->", readme, re.DOTALL)[1]
+    figures = re.findall(r"(?<![\w×.,])\d[\d,]*(?:\.\d+)?(?= µs)", table)
+    assert len(figures) > 20
+    assert [n for n in figures if n not in stored()] == []
+
+
 SHAPES = {  # the case whose figures a row quotes first
     ("forward", "half"): ("B256-224-P16-D768-bf16", "forward"),
     ("weight", "half"): ("B256-224-P16-D768-bf16", "backward"),

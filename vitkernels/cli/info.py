@@ -129,7 +129,8 @@ def auto_table() -> str:
     """README's table of what `auto` tries where, and why."""
     from ..dispatch import DIRECTIONS, MEASURED, NOT_MEASURED
 
-    rows = [f"| {device.upper()}s | all | {_tried(row)} | {row.why} |" for device, row in NOT_MEASURED.items()]
+    devices = {"cuda": "CUDA GPUs, but for what follows", "cpu": "CPUs"}
+    rows = [f"| {devices[device]} | everything | {_tried(row)} | {row.why} |" for device, row in NOT_MEASURED.items()]
     for (arch, direction, kind), row in MEASURED.items():
         rows.append(f"| sm_{arch} | {DIRECTIONS[direction]}, {PRODUCTS[kind]} | {_tried(row)} | {row.why} |")
     return "\n".join(["| device | what | `auto` tries | because |", "| --- | --- | --- | --- |", *rows])
