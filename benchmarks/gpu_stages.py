@@ -14,7 +14,7 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 
-from shapes import CASES, HEADLINE, MODELS, SMOKE, TINY, TRAINING
+from shapes import CASES, HEADLINE, MODELS, RACES, SMOKE, TINY, TRAINING
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -59,6 +59,81 @@ def smoke(args, out, deadline):
                 out.write(row | {"fatal": True})
                 raise
             out.write(row)
+
+
+def races(args, out, deadline):
+    """Each kernel many times beside other work: every result has the bits of the first, and the first is right."""
+    import torch
+
+    from vitkernels.bench import settings
+    from vitkernels.clock import alive, short
+    from vitkernels.races import hunt
+
+    launches = 3 if args.dry_run else 300
+    for case in TINY[:2] if args.dry_run else RACES:
+        call = case.call(args.device)
+        with settings(case):
+            for road, gate, run in _launches(call):
+                if time.time() > deadline - 5:
+                    return out.write({"note": f"no time left for {case.name} {road} and what follows"})
+                if not out.once(f"{case.name} {road}"):
+                    continue
+                row = {"case": case.name, "impl": road}
+                try:
+                    wrong = gate() or hunt(run, launches)
+                    row["check"] = f"wrong: {wrong}" if wrong else f"right, {launches} times the same bits"
+                except Exception as error:
+                    traceback.print_exc()
+                    row["check"] = short(error)
+                say(f"{case.name:<32} {road:<40} {row['check']}")
+                out.write(row)
+                alive(torch.device(args.device))
+    return None
+
+
+def _launches(call):
+    """(road, a check of its first result, one launch of it) for every kernel that a default takes."""
+    import torch
+
+    from vitkernels import cuda, dispatch, tuning
+    from vitkernels.bench import gate, problem
+    from vitkernels.device import gpu_of, tf32
+    from vitkernels.triton.plan import product_of, roads_of
+
+    names = ("images", "weight", "bias", "pos_embed", "prefix", "keep")
+    p, tensors = problem(call), dispatch.canonical(*(call.get(name) for name in names))
+    grad = torch.randn(p.out_shape, device=p.device).to(p.out_dtype)
+
+    def forward(module, road, **choice):
+        run = partial(module.forward, p, *tensors, **choice)
+        return road, partial(gate, lambda **_: run(), call), lambda: [("tokens", run())]
+
+    def backward(name, images):
+        def run():
+            grads = [t if t is None else torch.empty_like(t) for t in tensors[:5]]
+            grads = [grads[0], *[None] * 4] if images else [None, *grads[1:]]
+            dispatch.backend(name).backward(p, grad, *tensors, grads=tuple(grads))
+            return [(f"gradient of {n}", g) for n, g in zip(names, grads, strict=False) if g is not None]
+
+        what = "images" if images else "parameters"
+        return f"{name} gradient of {what}", partial(gate, name, call, "backward"), run
+
+    for name, module in ((n, dispatch.backend(n)) for n in dispatch.MODULES):
+        if dispatch.why_not(p, name):
+            continue
+        if name == "triton":
+            gpu, product = gpu_of(p.device), product_of(p, tf32())
+            for road in roads_of(p, gpu, product, call["images"].data_ptr() % 16 == 0):
+                choice = road, tuning.default(p, road, product, gpu)
+                yield forward(module, f"triton {road} {'×'.join(map(str, choice[1][:3]))}", choice=choice)
+        elif name == "cuda":
+            for how, plan in cuda.candidates(p, *tensors[:2]).items():
+                yield forward(module, f"cuda: {how}", plan=plan)
+        else:
+            yield forward(module, name)
+        yield backward(name, images=False)
+        if p.image_dtype.is_floating_point:
+            yield backward(name, images=True)
 
 
 def headline(args, out, deadline):

@@ -29,6 +29,7 @@ sys.path[:0] = [str(ROOT), str(HERE)]
 STAGES = {
     "build": (110, "the C++ extension, where there is one"),
     "smoke": (40, "each backend against fp64"),
+    "races": (60, "every kernel some hundreds of times beside other work: the same bits?"),
     "headline": (60, "the headline shapes: ours, the peers, the ceilings"),
     "training": (60, "forward and backward"),
     "tests": (90, "pytest tests/, the backends first"),

@@ -78,6 +78,21 @@ SMOKE = [
     Case(batch=2, frames=4, keep=0.5, prefix=0, dim=192),
 ]
 
+# Every kernel that a default takes, large enough that many blocks run at once.
+RACES = [
+    Case(batch=64),
+    Case(batch=64, pixels="uint8"),
+    Case(batch=64, patch=14, dim=1024),
+    Case(batch=1),
+    Case(batch=64, keep=0.25),
+    Case(batch=33, pixels="uint8", channels_last=True, dim=384),
+    Case(batch=32, pixels="fp32"),
+    Case(batch=32, dtype="tf32"),
+    Case(batch=32, patch=14, dim=384, pixels="uint8"),
+    Case(batch=16, dtype="fp32"),
+    Case(batch=4, frames=16),
+]
+
 # What a CPU times in some minutes: the three batches, and one of each kind.
 CPU = [
     *(Case(batch=batch, dtype="fp32") for batch in (1, 8, 32)),

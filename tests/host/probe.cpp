@@ -611,21 +611,6 @@ void sample(const std::string& name, Address out) {
     throw std::invalid_argument("no sample " + name);
 }
 
-// Meetings of a warp, `rounds` times, and mmas: for measurements
-VK_KERNEL(128, 1) meetings_kernel(VK_GRID_CONSTANT Product p) {
-    for (int i = 0; i < p.k; ++i) sync_warp();
-}
-VK_KERNEL(32, 1) products_kernel(VK_GRID_CONSTANT Product p) {
-    float c[4] = {};
-    uint32_t a[4] = {};
-    for (int i = 0; i < p.k; ++i) multiply_add<half>(c, a, 0, 0);
-}
-
-void repeat(const std::string& what, int64_t blocks, int threads, int rounds) {
-    launch(what == "products" ? products_kernel : meetings_kernel, blocks, threads, 0, Stream{},
-           Product{nullptr, nullptr, nullptr, rounds}, what);
-}
-
 #endif
 
 }  // namespace
@@ -648,6 +633,5 @@ PYBIND11_MODULE(VITKERNELS_MODULE, m) {
     m.def("bound_for_a_map", bound_for_a_map, py::arg("result"), py::arg("context"), py::arg("binds"));
     m.def("convert", convert);
     m.def("sample", sample);
-    m.def("repeat", repeat);
 #endif
 }

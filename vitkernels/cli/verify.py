@@ -1,4 +1,8 @@
-"""Check every backend on random problems: its error against fp64, beside what eager PyTorch loses in the same dtype."""
+"""Check every backend on random problems: its error against fp64, beside what eager PyTorch loses in the same dtype.
+
+With --repeat, each is launched N times beside copies, other kernels and pauses, and every result must have the bits of
+the first: a kernel may be wrong now and then.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +23,16 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cases", type=int, default=16, help="random problems, each in four dtypes (default: 16)")
     parser.add_argument("--seed", type=int, default=0, help="of the first problem; the next has seed + 1 (default: 0)")
     parser.add_argument("--gradients", action="store_true", help="check the gradients too")
+    help = "launches of each, beside other work, that must all give the same bits (default: 1)"
+    parser.add_argument("--repeat", type=int, default=1, metavar="N", help=help)
     parser.add_argument("--interpret", action="store_true", help="run Triton's kernels in its interpreter, on the CPU")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.cases < 1:
         raise ValueError(f"--cases must be at least 1, got {args.cases}")
+    if args.repeat < 1:
+        raise ValueError(f"--repeat must be at least 1, got {args.repeat}")
     if args.interpret:
         if args.device == "cuda":
             raise ValueError("--interpret runs on the CPU, --device cuda does not")
@@ -42,7 +50,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         task = progress.add_task("verify", total=None)
         return verify.run(
             args.device, args.backend, args.cases, args.seed, args.gradients,
-            lambda done, of: progress.update(task, completed=done, total=of),
+            lambda done, of: progress.update(task, completed=done, total=of), args.repeat,
         )  # fmt: skip
 
 
