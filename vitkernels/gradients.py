@@ -120,7 +120,10 @@ def _weight_on_gpu(p, d_tokens, images, keep, out) -> None:
         dy = d_tokens[b, n].reshape(-1, p.D).to(p.compute_dtype)
         part = product(dy.t(), x, dtype)
         total = part if total is None else total.add_(part)
-    out.copy_(0 if total is None else total[:, : p.K].reshape(out.shape))
+    if total is None:
+        out.zero_()
+    else:
+        out.copy_(total[:, : p.K].reshape(out.shape))
 
 
 def _images(p, d_tokens, weight, keep, out) -> None:
