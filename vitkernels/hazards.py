@@ -89,7 +89,7 @@ def _after(op: Instruction, state: State, warps: int) -> tuple[State, str]:
         pending = int(op.operands.rpartition(" ")[2], 0)
         left = {key: age for key, age in flight.items() if age < pending}
         new = State(left, state.freed or (None, True) in flight)
-    elif op.opcode.startswith("BAR.SYNC") and not op.conditional:
+    elif op.opcode.startswith("BAR.SYNC") and op.operands == "0x0" and not op.conditional:  # of all threads
         left = {key: age for key, age in flight.items() if key[0] is not None}
         ages = [age for key, age in flight.items() if key[0] is None]
         new = State(left | ({(None, True): min(ages)} if ages else {}), False)
