@@ -95,7 +95,7 @@ def _launches(call):
     """(road, a check of its first result, one launch of it) for every kernel that a default takes."""
     import torch
 
-    from vitkernels import cuda, dispatch, tuning
+    from vitkernels import cuda, dispatch, tuning, verify
     from vitkernels.bench import gate, problem
     from vitkernels.device import gpu_of, tf32
     from vitkernels.triton.plan import product_of, roads_of
@@ -115,8 +115,10 @@ def _launches(call):
             dispatch.backend(name).backward(p, grad, *tensors, grads=tuple(grads))
             return [(f"gradient of {n}", g) for n, g in zip(names, grads, strict=False) if g is not None]
 
-        what = "images" if images else "parameters"
-        return f"{name} gradient of {what}", partial(gate, name, call, "backward"), run
+        check = partial(gate, name, call, "backward")
+        if images:  # which the gate does not ask for
+            check = partial(_images_wrong, run, verify.oracle, call, grad)
+        return f"{name} gradient of {'images' if images else 'parameters'}", check, run
 
     for name, module in ((n, dispatch.backend(n)) for n in dispatch.MODULES):
         if dispatch.why_not(p, name):
@@ -134,6 +136,22 @@ def _launches(call):
         yield backward(name, images=False)
         if p.image_dtype.is_floating_point:
             yield backward(name, images=True)
+
+
+def _images_wrong(run, oracle, call, grad):
+    """Why the images' gradient is not the exact one, to a few roundings of its dtype or the product's; or nothing."""
+    import torch
+
+    [(_, found)] = run()
+    exact = {k: v.double() if torch.is_tensor(v) and k != "keep" else v for k, v in call.items()}
+    images = exact["images"].detach().requires_grad_()
+    with torch.enable_grad():
+        (true,) = torch.autograd.grad(oracle(**{**exact, "images": images}), images, grad.double())
+    tf32 = call["weight"].dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    rounding = max(torch.finfo(t.dtype).eps for t in (found, call["weight"], grad))
+    limit = 4 * max(rounding, 2**-10 if tf32 else 0) * true.abs().max().item()
+    error = (found.view(true.shape).double() - true).abs().nan_to_num(nan=torch.inf).max().item()
+    return None if error <= limit else f"the images' gradient errs by {error:.3g}, {limit:.3g} is allowed"
 
 
 def headline(args, out, deadline):

@@ -277,3 +277,9 @@ def test_divisor(probe):
         assert probe.wrong_divisions(divisor, divisor, divisor, 1000) == 0
         assert probe.wrong_divisions(divisor, last % divisor, max(divisor, 2**16), 2**15) == 0
         assert probe.wrong_divisions(divisor, 0, 104729, 2**15) == 0
+
+
+def test_build_without_a_compiler(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(build.NoCompiler, match="no-such-compiler"):
+        build.load.__wrapped__()

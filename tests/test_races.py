@@ -49,7 +49,7 @@ def test_one_flipped_bit_is_named(launch, result, device):
     said = races.hunt(run, 50)
     name, was = clean[0], clean[1][2, 1, 2].double().item()
     now = (clean[1].clone().view(torch.int16)[2, 1, 2] ^ 1).view(torch.bfloat16).item()
-    assert said == f"{name}[2, 1, 2] was {was:.9g} and is {now:.9g} in launch {launch} of 50"
+    assert said == f"{name}[2, 1, 2] was {was!r} and is {now!r} in launch {launch} of 50"
 
 
 def test_nan_is_held_to_its_bits(device):
@@ -71,8 +71,15 @@ def test_zero_has_two_signs_and_nothing_is_nothing():
     def sign(number, results):
         results[0][1][1, 1, 1] = -0.0 if number == 4 else 0.0
 
-    assert "tokens[1, 1, 1] was 0 and is -0 in launch 4" in races.hunt(runs(sign)[0], 10)
+    assert "tokens[1, 1, 1] was 0.0 and is -0.0 in launch 4" in races.hunt(runs(sign)[0], 10)
     assert races.hunt(lambda: [("tokens", torch.empty(0, 4))], 10) == ""
+
+
+def test_the_last_bit_of_fp64_is_printed():
+    def last(number, results):
+        results[0][1][0, 0, 0] = 1 + 2**-52 * (number == 2)
+
+    assert "was 1.0 and is 1.0000000000000002" in races.hunt(runs(last, torch.float64)[0], 3)
 
 
 def spoiled(forward):
@@ -116,6 +123,25 @@ def test_the_suites_stage(tmp_path):
     assert len(checks) >= 5 and set(checks.values()) == {"right, 3 times the same bits"}
     assert {"reference", "reference gradient of parameters", "reference gradient of images"} <= {i for _, i in checks}
     assert "3 times the same bits" in (tmp_path / "summary.md").read_text()
+
+
+def test_the_stage_holds_the_images_gradient_to_fp64(monkeypatch, device):
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import gpu_stages
+    from shapes import TINY
+
+    def check():
+        found = {road: gate for road, gate, _ in gpu_stages._launches(TINY[0].call(device))}
+        return found["reference gradient of images"]()
+
+    def doubled(*arguments, grads):
+        backward(*arguments, grads=grads)
+        grads[0].mul_(2)
+
+    backward = reference.backward
+    assert check() is None
+    monkeypatch.setattr(reference, "backward", doubled)
+    assert "the images' gradient errs by" in check()
 
 
 def test_every_kernel_has_its_turn(on_cuda_kernels, monkeypatch, device):

@@ -255,9 +255,9 @@ def test_a_refused_descriptor_falls_to_the_gather_road(monkeypatch, device):
     monkeypatch.setattr(fallbacks, "_reasons", {})
     with pytest.warns(UserWarning, match="invalid argument elemType=9 rank=5; pixels are gathered") as told:
         right(call)
-    assert len(told) == 1
+    assert sum("pixels are gathered" in str(warning.message) for warning in told) == 1  # NumPy may warn besides
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.filterwarnings("error", message=".*pixels are gathered")
         right(call)
     explained = vk.explain(**call)
     assert explained.notes["triton"] == triton.HOW["gather"]

@@ -35,13 +35,16 @@ def hunt(run: Callable[[], Results], launches: int, tick: Callable[[], object] =
                 if differs:
                     name, was = first[int(i)]
                     index = [int(n) for n in torch.unravel_index(torch.tensor(int(at)), was.shape)]
-                    return f"{name}{index} was {before:.9g} and is {now:.9g} in launch {int(number) + 1} of {launches}"
+                    return f"{name}{index} was {before!r} and is {now!r} in launch {int(number) + 1} of {launches}"
             found.clear()
     return ""
 
 
 def _compared(launch: int, i: int, was: torch.Tensor, now: torch.Tensor) -> torch.Tensor:
-    """[6]: whether anything differs, the launch, the result, the element, its two values. Nothing waits for it."""
+    """[6]: whether anything differs, the launch, the result, the element, its two values. Nothing waits for it.
+
+    Values in fp64, which holds those of every dtype, so that two which differ print differently (`repr`), but for NaNs.
+    """
     if now.shape != was.shape or now.dtype != was.dtype:
         raise ValueError(f"a launch gave {list(now.shape)} {now.dtype} after {list(was.shape)} {was.dtype}")
     integer = INTEGERS[was.dtype.itemsize]
