@@ -42,7 +42,7 @@ STAGES = {
     "backward": (240, "every shape, backward"),
     "sanitize": (120, "compute-sanitizer on tiny problems"),
 }
-DRY_SECONDS = 30
+DRY_SECONDS = 90
 LOG_BYTES = 100_000  # of a log that is kept: its end
 
 

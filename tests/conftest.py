@@ -32,7 +32,7 @@ def on_cuda_kernels(request, device, monkeypatch):
     from vitkernels import cuda, dispatch, extension, tuning
 
     def forget():
-        for cached in (cuda._gpu, cuda._plan, cuda._problem, dispatch.choose):
+        for cached in (cuda._gpu, cuda._plan, cuda._problem, dispatch._choose):
             cached.cache_clear()
 
     def use(arch: int = 90, multiprocessors: int | None = None) -> None:

@@ -102,7 +102,7 @@ def test_the_figures_of_a_row(mode, peaks, monkeypatch):
 def test_a_wrong_backend_gets_no_time(monkeypatch, spoil, message):
     right = reference.forward
     monkeypatch.setattr(reference, "forward", lambda p, *tensors: spoil(right(p, *tensors)))
-    dispatch.choose.cache_clear()
+    dispatch._choose.cache_clear()
     rows = bench.bench(TINY[0], impls=("reference", "timm_eager"), seconds=0.01)
     assert rows[0]["ms"] is None
     assert message in rows[0]["error"]

@@ -512,7 +512,7 @@ def use(monkeypatch, module, arch: int, multiprocessors: int) -> None:
     monkeypatch.setattr(extension, "load", lambda: module)
     monkeypatch.setattr(extension, "missing", lambda: "")
     monkeypatch.setattr(cuda, "gpu_of", lambda device: gpu)
-    for cached in (cuda._gpu, cuda._plan, cuda._problem, dispatch.choose):
+    for cached in (cuda._gpu, cuda._plan, cuda._problem, dispatch._choose):
         cached.cache_clear()
 
 

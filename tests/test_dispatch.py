@@ -30,7 +30,7 @@ def extension_here(host_extension, monkeypatch):
     from vitkernels import cuda
 
     def forget():
-        for cached in (cuda._gpu, cuda._plan, cuda._problem, cuda.no_wgmma, dispatch.choose):
+        for cached in (cuda._gpu, cuda._plan, cuda._problem, cuda.no_wgmma, dispatch._choose):
             cached.cache_clear()
 
     monkeypatch.setattr(extension, "load", lambda: host_extension)
@@ -68,8 +68,17 @@ def test_what_auto_takes(arguments, expected, without, extension_here, monkeypat
     monkeypatch.setenv("TRITON_INTERPRET", "0")  # for NumPy's sake (triton._missing); nothing runs here
     assert taken(**arguments) == expected
     monkeypatch.setattr(extension, "missing", lambda: "not built")
-    dispatch.choose.cache_clear()
+    dispatch._choose.cache_clear()
     assert taken(**arguments) == (without or expected)
+
+
+def test_the_switch_of_tf32_is_looked_at_in_each_call(monkeypatch):
+    p = vk.explain(**call(pixels=F32, weights=F32), gpu="sm_90").problem
+    taken = []
+    for rounded in (False, True, False):
+        monkeypatch.setattr(dispatch, "tf32", lambda rounded=rounded: rounded)
+        taken.append(dispatch.choose(p, "auto").__name__.rpartition(".")[2])
+    assert taken == ["reference", "triton", "reference"]
 
 
 def test_why_is_said():

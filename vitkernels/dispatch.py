@@ -83,8 +83,13 @@ def why_not(p: PatchProblem, name: str) -> list[str]:
     return backend(name).why_not(p)
 
 
-@lru_cache(maxsize=4096)
 def choose(p: PatchProblem, name: str, direction: str = "forward") -> ModuleType:
+    """The backend that takes the problem; NotImplementedError where the one that is named can't."""
+    return _choose(p, name, direction, name == "auto" and tf32())  # a switch that may be turned between calls
+
+
+@lru_cache(maxsize=4096)
+def _choose(p: PatchProblem, name: str, direction: str, rounded: bool) -> ModuleType:
     check_name(name)
     if name == "auto":
         return next(b for n in row_of(p, direction).backends if not (b := backend(n)).why_not(p))

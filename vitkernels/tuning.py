@@ -30,9 +30,8 @@ class Config(NamedTuple):
     BK: int
     warps: int
     stages: int
-    rate: float = (
-        1.0  # of the arithmetic units' that such a tile reaches, beside the row's best; guessed where not measured
-    )
+    # Of the arithmetic units' that such a tile reaches, beside the row's best; a guess where the table names no figures
+    rate: float = 1.0
 
 
 class Gpu(NamedTuple):
