@@ -212,7 +212,7 @@ if __name__ == "__main__":
         TOOLS, REASON = None, str(error)
     extension = Extension(
         "vitkernels._cuda",
-        sorted(str(file) for file in Path("csrc").glob("*.c*") if file.suffix in (".cpp", ".cu")),
+        sorted(str(file) for file in Path("csrc").rglob("*.c*") if file.suffix in (".cpp", ".cu")),
         optional=MODE == "auto",
     )
     setup(

@@ -1,6 +1,6 @@
 """Whole models before and after `fuse`, and the way from a decoder's bytes to tokens: `pytest benchmarks/`.
 
-A group for each model, task and timing. One clock times them in turns, `vitkernels.bench_model`; pytest-benchmark is
+A group for each model, task and timing. One clock times them in turns, `vitkernels.bench.model`; pytest-benchmark is
 handed its samples. Outputs that differ get no time.
 """
 
@@ -9,10 +9,10 @@ from __future__ import annotations
 import pytest
 import torch
 from bench_patch_embed import replay
-from shapes import MODELS
+from suites import MODELS
 
-from vitkernels.bench_model import bench_model
-from vitkernels.input_pipeline import ROADS
+from vitkernels.bench.input_pipeline import ROADS
+from vitkernels.bench.model import bench_model
 
 GPU = torch.cuda.is_available()
 SMALL = "num_hidden_layers=4,num_attention_heads=3,hidden_size=192,intermediate_size=768"

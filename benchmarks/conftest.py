@@ -35,7 +35,7 @@ def pytest_configure(config):
 def pytest_benchmark_update_machine_info(config, machine_info):
     import torch
 
-    from vitkernels.machine import header
+    from vitkernels.bench.environment import header
 
     words = " ".join(sys.argv[1:])
     machine_info.pop("node", None)  # a name that is nobody's business

@@ -14,7 +14,7 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 
-from shapes import CASES, HEADLINE, MODELS, RACES, SMOKE, TINY, TRAINING
+from suites import CASES, HEADLINE, MODELS, RACES, SMOKE, TINY, TRAINING
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -34,8 +34,8 @@ def smoke(args, out, deadline):
     import torch
 
     from vitkernels import dispatch
-    from vitkernels.bench import gate, problem, settings
-    from vitkernels.clock import alive, short
+    from vitkernels.bench.op import gate, problem, settings
+    from vitkernels.bench.timing import alive, short
 
     for case in TINY if args.dry_run else SMOKE:
         for backend in dispatch.MODULES:
@@ -65,9 +65,9 @@ def races(args, out, deadline):
     """Each kernel many times beside other work: every result has the bits of the first, and the first is right."""
     import torch
 
-    from vitkernels.bench import settings
-    from vitkernels.clock import alive, short
-    from vitkernels.races import hunt
+    from vitkernels.bench.op import settings
+    from vitkernels.bench.timing import alive, short
+    from vitkernels.testing.races import hunt
 
     launches = 3 if args.dry_run else 300
     for case in TINY[:2] if args.dry_run else RACES:
@@ -95,10 +95,13 @@ def _launches(call, without=()):
     """(road, a check of its first result, one launch of it) for every kernel that a default takes."""
     import torch
 
-    from vitkernels import cuda, dispatch, tuning, verify
-    from vitkernels.bench import gate, problem
-    from vitkernels.device import gpu_of, tf32
-    from vitkernels.triton.plan import product_of, roads_of
+    from vitkernels import dispatch
+    from vitkernels.backends import cuda
+    from vitkernels.backends.triton import configs
+    from vitkernels.backends.triton.forward_plan import product_of, roads_of
+    from vitkernels.bench.op import gate, problem
+    from vitkernels.gpu import gpu_of, tf32
+    from vitkernels.testing import verify
 
     names = ("images", "weight", "bias", "pos_embed", "prefix", "keep")
     p, tensors = problem(call), dispatch.canonical(*(call.get(name) for name in names))
@@ -126,7 +129,7 @@ def _launches(call, without=()):
         if name == "triton":
             gpu, product = gpu_of(p.device), product_of(p, tf32())
             for road in roads_of(p, gpu, product, call["images"].data_ptr() % 16 == 0):
-                choice = road, tuning.default(p, road, product, gpu)
+                choice = road, configs.default(p, road, product, gpu)
                 yield forward(module, f"triton {road} {'×'.join(map(str, choice[1][:3]))}", choice=choice)
         elif name == "cuda":
             for how, plan in cuda.candidates(p, *tensors[:2]).items():
@@ -178,9 +181,10 @@ def roads(args, out, deadline):
     """Every road and tile of the C++ extension: the guesses that plan.h chooses by (`rate_of`, `rate`), measured."""
     import torch
 
-    from vitkernels import cuda, dispatch
-    from vitkernels.bench import problem, settings
-    from vitkernels.clock import alive, short
+    from vitkernels import dispatch
+    from vitkernels.backends import cuda
+    from vitkernels.bench.op import problem, settings
+    from vitkernels.bench.timing import alive, short
 
     for case in _headline(args):
         if time.time() > deadline - 5:
@@ -233,9 +237,9 @@ def tests(args, out, deadline):
 
 def tune(args, out, deadline):
     """Search, then time again; the tiles found come back in a file that can be shipped in vitkernels/tuned/."""
-    from vitkernels.bench import settings
-    from vitkernels.clock import short
-    from vitkernels.tuning import tune as search
+    from vitkernels.backends.triton.configs import tune as search
+    from vitkernels.bench.op import settings
+    from vitkernels.bench.timing import short
 
     cases = _headline(args)
     for i, case in enumerate(cases):
@@ -302,8 +306,8 @@ def models(args, out, deadline):
     """Whole models before and after `fuse`, and the way from a decoder's bytes to tokens."""
     import torch
 
-    from vitkernels.bench_model import bench_model
-    from vitkernels.clock import alive, short
+    from vitkernels.bench.model import bench_model
+    from vitkernels.bench.timing import alive, short
 
     tiny = args.dry_run
     for spec, batch, dtype, task in MODELS[:1] if tiny else MODELS:
@@ -344,7 +348,7 @@ def once(args) -> None:
     import torch
 
     from vitkernels import dispatch
-    from vitkernels.bench import problem, steps
+    from vitkernels.bench.op import problem, steps
 
     for case, backend in product(TINY, dispatch.MODULES):
         call = case.call(args.device)
@@ -379,8 +383,8 @@ def _headline(args):
 def _time(args, out, deadline, cases, modes, *, impls=None, compiled=None, seconds) -> None:
     import torch
 
-    from vitkernels.bench import bench, default_impls
-    from vitkernels.clock import alive, short
+    from vitkernels.bench.op import bench, default_impls
+    from vitkernels.bench.timing import alive, short
 
     killers = out.killers()
     for mode in modes:

@@ -268,7 +268,7 @@ def _header(device: str, command: str, folder: Path) -> dict:
     """In a process of its own: this one must not hold the GPU."""
     code = (
         f"import sys, json; sys.path.insert(0, {str(ROOT)!r})\n"
-        f"from vitkernels.machine import header; print(json.dumps(header({device!r}, {command!r})))"
+        f"from vitkernels.bench.environment import header; print(json.dumps(header({device!r}, {command!r})))"
     )
     try:
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=180, check=False)

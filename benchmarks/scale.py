@@ -16,10 +16,10 @@ from typing import NamedTuple
 import torch
 
 import vitkernels as vk
+from vitkernels.backends.triton.forward_plan import make_plan
 from vitkernels.cost_model import Roofline
-from vitkernels.gpus import GPUS
-from vitkernels.roads import Road
-from vitkernels.triton.plan import make_plan
+from vitkernels.cost_model.data_sheets import GPUS
+from vitkernels.cost_model.traffic import Road
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 

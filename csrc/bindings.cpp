@@ -3,9 +3,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "backward.h"
-#include "errors.h"
-#include "forward.h"
+#include "backward/backward.h"
+#include "common/errors.h"
+#include "forward/forward.h"
 
 namespace py = pybind11;
 using namespace vk;

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import vitkernels as vk
-from vitkernels import dispatch, verify
+from vitkernels import dispatch
+from vitkernels.testing import verify
 
 BACKENDS = tuple(dispatch.MODULES)
 # Triton compiles each of its problems on a GPU, and its interpreter takes 0.2 s for one.

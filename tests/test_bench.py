@@ -10,11 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from vitkernels import bench, ceilings, cli, cost_model, dispatch, reference
+from vitkernels import cli, cost_model, dispatch
+from vitkernels.backends import reference
+from vitkernels.bench import op
+from vitkernels.bench import peaks as ceilings
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
-from shapes import CASES, CPU, CPU_TRAINING, HEADLINE, SMOKE, TINY, TRAINING  # noqa: E402
+from suites import CASES, CPU, CPU_TRAINING, HEADLINE, SMOKE, TINY, TRAINING  # noqa: E402
 
 ROW = {"case", "mode", "dtype", "impl", "ms", "timing", "bytes", "flops", "roofline_share"}
 CEILING_RATES = {"copy": (True, False), "gemm": (False, True), "empty": (False, False)}
@@ -23,7 +26,7 @@ EAGER_PEERS = ("timm_eager", "conv_channels_last", "reshape_linear")
 
 def check_row(row):
     assert row.keys() >= ROW
-    assert row["mode"] in bench.MODES
+    assert row["mode"] in op.MODES
     assert row["timing"] in ("eager", "graph")
     assert row["bytes"] > 0
     assert row["flops"] > 0
@@ -38,7 +41,7 @@ def test_every_listed_case_is_a_right_problem_with_a_name_of_its_own():
     assert len({case.name for case in listed}) == len(set(listed))
     assert CASES[: len(HEADLINE)] == HEADLINE
     for case in {replace(case, batch=1): case for case in listed if case.image != 518 and case.patch != 8}:
-        p = bench.problem(case.call("cpu"))
+        p = op.problem(case.call("cpu"))
         assert (p.B, p.D, p.T) == (1, case.dim, case.prefix)
         assert cost_model.work(p, "both") == (2 * p.flops, 2 * p.bytes)
 
@@ -47,23 +50,23 @@ def test_every_listed_case_is_a_right_problem_with_a_name_of_its_own():
 @pytest.mark.parametrize("case", TINY, ids=lambda case: case.name)
 @pytest.mark.parametrize("impl", ["auto", *EAGER_PEERS])
 def test_all_implementations_are_the_same_function(case, impl, mode):
-    assert bench.gate(impl, case.call("cpu"), mode) is None
+    assert op.gate(impl, case.call("cpu"), mode) is None
 
 
 def test_a_compiled_peer_is_the_same_function_too():
-    assert bench.gate("compile_linear", TINY[0].call("cpu")) is None
+    assert op.gate("compile_linear", TINY[0].call("cpu")) is None
 
 
-@pytest.mark.parametrize("mode", bench.MODES)
+@pytest.mark.parametrize("mode", op.MODES)
 def test_rows(mode):
-    impls = ("auto", *EAGER_PEERS, *bench.CEILINGS)
-    rows = bench.bench(TINY[1], mode=mode, impls=impls, seconds=0.01)
+    impls = ("auto", *EAGER_PEERS, *op.CEILINGS)
+    rows = op.bench(TINY[1], mode=mode, impls=impls, seconds=0.01)
     assert [row["impl"] for row in rows] == list(impls)
     for row in rows:
         check_row(row)
         assert "error" not in row
         assert row["ratio"]["p20"] <= row["ratio"]["median"] <= row["ratio"]["p80"]
-        assert (row["impl"] in bench.CEILINGS) == (row["roofline_share"] is None)
+        assert (row["impl"] in op.CEILINGS) == (row["roofline_share"] is None)
         assert ("gb_per_s" in row, "tflops" in row) == CEILING_RATES.get(row["impl"], (True, True))
         assert row["peak_gb_per_s"] > 0
         assert row["peak_tflops"] > 0
@@ -74,11 +77,11 @@ def test_rows(mode):
 @pytest.mark.parametrize("peaks", [(1e9, 1e15), (1e15, 1e9)], ids=["memory bounds", "arithmetic bounds"])
 @pytest.mark.parametrize("mode", ["forward", "both"])
 def test_the_figures_of_a_row(mode, peaks, monkeypatch):
-    monkeypatch.setattr(bench, "rounds", lambda samplers, seconds: [[i + 1.0] * 9 for i in range(len(samplers))])
-    monkeypatch.setattr(bench, "peaks_of", lambda *_: ceilings.Peaks(*peaks))
+    monkeypatch.setattr(op, "rounds", lambda samplers, seconds: [[i + 1.0] * 9 for i in range(len(samplers))])
+    monkeypatch.setattr(op, "peaks_of", lambda *_: ceilings.Peaks(*peaks))
     case, impls = TINY[0], ("auto", "timm_eager", "copy")
-    p, times = bench.problem(case.call("cpu")), 1 + (mode == "both")
-    rows = bench.bench(case, mode=mode, impls=impls)
+    p, times = op.problem(case.call("cpu")), 1 + (mode == "both")
+    rows = op.bench(case, mode=mode, impls=impls)
     least = max(times * p.bytes / peaks[0], times * p.flops / peaks[1]) * 1e3
     for ms, row in enumerate(rows, 1):  # of 1, 2, 3 ms
         assert row["ms"] == row["ratio"] == {"median": ms, "p20": ms, "p80": ms}
@@ -103,7 +106,7 @@ def test_a_wrong_backend_gets_no_time(monkeypatch, spoil, message):
     right = reference.forward
     monkeypatch.setattr(reference, "forward", lambda p, *tensors: spoil(right(p, *tensors)))
     dispatch._choose.cache_clear()
-    rows = bench.bench(TINY[0], impls=("reference", "timm_eager"), seconds=0.01)
+    rows = op.bench(TINY[0], impls=("reference", "timm_eager"), seconds=0.01)
     assert rows[0]["ms"] is None
     assert message in rows[0]["error"]
     assert rows[1]["ms"]["median"] > 0
@@ -118,20 +121,20 @@ def test_a_wrong_gradient_gets_no_time(monkeypatch):
         grads[1].mul_(1.01)
 
     monkeypatch.setattr(reference, "backward", wrong)
-    [row] = bench.bench(TINY[0], mode="backward", impls=("reference",), seconds=0.01)
+    [row] = op.bench(TINY[0], mode="backward", impls=("reference",), seconds=0.01)
     assert row["ms"] is None
     assert "gradient of weight" in row["error"]
 
 
 def test_a_backend_that_declines_says_why_in_its_row():
-    [row] = bench.bench(TINY[0], impls=("cuda",), seconds=0.01)
+    [row] = op.bench(TINY[0], impls=("cuda",), seconds=0.01)
     assert row["ms"] is None
     assert "NotImplementedError" in row["error"]
 
 
 def test_settings_come_back():
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark
-    with bench.settings(bench.Case(dtype="tf32")):
+    with op.settings(op.Case(dtype="tf32")):
         assert torch.backends.cuda.matmul.allow_tf32
         assert torch.backends.cudnn.allow_tf32
     after = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark
@@ -143,7 +146,7 @@ def test_command_line_prints_one_json_object(capsys):
     assert cli.main([*words.split(), "--seconds", "0.01", "--mode", "both", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["header"].keys() >= {"gpu", "cpu", "driver", "torch", "triton", "commit", "command"}
-    assert [row["impl"] for row in result["rows"]] == ["auto", *EAGER_PEERS, *bench.CEILINGS]
+    assert [row["impl"] for row in result["rows"]] == ["auto", *EAGER_PEERS, *op.CEILINGS]
     for row in result["rows"]:
         check_row(row)
 

@@ -7,8 +7,11 @@ import pytest
 import torch
 
 import vitkernels as vk
-from vitkernels import bench_model, cli, input_pipeline, model_specs, reference
-from vitkernels.bench_model import load_model
+from vitkernels import cli
+from vitkernels.backends import reference
+from vitkernels.bench import input_pipeline, model_zoo
+from vitkernels.bench import model as bench_model
+from vitkernels.bench.model import load_model
 
 SMALL = "hidden_size=32,num_hidden_layers=1,num_attention_heads=2,intermediate_size=48,patch_size=8"
 TINY = {  # specification: size of an input
@@ -62,14 +65,14 @@ def test_models_and_what_they_take(spec):
     torch.manual_seed(0)
     model, shape = load_model(spec)
     assert tuple(shape) == TINY[spec]
-    images, more = model_specs.inputs(model, shape, 2, torch.device("cpu"), torch.float32)
+    images, more = model_zoo.inputs(model, shape, 2, torch.device("cpu"), torch.float32)
     assert images.shape == (2, *shape)
     assert list(more) == ["bool_masked_pos"] * (spec == MASKED)
     if more:
         assert more["bool_masked_pos"].sum(1).tolist() == [6, 6]  # of 8
     assert vk.fuse(model).fused
     ran = []
-    block = model_specs.first_block(model)
+    block = model_zoo.first_block(model)
     model.eval()
     for module in model.modules():
         module.register_forward_hook(lambda module, *_: ran.append(module))
@@ -84,9 +87,9 @@ def test_models_and_what_they_take(spec):
 
 
 def test_short_forms_are_specifications():
-    assert all(spec.partition(":")[0] in model_specs.SOURCES for spec in model_specs.MODELS.values())
+    assert all(spec.partition(":")[0] in model_zoo.SOURCES for spec in model_zoo.MODELS.values())
     timm = pytest.importorskip("timm")
-    names = [s.partition(":")[2] for s in model_specs.MODELS.values() if s.startswith("timm:")]
+    names = [s.partition(":")[2] for s in model_zoo.MODELS.values() if s.startswith("timm:")]
     assert len(names) >= 4
     assert all(timm.is_model(name) for name in names)
     assert bench_model.bench_model("timm:test_vit,img_size=32", batch=1, seconds=0)["rows"][0]["ms"]

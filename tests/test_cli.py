@@ -89,7 +89,8 @@ def test_demo_for_people(model, tmp_path, photograph, capsys):
 
 def test_demo_that_disagrees(tmp_path, photograph, monkeypatch, capsys):
     pytest.importorskip("timm")
-    from vitkernels import demo, patch_embed
+    from vitkernels import patch_embed
+    from vitkernels.demo import run as demo
 
     monkeypatch.setattr(demo, "patch_embed", lambda *args, **kwargs: patch_embed(*args, **kwargs) * 1.01)
     assert cli.main([*SMALL, "--image", photograph, "--out", str(tmp_path), "--json"]) == 1

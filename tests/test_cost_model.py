@@ -15,16 +15,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import vitkernels as vk
-from vitkernels import bench, cost_model, dispatch, gpus, patches, reference, tuning
-from vitkernels.cases import Case
-from vitkernels.roads import cuda as cuda_roads
-from vitkernels.roads import gathered, needed
-from vitkernels.roads import peers as peer_roads
-from vitkernels.roads import reference as reference_road
-from vitkernels.roads import triton as triton_roads
+from vitkernels import cost_model, dispatch
+from vitkernels.backends import reference
+from vitkernels.backends.reference import unfold
+from vitkernels.backends.triton import configs
+from vitkernels.bench import op
+from vitkernels.bench.cases import Case
+from vitkernels.cost_model import baselines as peer_roads
+from vitkernels.cost_model import cuda as cuda_roads
+from vitkernels.cost_model import data_sheets
+from vitkernels.cost_model import reference as reference_road
+from vitkernels.cost_model import triton as triton_roads
+from vitkernels.cost_model.traffic import gathered, needed
+from vitkernels.gpu import NOMINAL
 
 ROOT = Path(__file__).resolve().parents[1]
-H100 = tuning.NOMINAL[90]
+H100 = NOMINAL[90]
 NAMES = ("images", "weight", "bias", "pos_embed", "prefix", "keep")
 NORM = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)}
 HALF, F32, U8 = torch.bfloat16, torch.float32, torch.uint8
@@ -119,7 +125,7 @@ def test_each_operator_of_the_peers_moves_what_the_model_says(case, mode):
     assert len(roads) == 3
     for name, road in roads.items():
         impl = "timm_eager" if name == "embed_all_then_gather" else name
-        [(step, leaves)] = bench.steps(impl, [call], mode == "backward")
+        [(step, leaves)] = op.steps(impl, [call], mode == "backward")
         out = step() if mode == "backward" else None
         grad = None if out is None else torch.randn_like(out)
         with Operators() as operators:
@@ -136,7 +142,7 @@ def test_what_the_peers_keep_for_the_backward(case):
     p = problem(call)
     inputs = {call[name].untyped_storage().data_ptr() for name in NAMES if call.get(name) is not None}
     for name, road in peer_roads.roads(p, "forward")[0].items():
-        [(step, leaves)] = bench.steps("timm_eager" if "embed" in name else name, [call], True)
+        [(step, leaves)] = op.steps("timm_eager" if "embed" in name else name, [call], True)
         known = inputs | {leaf.untyped_storage().data_ptr() for leaf in leaves}
         saved = {}
 
@@ -166,7 +172,7 @@ def test_what_the_peers_keep_for_the_backward(case):
     ids=["normalised", "bf16", "kept", "kept floats", "padded", "overlap"],
 )
 def test_the_reference_moves_what_the_model_says(call, piece, monkeypatch):
-    monkeypatch.setattr(patches, "_piece_rows", lambda *_: piece)
+    monkeypatch.setattr(unfold, "_piece_rows", lambda *_: piece)
     call = call_of(**call)
     p = problem(call)
     tensors = dispatch.canonical(*(call.get(name) for name in NAMES))
@@ -267,13 +273,13 @@ GATHERED = ("fp32", "P = 14", "kept", "padded")  # the copy engine can't cut the
 def test_programs_request_what_the_model_says(name, road, programs, device):
     if device != "cpu":
         pytest.skip("programs are counted in the interpreter")
-    from vitkernels import triton
+    from vitkernels.backends import triton
 
     call = call_of(**FORWARD[name])
     p = problem(call)
     roads, refused = triton_roads.roads(p, "forward", H100, False)
     assert list(refused) == ["triton descriptor"] * (name in GATHERED)
-    tile = tuning.default(p, road, "half" if p.compute_dtype == HALF else "fp32", H100)
+    tile = configs.default(p, road, "half" if p.compute_dtype == HALF else "fp32", H100)
     *packing, main = roads[f"triton {road}"].passes
     tensors = dispatch.canonical(*(call.get(n) for n in NAMES))
     keys = ("images", "weight", "bias", "position", "prefix", "keep")
@@ -308,7 +314,7 @@ BACKWARD = {
 def test_programs_of_the_backward_request_what_the_model_says(name, programs, device):
     if device != "cpu":
         pytest.skip("programs are counted in the interpreter")
-    from vitkernels import triton
+    from vitkernels.backends import triton
 
     call = call_of(**BACKWARD[name])
     p = problem(call)
@@ -351,11 +357,11 @@ CUDA = {
 def test_csrc_plans_what_the_model_says(name, arch, on_cuda_kernels, device):
     if device != "cpu":
         pytest.skip("the model knows plans of an emulated GPU")
-    from vitkernels import cuda
+    from vitkernels.backends import cuda
 
     on_cuda_kernels(arch)
     call = call_of(**CUDA[name])
-    p, gpu = problem(call), tuning.NOMINAL[arch]
+    p, gpu = problem(call), NOMINAL[arch]
     roads, refused = cuda_roads.roads(p, "forward", gpu, False)
     words = {
         "gather": "pixels gathered", "copy": "pixels copied", "rows": "image rows", "patches": "patches cut",
@@ -445,10 +451,10 @@ def test_every_mode_on_every_gpu_without_a_tensor(mode, keep):
     assert explained["triton"]  # no such device, which the model does not need
     r = vk.roofline(explained, mode)
     assert r.problem.device.type == "meta"
-    assert list(r.gpus) == list(gpus.GPUS)
+    assert list(r.gpus) == list(data_sheets.GPUS)
     shown = str(r)
     data = json.loads(json.dumps(r.as_dict()))
-    for name in gpus.GPUS:
+    for name in data_sheets.GPUS:
         assert name in shown
         a = r.gpus[name]
         assert a.ms >= max(a.memory_ms, a.arithmetic_ms) > 0
@@ -490,12 +496,12 @@ def test_the_page_is_what_the_model_says():
 
 
 def test_data_sheets():
-    for sheet in gpus.GPUS.values():
+    for sheet in data_sheets.GPUS.values():
         assert sheet.source
         assert sheet.half >= sheet.tf32 > sheet.fp64 > 0
         assert 100 < sheet.ridge("half") < 500
         assert sheet.planned.multiprocessors == sheet.multiprocessors
-        assert sheet.planned.shared_bytes == tuning.NOMINAL[sheet.arch].shared_bytes
+        assert sheet.planned.shared_bytes == NOMINAL[sheet.arch].shared_bytes
 
 
 def test_nobody_made_a_module_that_hides_the_function():

@@ -1,5 +1,5 @@
-"""The C++ extension's arithmetic without data (csrc/walk.h, plan.h, backward_plan.h, hopper.cuh), compiled for
-the CPU; and kernels that were broken on purpose, which the emulator must not run as if nothing were wrong."""
+"""The C++ extension's arithmetic without data (csrc: patch_layout.h, the plans, weight_sm90.h), compiled
+for the CPU; and kernels that were broken on purpose, which the emulator must not run as if nothing were wrong."""
 
 import math
 import multiprocessing
@@ -12,9 +12,13 @@ import torch
 from host import build
 
 import vitkernels as vk
-from vitkernels import cuda, dispatch, extension, tuning, verify
+from vitkernels import dispatch
+from vitkernels.backends import cuda
+from vitkernels.backends.cuda import extension
 from vitkernels.dispatch import canonical
-from vitkernels.triton import compiled
+from vitkernels.gpu import NOMINAL
+from vitkernels.profiling import compile_triton
+from vitkernels.testing import verify
 
 ARCHS = (80, 89, 90, 100, 120)
 DTYPES = cuda.DTYPES
@@ -31,7 +35,7 @@ def csrc():
 
 
 def gpu_of(arch: int) -> tuple[int, int, int]:
-    gpu = tuning.NOMINAL[arch]
+    gpu = NOMINAL[arch]
     return gpu.arch, gpu.multiprocessors, gpu.shared_bytes
 
 
@@ -43,7 +47,7 @@ def described(
     B=2, C=3, F=1, H=32, W=32, P=(1, 16, 16), S=None, pad=(0, 0, 0), *, D=64, T=0, keep=None, pos_rows=0, strides=None,
     normalised=False, scale=1.0, tf32=False, image=HALF, compute=HALF,
 ) -> dict:  # fmt: skip
-    """A problem as vitkernels/cuda.py describes it to C++."""
+    """A problem as vitkernels/backends/cuda/__init__.py describes it to C++."""
     S = S or P
     G = tuple((size + 2 * p - patch) // step + 1 for size, p, patch, step in zip((F, H, W), pad, P, S, strict=True))
     N = math.prod(G)
@@ -306,12 +310,12 @@ def tensors_of(d: dict, images: int = ADDRESS, weight: int = ADDRESS) -> tuple[t
     return (images, d["image"], *d["strides"]), (weight, d["weight"], *dense(d["D"], d["C"], *d["P"]))
 
 
-@pytest.mark.parametrize("dtype", compiled.DTYPES)
-@pytest.mark.parametrize("patch", compiled.PATCHES)
+@pytest.mark.parametrize("dtype", compile_triton.DTYPES)
+@pytest.mark.parametrize("patch", compile_triton.PATCHES)
 def test_plans_of_the_tables(csrc, monkeypatch, patch, dtype):
-    tf32 = compiled.DTYPES[dtype][2]
-    for keep, D, B in product((False, True), compiled.WIDTHS, compiled.BATCHES):
-        d = of(monkeypatch, compiled.problem(patch, dtype, B=B, D=D, keep=keep), tf32)
+    tf32 = compile_triton.DTYPES[dtype][2]
+    for keep, D, B in product((False, True), compile_triton.WIDTHS, compile_triton.BATCHES):
+        d = of(monkeypatch, compile_triton.problem(patch, dtype, B=B, D=D, keep=keep), tf32)
         for arch in ARCHS:
             gpu = gpu_of(arch)
             found = csrc.forward_candidates(d, gpu, *tensors_of(d))
@@ -361,11 +365,11 @@ def test_blocks_of_patches(csrc):
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("patch", compiled.PATCHES)
+@pytest.mark.parametrize("patch", compile_triton.PATCHES)
 def test_tiles_of_small_and_large_batches(csrc, monkeypatch, arch, patch):
     gpu, costs = gpu_of(arch), {}
-    for B in compiled.BATCHES:
-        d = of(monkeypatch, compiled.problem(patch, "bf16", B=B))
+    for B in compile_triton.BATCHES:
+        d = of(monkeypatch, compile_triton.problem(patch, "bf16", B=B))
         found = csrc.forward_candidates(d, gpu, *tensors_of(d))
         chosen = csrc.plan_forward(d, gpu, *tensors_of(d))
         area = {f["BM"] * f["BN"] for f in found}
@@ -377,7 +381,7 @@ def test_tiles_of_small_and_large_batches(csrc, monkeypatch, arch, patch):
         full = [f["cost"] for f in found if f["tiles"] >= gpu[1]]
         assert chosen["tiles"] >= gpu[1] or chosen["cost"] <= min(full, default=math.inf)
         costs[B] = {f["how"]: f["cost"] for f in found}
-    for fewer, more in zip(compiled.BATCHES, compiled.BATCHES[1:], strict=False):
+    for fewer, more in zip(compile_triton.BATCHES, compile_triton.BATCHES[1:], strict=False):
         for how in costs[fewer].keys() & costs[more].keys():
             assert costs[fewer][how] <= costs[more][how], (how, more)
 
@@ -386,7 +390,7 @@ def test_tiles_of_small_and_large_batches(csrc, monkeypatch, arch, patch):
 
 
 def backward_tensors(d: dict) -> tuple:
-    """dY, images, weight, keep, m and a, and all gradients, as vitkernels/cuda.py hands them over."""
+    """dY, images, weight, keep, m and a, and all gradients, as vitkernels/backends/cuda/__init__.py hands them over."""
     images, weight = tensors_of(d)
     rows, D = d["T"] + d["rows"], d["D"]
 
@@ -459,12 +463,12 @@ def check_classes(d: dict, gpu: tuple, images: dict) -> None:
     assert images["shared_bytes"] <= gpu[2] and blocks < 2**31
 
 
-@pytest.mark.parametrize("dtype", compiled.DTYPES)
-@pytest.mark.parametrize("patch", compiled.PATCHES)
+@pytest.mark.parametrize("dtype", compile_triton.DTYPES)
+@pytest.mark.parametrize("patch", compile_triton.PATCHES)
 def test_backward_plans_of_the_tables(csrc, monkeypatch, patch, dtype):
-    tf32 = compiled.DTYPES[dtype][2]
-    for keep, D, B in product((False, True), compiled.WIDTHS, compiled.BATCHES):
-        d = of(monkeypatch, compiled.problem(patch, dtype, B=B, D=D, keep=keep), tf32)
+    tf32 = compile_triton.DTYPES[dtype][2]
+    for keep, D, B in product((False, True), compile_triton.WIDTHS, compile_triton.BATCHES):
+        d = of(monkeypatch, compile_triton.problem(patch, dtype, B=B, D=D, keep=keep), tf32)
         for arch in ARCHS:
             check_backward(d, gpu_of(arch), csrc.plan_backward(d, gpu_of(arch), backward_tensors(d)))
 
@@ -485,7 +489,7 @@ def test_backward_plans_of_random_problems(csrc, large):
 @pytest.mark.parametrize("dtype", ["bf16", "uint8->bf16", "fp32", "autocast"])
 @pytest.mark.parametrize("arch", ARCHS)
 def test_memory_of_the_backward(csrc, monkeypatch, arch, dtype):
-    d = of(monkeypatch, compiled.problem(16, dtype, B=256))
+    d = of(monkeypatch, compile_triton.problem(16, dtype, B=256))
     assert csrc.plan_backward(d, gpu_of(arch), backward_tensors(d))["scratch_bytes"] < 32 * 10**6
 
 
@@ -508,7 +512,7 @@ def forget_after(on_cuda_kernels):
 
 
 def use(monkeypatch, module, arch: int, multiprocessors: int) -> None:
-    gpu = tuning.NOMINAL[arch]._replace(multiprocessors=multiprocessors)
+    gpu = NOMINAL[arch]._replace(multiprocessors=multiprocessors)
     monkeypatch.setattr(extension, "load", lambda: module)
     monkeypatch.setattr(extension, "missing", lambda: "")
     monkeypatch.setattr(cuda, "gpu_of", lambda device: gpu)
@@ -579,27 +583,35 @@ def test_right_as_they_are(host_extension, monkeypatch, case, seed):
     assert act() == []
 
 
-FORWARD, HOPPER, BACKWARD = "forward_f16.cu", "hopper_f16.cu", "backward_half.cu"
+FORWARD, HOPPER, BACKWARD = (
+    "forward/instances/forward_sm80_f16.cu",
+    "forward/instances/forward_sm90_f16.cu",
+    "backward/instances/backward_sm80_f16.cu",
+)
 
 
 MUTATIONS = {  # object, header, what it says and what it is to say, and the case that shows it
-    "a row of a fragment": (FORWARD, "tile.cuh", "(row + lane % 16)", "(row + (lane + 1) % 16)", "copy"),
-    "a pixel of a fragment": (FORWARD, "patches.cuh", "2 * t + 8 * h)", "2 * t + 1 + 8 * h)", "rows"),
-    "no barrier in a step": (FORWARD, "forward.cuh", "sync_block();  // the step's", "// the step's", "copy"),
-    "a wait too short": (FORWARD, "forward.cuh", "default: copy_wait<2>();", "default: copy_wait<3>();", "copy"),
-    "a stage overwritten": (HOPPER, "hopper.cuh", "barrier_wait(&empty[turn.slot], turn.phase ^ 1);", "", "hopper"),
-    "a descriptor": (HOPPER, "primitives.cuh", ">> 4) | uint64_t{1} << 16", ">> 5) | uint64_t{1} << 16", "hopper"),
-    "a slice not met at": (
-        HOPPER, "hopper.cuh", "slice, 64 + 4);\n            sync_warp();", "slice, 64 + 4);", "hopper",
+    "a row of a fragment": (FORWARD, "common/warp_mma.cuh", "(row + lane % 16)", "(row + (lane + 1) % 16)", "copy"),
+    "a pixel of a fragment": (FORWARD, "forward/loaders.cuh", "2 * t + 8 * h)", "2 * t + 1 + 8 * h)", "rows"),
+    "no barrier in a step": (FORWARD, "forward/sm80.cuh", "sync_block();  // the step's", "// the step's", "copy"),
+    "a wait too short": (FORWARD, "forward/sm80.cuh", "default: copy_wait<2>();", "default: copy_wait<3>();", "copy"),
+    "a stage overwritten": (
+        HOPPER, "forward/sm90.cuh", "barrier_wait(&empty[turn.slot], turn.phase ^ 1);", "", "hopper",
     ),
-    "the next tile too early": (HOPPER, "hopper.cuh", "sync_some(1, 128);  // the last", "// the last", "hopper, rows"),
+    "a descriptor": (HOPPER, "common/ptx.cuh", ">> 4) | uint64_t{1} << 16", ">> 5) | uint64_t{1} << 16", "hopper"),
+    "a slice not met at": (
+        HOPPER, "forward/sm90.cuh", "slice, 64 + 4);\n            sync_warp();", "slice, 64 + 4);", "hopper",
+    ),
+    "the next tile too early": (
+        HOPPER, "forward/sm90.cuh", "sync_some(1, 128);  // the last", "// the last", "hopper, rows",
+    ),
     "no barrier in a step of dW": (
-        BACKWARD, "backward_weight.cuh", "convert(step);\n            sync_block();", "convert(step);", "backward",
+        BACKWARD, "backward/weight_sm80.cuh", "convert(step);\n            sync_block();", "convert(step);", "backward",
     ),
     "patches looked up too early": (
-        BACKWARD, "backward_weight.cuh", "ROW_STEPS == STAGES - 2)", "ROW_STEPS == STAGES - 3)", "backward, bytes",
+        BACKWARD, "backward/weight_sm80.cuh", "ROW_STEPS == STAGES - 2)", "ROW_STEPS == STAGES - 3)", "backward, bytes",
     ),
-    "a row of dY": (BACKWARD, "backward_weight.cuh", "+ row) * LEFT", "+ (row ^ 1)) * LEFT", "backward"),
+    "a row of dY": (BACKWARD, "backward/weight_sm80.cuh", "+ row) * LEFT", "+ (row ^ 1)) * LEFT", "backward"),
 }  # fmt: skip
 
 

@@ -15,9 +15,12 @@ import pytest
 import torch
 
 import vitkernels as vk
-from vitkernels import cli, cuda, extension, fallbacks, verify
+from vitkernels import cli
+from vitkernels.backends import cuda, fallbacks
+from vitkernels.backends.cuda import extension
 from vitkernels.dispatch import canonical
-from vitkernels.triton.compiled import problem
+from vitkernels.profiling.compile_triton import problem
+from vitkernels.testing import verify
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 

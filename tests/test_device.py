@@ -5,9 +5,11 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from vitkernels import ceilings, patches
-from vitkernels import device as devices
-from vitkernels.triton import compiled, launching, plan
+from vitkernels import gpu as devices
+from vitkernels.backends.reference import unfold
+from vitkernels.backends.triton import forward_plan, launch
+from vitkernels.bench import peaks
+from vitkernels.profiling import compile_triton
 
 CUDA, CUDA_1 = torch.device("cuda"), torch.device("cuda", 1)
 
@@ -30,11 +32,11 @@ def current(monkeypatch):
 
 def test_a_gpu_without_a_number_is_the_current_one(current, monkeypatch):
     monkeypatch.setattr(devices, "_gpu_of", lambda device: device)
-    monkeypatch.setattr(ceilings, "_peaks", lambda device, *_: device)
+    monkeypatch.setattr(peaks, "_peaks", lambda device, *_: device)
     for now in (0, 1):
         current[0] = now
-        assert devices.gpu_of(CUDA) == ceilings.peaks(CUDA, torch.float32) == torch.device("cuda", now)
-        assert devices.gpu_of(CUDA_1) == ceilings.peaks(CUDA_1, torch.float32) == CUDA_1
+        assert devices.gpu_of(CUDA) == peaks.peaks(CUDA, torch.float32) == torch.device("cuda", now)
+        assert devices.gpu_of(CUDA_1) == peaks.peaks(CUDA_1, torch.float32) == CUDA_1
     assert devices.indexed(torch.device("cpu")) == torch.device("cpu")
 
 
@@ -54,10 +56,10 @@ def test_a_context_is_bound_by_a_call_that_needs_one(monkeypatch):
     assert called == ["here"]
 
 
-@pytest.mark.parametrize("home", [patches, launching])
+@pytest.mark.parametrize("home", [unfold, launch])
 def test_constants_made_twice_at_a_time_are_kept_once(home, monkeypatch):
     """By two threads: what one of them may have captured in a graph stays."""
-    p = compiled.problem(16, "uint8->bf16")
+    p = compile_triton.problem(16, "uint8->bf16")
     others = torch.zeros(2, 3)
 
     class Late(dict):
@@ -65,5 +67,5 @@ def test_constants_made_twice_at_a_time_are_kept_once(home, monkeypatch):
             self.setdefault(key, others)
 
     monkeypatch.setattr(home, "_constants", Late())
-    order = (torch.float32,) if home is patches else (plan.Order(False, None), p.K)
+    order = (torch.float32,) if home is unfold else (forward_plan.Order(False, None), p.K)
     assert home.centred(p, *order) is others

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import vitkernels as vk
-from vitkernels import dispatch, extension
+from vitkernels import dispatch
+from vitkernels.backends.cuda import extension
 
 HALF, F32, U8 = torch.bfloat16, torch.float32, torch.uint8
 RESULTS = Path(__file__).parent.parent / "benchmarks/results/nvidia-h200"
@@ -27,7 +28,7 @@ def call(patch=16, pixels=HALF, weights=HALF, *, B=256, D=768, keep=None, device
 @pytest.fixture
 def extension_here(host_extension, monkeypatch):
     """The plans of csrc/ for GPUs, from its emulation."""
-    from vitkernels import cuda
+    from vitkernels.backends import cuda
 
     def forget():
         for cached in (cuda._gpu, cuda._plan, cuda._problem, cuda.no_wgmma, dispatch._choose):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from vitkernels.hazards import hazards
+from vitkernels.profiling.hazards import hazards
 
 ROOT = Path(__file__).parent.parent
 WAIT = "WARPGROUP.DEPBAR.LE gsb0, 0x{}"
@@ -125,9 +125,9 @@ import sys
 import triton, triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from vitkernels import machine_code
-from vitkernels.hazards import hazards
-from vitkernels.triton.tiles import product
+from vitkernels.profiling import sass
+from vitkernels.profiling.hazards import hazards
+from vitkernels.backends.triton.kernel_utils import product
 
 @triton.jit
 def planted(image_desc, weight_desc, out_desc, H, SETTLE: tl.constexpr):
@@ -143,24 +143,27 @@ for settle in (False, True):
              "out_desc": "tensordesc<bf16[128,256]>", "H": "i32", "SETTLE": "constexpr"}
     source = ASTSource(fn=planted, signature=types, constexprs={"SETTLE": settle}, attrs={})
     kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8, "num_stages": 3})
-    print(len(hazards(machine_code.read(kernel.asm["cubin"])[1], 8)))
+    print(len(hazards(sass.read(kernel.asm["cubin"])[1], 8)))
 """
 
 
 REVERTED = """
 import torch
 from dataclasses import replace
-from vitkernels import device, tuning
-from vitkernels.triton import compiled, plan
+from vitkernels import gpu as device
+from vitkernels.backends.triton import configs
+from vitkernels.gpu import NOMINAL
+from vitkernels.profiling import compile_triton
+from vitkernels.backends.triton import forward_plan
 
-p = replace(compiled.problem(16, "uint8->bf16"), device=torch.device("cuda", 0))
-device.gpu_of = lambda device: tuning.NOMINAL[90]
-settles = plan.settles
+p = replace(compile_triton.problem(16, "uint8->bf16"), device=torch.device("cuda", 0))
+device.gpu_of = lambda device: NOMINAL[90]
+settles = forward_plan.settles
 for form in (lambda *_: False, settles):
-    plan.settles = form
-    plan.make_plan.cache_clear()
-    roads = ("descriptor", tuning.Config(128, 256, 64, 8, 3)), ("gather", tuning.Config(128, 256, 32, 8, 4))
-    print(sum(bool(tuning.hazard_of(p, choice)) for choice in roads))
+    forward_plan.settles = form
+    forward_plan.make_plan.cache_clear()
+    roads = ("descriptor", configs.Config(128, 256, 64, 8, 3)), ("gather", configs.Config(128, 256, 32, 8, 4))
+    print(sum(bool(configs.hazard_of(p, choice)) for choice in roads))
 """
 
 

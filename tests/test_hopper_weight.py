@@ -1,4 +1,4 @@
-"""The weight's gradient on sm_90a (csrc/hopper_weight.cuh): random problems that it takes, against fp64."""
+"""The weight's gradient on sm_90a (csrc/backward/weight_sm90.cuh): random problems that it takes, against fp64."""
 
 import random
 
@@ -6,8 +6,11 @@ import pytest
 import torch
 
 import vitkernels as vk
-from vitkernels import cuda, extension, tuning, verify
-from vitkernels.triton.compiled import problem
+from vitkernels.backends import cuda
+from vitkernels.backends.cuda import extension
+from vitkernels.gpu import Gpu
+from vitkernels.profiling.compile_triton import problem
+from vitkernels.testing import verify
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -62,10 +65,10 @@ def willing():
     """The emulated extension with a plan for which wgmma costs nothing, nor do parts: small problems take it, too."""
     from host import build
 
-    change = ("backward_plan.h", "HOPPER_RATE[] = {1.6, 1.3}", "HOPPER_RATE[] = {1e6, 1e6}")
-    parts = ("backward_plan.h", "5.0 * static_cast<double>(p.D)", "0.0 * static_cast<double>(p.D)")
+    change = ("backward/plan.h", "HOPPER_RATE[] = {1.6, 1.3}", "HOPPER_RATE[] = {1e6, 1e6}")
+    parts = ("backward/plan.h", "5.0 * static_cast<double>(p.D)", "0.0 * static_cast<double>(p.D)")
     try:
-        return build.mutated("backward.cu", change, parts)
+        return build.mutated("backward/backward.cu", change, parts)
     except build.NoCompiler as error:
         pytest.skip(f"csrc/ can't be emulated: {error}")
 
@@ -96,7 +99,7 @@ def watched(request, on_cuda_kernels, device, monkeypatch):
 
     def use(count: int) -> list:
         if device != "cuda":
-            monkeypatch.setattr(cuda, "gpu_of", lambda d: tuning.Gpu("H100", 90, count, 232448))
+            monkeypatch.setattr(cuda, "gpu_of", lambda d: Gpu("H100", 90, count, 232448))
             cuda._gpu.cache_clear()
         watched.plans.clear()
         return watched.plans

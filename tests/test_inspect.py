@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from vitkernels import machine_code
+from vitkernels.profiling import sass
 
 pytest.importorskip("triton")
 # Of what `inspect` has, the part that a test has time for: fp16 is as bf16, and P = 32 as 16.
@@ -80,22 +80,22 @@ def test_a_wrong_architecture_is_one_line():
 BARE = """
 import torch
 from dataclasses import replace
-from vitkernels.triton import compiled
-from vitkernels.tuning import NOMINAL
+from vitkernels.profiling import compile_triton
+from vitkernels.gpu import NOMINAL
 
 for patch in (14, 16):
-    full = compiled.problem(patch, "uint8->bf16", B=2)
+    full = compile_triton.problem(patch, "uint8->bf16", B=2)
     for change in (
         dict(T=0), dict(has_bias=False), dict(pos_rows=0), dict(T=0, has_bias=False, pos_rows=0),
         dict(mean=None, std=None), dict(T=0, pos_rows=full.N), dict(B=1, D=8), dict(n_keep=5, T=0),
         dict(pad=(0, 2, 3)), dict(out_dtype=torch.float32), dict(scale=1.0, mean=None, std=None),
     ):
         p = replace(full, **change)
-        print(patch, change, compiled.measure(p, NOMINAL[90], False))
+        print(patch, change, compile_triton.measure(p, NOMINAL[90], False))
         if patch == 16:
             for road in ("weight", "sums", "finish", "kept")[: 4 if p.n_keep else 3]:
-                print(road, compiled.measure(p, NOMINAL[90], False, (road, None)))
-            print(compiled.measure(replace(p, image_dtype=torch.bfloat16), NOMINAL[90], False, ("images", None)))
+                print(road, compile_triton.measure(p, NOMINAL[90], False, (road, None)))
+            print(compile_triton.measure(replace(p, image_dtype=torch.bfloat16), NOMINAL[90], False, ("images", None)))
 """
 
 
@@ -246,9 +246,9 @@ def test_no_extension_is_one_line(tmp_path):
     ((".E", 4), (".E.128.CONSTANT", 16), (".E.ENL2.256", 32), (".E.LTC128B.64", 8), (".E.U16", 2), (".S8", 1)),
 )
 def test_width_of_a_load(modifiers, width):
-    assert machine_code.width(modifiers) == width
+    assert sass.width(modifiers) == width
     code = f"LDG{modifiers} R2, [R4] ; LDGDEPBAR ; LDGSTS.E.BYPASS.LTC128B.128 [R1], [R2]"
-    assert machine_code.widths(code, "LDG") == {width} and machine_code.widths(code, "LDGSTS") == {16}
+    assert sass.widths(code, "LDG") == {width} and sass.widths(code, "LDGSTS") == {16}
 
 
 @pytest.mark.skipif(not shutil.which("c++filt"), reason="needs c++filt")
@@ -260,17 +260,17 @@ def test_names_for_people():
         "_Z12scale_kernelILi3EhEv4Args": "scale_kernel<3, uint8>",
         "no_mangled_name": "no_mangled_name",
     }  # fmt: skip
-    assert machine_code.demangled(names) == names
-    assert machine_code.demangled([]) == {}
+    assert sass.demangled(names) == names
+    assert sass.demangled([]) == {}
 
 
 def test_names_stay_without_a_demangler(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    assert machine_code.demangled(["_Z4copy4Args"]) == {"_Z4copy4Args": "_Z4copy4Args"}
+    assert sass.demangled(["_Z4copy4Args"]) == {"_Z4copy4Args": "_Z4copy4Args"}
 
 
 def test_tools_that_are_missing(monkeypatch):
-    monkeypatch.setattr(machine_code, "find_spec", lambda name: None)
+    monkeypatch.setattr(sass, "find_spec", lambda name: None)
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(FileNotFoundError, match="cuobjdump was found neither in Triton's wheel nor on PATH"):
-        machine_code._tool.__wrapped__("cuobjdump")
+        sass._tool.__wrapped__("cuobjdump")

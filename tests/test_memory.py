@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import vitkernels as vk
-from vitkernels.memory import peak_bytes
+from vitkernels.bench.memory import peak_bytes
 
 MB = 1 << 20
 DEVICES = ["cpu", *["cuda"] * torch.cuda.is_available()]

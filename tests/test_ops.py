@@ -11,8 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import vitkernels as vk
-from vitkernels import dispatch, verify
+from vitkernels import dispatch
 from vitkernels.problem import arguments_of
+from vitkernels.testing import verify
 
 OP, OP_BACKWARD = torch.ops.vitkernels.patch_embed.default, torch.ops.vitkernels.patch_embed_backward.default
 TENSORS = ("images", "weight", "bias", "pos_embed", "prefix", "keep")
@@ -495,6 +496,6 @@ def test_a_call_on_the_cpu_starts_no_gpu():
         weight = torch.zeros(5, 3, 4, 4, requires_grad=True)
         vk.patch_embed(torch.zeros(1, 3, 8, 8), weight, mean=0.5).sum().backward()
         assert not torch.cuda.is_initialized()
-        import vitkernels.verify
-        assert not {"vitkernels.triton", "rich"} & set(sys.modules)
+        import vitkernels.testing.verify
+        assert not {"vitkernels.backends.triton", "rich"} & set(sys.modules)
     """)

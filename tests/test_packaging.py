@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 
 import vitkernels
-from vitkernels import cli, extension, report
+from vitkernels import cli, report
+from vitkernels.backends.cuda import extension
 from vitkernels.cli import info
 
 ROOT = Path(__file__).parents[1]
@@ -272,7 +273,10 @@ def test_the_extension_is_built(small, tmp_path):
 
     installed = tmp_path / "installed"
     shutil.unpack_archive(wheel, installed, "zip")
-    code = "from vitkernels import extension as e; print(repr(e.missing()), e.load().answer(), e.about(), sep='; ')"
+    code = (
+        "from vitkernels.backends.cuda import extension as e\n"
+        "print(repr(e.missing()), e.load().answer(), e.about(), sep='; ')"
+    )
     command = [sys.executable, "-c", code]
     run = subprocess.run(
         command, env=_environment(PYTHONPATH=str(installed)), cwd=tmp_path, capture_output=True, text=True, check=True

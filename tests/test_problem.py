@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vitkernels import verify
 from vitkernels.problem import arguments_of, check_keep, problem_of
+from vitkernels.testing import verify
 
 
 def build(images, weight, bias=None, pos_embed=None, prefix=None, keep=None, *, stride=None, padding=0, mean=None,

@@ -13,10 +13,11 @@ from itertools import pairwise
 import pytest
 import torch
 
-from vitkernels import cli, nsight, profiling
-from vitkernels.cases import Case
+from vitkernels import cli
+from vitkernels.bench.cases import Case
+from vitkernels.cli import options
 from vitkernels.cli import profile as command
-from vitkernels.cli import shapes
+from vitkernels.profiling import nsight, trace
 
 SMALL = ("profile", "--device", "cpu", "--image", "32", "--dim", "64", "--batch", "2")
 
@@ -220,7 +221,7 @@ def nsight_of(tools, *argv):
         ["--image", "32x48", "--patch", "16", "--dim", "64", "--batch", "2", "--dtype", "fp32", *argv]
     )
     args.out = tools / "out"
-    case = shapes.case_of(args, "cuda")
+    case = options.case_of(args, "cuda")
     device = type("Device", (), {"type": "cuda", "__str__": lambda self: "cuda"})()
     result = {"traces": [], "roofline": {"attainable_us": 23.5}}
     return command._nsight(args, case, "auto", device, result, lambda text: None)
@@ -302,7 +303,7 @@ def test_a_gpus_trace():
         {"ph": "f", "cat": "ac2g", "name": "ac2g", "id": 1, "pid": 0, "tid": 7, "ts": 10.0},
         {"ph": "M", "name": "process_name", "pid": 0, "args": {"name": "python"}},
     ]  # fmt: skip
-    first, second = profiling.table({"traceEvents": events}, calls=2)
+    first, second = trace.table({"traceEvents": events}, calls=2)
     assert first == {
         "name": "descriptor_kernel", "count": 1, "us": 46.0, "share": 0.92, "registers": 170, "shared_bytes": 147456,
         "grid": [1176, 1, 1], "block": [256, 1, 1],
@@ -318,16 +319,16 @@ def test_operations_count_without_those_inside():
         operation("inner", 2, 3), operation("outer", 0, 10), operation("inner", 6, 2), operation("leaf", 6.5, 1),
         operation("outer", 20, 1), operation("inner", 1, 4, tid=2),
     ]  # fmt: skip
-    rows = {row["name"]: (row["count"], row["us"]) for row in profiling.table({"traceEvents": events}, calls=1)}
+    rows = {row["name"]: (row["count"], row["us"]) for row in trace.table({"traceEvents": events}, calls=1)}
     assert rows == {"outer": (2, 10 - 3 - 2 + 1), "inner": (3, 3 + 2 - 1 + 4), "leaf": (1, 1)}
-    assert profiling.table({"traceEvents": []}, calls=1) == []
+    assert trace.table({"traceEvents": []}, calls=1) == []
 
 
-@pytest.mark.parametrize("mode", shapes.MODES)
+@pytest.mark.parametrize("mode", options.MODES)
 def test_a_trace_has_ranges_named_after_operation_and_shape(mode, tmp_path):
     case = Case(batch=2, image=32, patch=16, dim=64, dtype="fp32")
     cpu = torch.device("cpu")
-    found = profiling.trace(case, "auto", mode=mode, device=cpu, out=tmp_path, calls=4)
+    found = trace.trace(case, "auto", mode=mode, device=cpu, out=tmp_path, calls=4)
     events = json.loads((tmp_path / f"B2-32-P16-D64-fp32-{mode}-auto.json").read_text())["traceEvents"]
     ranges = [e for e in events if e.get("cat") == "user_annotation"]
     assert [e["name"] for e in ranges] == [f"patch_embed {mode} B2 32 P16 D64 fp32 [reference]"] * 4
@@ -343,12 +344,12 @@ def test_a_trace_has_ranges_named_after_operation_and_shape(mode, tmp_path):
 
 
 def test_what_breaks_the_accuracy_rule_has_no_profile(tmp_path, monkeypatch):
-    from vitkernels import peers
+    from vitkernels.bench import baselines
 
-    conv = peers.conv
-    monkeypatch.setitem(peers.PEERS, "timm_eager", lambda: lambda *a, **k: conv(*a, **k) * 1.1)
+    conv = baselines.conv
+    monkeypatch.setitem(baselines.PEERS, "timm_eager", lambda: lambda *a, **k: conv(*a, **k) * 1.1)
     case = Case(batch=2, image=32, patch=16, dim=64, dtype="fp32")
-    found = profiling.trace(case, "timm_eager", mode="forward", device=torch.device("cpu"), out=tmp_path)
+    found = trace.trace(case, "timm_eager", mode="forward", device=torch.device("cpu"), out=tmp_path)
     assert "above" in found["error"] and "us" not in found
 
 
@@ -414,14 +415,14 @@ def test_wrong_options_are_one_line(argv, word, capsys):
 def test_options_and_words_agree():
     """What is passed to ncu's target is the case that was asked for."""
     parser = cli.Parser()
-    shapes.shape_arguments(parser)
+    options.shape_arguments(parser)
     argv = shlex.split(
         "--image 64x96 --patch 8 --dim 48 --batch 3 --chans 4 --prefix 0 --frames 8 --tubelet 4 --keep 0.25 "
         "--pixels uint8 --channels-last --mode backward --dtype bf16"
     )
     args = parser.parse_args(argv)
-    again = parser.parse_args(shapes.words_of(args, "cpu", "bf16"))
-    assert shapes.case_of(again, "cpu") == shapes.case_of(args, "cpu") and again.mode == "backward"
-    assert shapes.case_of(args, "cpu").name == "B3-8f64x96-P4x8-D48-bf16-uint8-C4-T0-keep0.25-hwc"
-    assert shapes.case_of(parser.parse_args([]), "cpu").dtype == "fp32"
-    assert shapes.case_of(parser.parse_args([]), "cuda").dtype == "bf16"
+    again = parser.parse_args(options.words_of(args, "cpu", "bf16"))
+    assert options.case_of(again, "cpu") == options.case_of(args, "cpu") and again.mode == "backward"
+    assert options.case_of(args, "cpu").name == "B3-8f64x96-P4x8-D48-bf16-uint8-C4-T0-keep0.25-hwc"
+    assert options.case_of(parser.parse_args([]), "cpu").dtype == "fp32"
+    assert options.case_of(parser.parse_args([]), "cuda").dtype == "bf16"

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from vitkernels import cli, races, reference
+from vitkernels import cli
+from vitkernels.backends import reference
+from vitkernels.testing import races
 
 ROOT = Path(__file__).parent.parent
 
@@ -128,7 +130,7 @@ def test_the_suites_stage(tmp_path):
 def test_the_stage_holds_the_images_gradient_to_fp64(monkeypatch, device):
     sys.path.insert(0, str(ROOT / "benchmarks"))
     import gpu_stages
-    from shapes import TINY
+    from suites import TINY
 
     def check():
         found = {road: gate for road, gate, _ in gpu_stages._launches(TINY[0].call(device))}
@@ -149,7 +151,7 @@ def test_every_kernel_has_its_turn(on_cuda_kernels, monkeypatch, device):
     pytest.importorskip("triton")
     sys.path.insert(0, str(ROOT / "benchmarks"))
     import gpu_stages
-    from shapes import TINY
+    from suites import TINY
 
     on_cuda_kernels()
     seen = set()

@@ -9,9 +9,12 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vitkernels as vk
-from vitkernels import dispatch, gradients, patches, reference, verify
-from vitkernels.cases import Case
-from vitkernels.memory import peak_bytes
+from vitkernels import dispatch
+from vitkernels.backends import reference
+from vitkernels.backends.reference import gradients, unfold
+from vitkernels.bench.cases import Case
+from vitkernels.bench.memory import peak_bytes
+from vitkernels.testing import verify
 
 F64 = torch.float64
 
@@ -104,7 +107,7 @@ def test_gradcheck(case):
 @pytest.mark.parametrize("piece_rows", [1, 3, 20, 150])
 @pytest.mark.parametrize("seed", range(1000, 1040))
 def test_pieces_of_any_size(seed, piece_rows, poisoned, monkeypatch):
-    monkeypatch.setattr(patches, "_piece_rows", lambda *_: piece_rows)
+    monkeypatch.setattr(unfold, "_piece_rows", lambda *_: piece_rows)
     for row in verify.compare(verify.case(seed).tensors(), "reference", gradients=True):
         assert row["ok"], row
 
@@ -147,7 +150,7 @@ VIEWS = {
 
 @pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
 def test_images_are_not_copied(view, monkeypatch):
-    monkeypatch.setattr(patches, "_piece_rows", lambda *_: 20)
+    monkeypatch.setattr(unfold, "_piece_rows", lambda *_: 20)
     images, weight = view(images_of(8, 3, 64, 64, dtype=torch.float32)), torch.zeros(2, 3, 8, 8)
     problem = vk.explain(images, weight).problem
     with Allocations(images, weight) as made:
@@ -156,7 +159,9 @@ def test_images_are_not_copied(view, monkeypatch):
 
 
 def test_what_cannot_be_checked_on_a_gpu_is_nan_and_has_no_gradient(monkeypatch):
-    from vitkernels import gradients, ops, problem, reference
+    from vitkernels import ops, problem
+    from vitkernels.backends import reference
+    from vitkernels.backends.reference import gradients
 
     def unchecked(p, keep):  # as on a GPU, where looking at the values would wait for it
         outside = (keep < 0) | (keep >= p.N)
@@ -217,7 +222,7 @@ def test_as_on_a_gpu(name, at_once, dtype, monkeypatch):
     products = []
     p = replace(vk.explain(**call).problem, device=torch.device("cuda", 90))
     monkeypatch.setattr(gradients, "product", multiplied)
-    monkeypatch.setattr(patches, "GPU_BYTES", at_once)
+    monkeypatch.setattr(unfold, "GPU_BYTES", at_once)
     tensors = dispatch.canonical(*(call.get(n) for n in ("images", "weight", "bias", "pos_embed", "prefix", "keep")))
     tokens = reference.forward(p, *tensors)
     exact = verify.evaluate(verify.oracle, verify._doubled(call))

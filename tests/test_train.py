@@ -114,7 +114,7 @@ def test_fused_and_unfused_learn_alike(result, tmp_path, monkeypatch, task):
         return true(images, *args, **kwargs)
 
     monkeypatch.setattr(vk, "patch_embed", counted)
-    monkeypatch.setattr("vitkernels.fusing.swapping.patch_embed", counted)
+    monkeypatch.setattr("vitkernels.fusing.class_swap.patch_embed", counted)
     words = ("--device", "cpu", "--task", task, "--epochs", 4, "--warmup", 1)
     fused = result(tmp_path / "fused", *words)
     updates, batches = 4 * 22, 4 * 6

@@ -10,13 +10,17 @@ import pytest
 import torch
 
 import vitkernels as vk
-from vitkernels import fallbacks, tuning, verify
+from vitkernels.backends import fallbacks
+from vitkernels.backends.triton import configs
+from vitkernels.gpu import NOMINAL
+from vitkernels.testing import verify
 
-triton = pytest.importorskip("vitkernels.triton")
+triton = pytest.importorskip("vitkernels.backends.triton")
 pytest.importorskip("triton")
-from vitkernels.triton import compiled, plan  # noqa: E402
+from vitkernels.backends.triton import forward_plan as plan  # noqa: E402
+from vitkernels.profiling import compile_triton  # noqa: E402
 
-H100 = tuning.NOMINAL[90]
+H100 = NOMINAL[90]
 NORM = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)}
 HALF, F32, U8 = torch.bfloat16, torch.float32, torch.uint8
 NO_MAP = "Triton Error [CUDA]: Failed to create tensor map descriptor"
@@ -86,21 +90,21 @@ DESCRIPTOR = {
 
 
 @pytest.mark.parametrize("name", DESCRIPTOR)
-@pytest.mark.parametrize("tile", tuning.TABLE[90, "descriptor", "half"], ids=lambda c: f"{c.BM}x{c.BN}")
+@pytest.mark.parametrize("tile", configs.TABLE[90, "descriptor", "half"], ids=lambda c: f"{c.BM}x{c.BN}")
 def test_descriptor_road(name, tile, monkeypatch, device):
     call = arguments(**DESCRIPTOR[name], device=device)
     assert plan.no_descriptor(problem(call), H100, "half", True) == []
     monkeypatch.setattr(plan, "roads_of", lambda *_: ("descriptor",))
-    monkeypatch.setattr(tuning, "default", lambda *_: tile)
+    monkeypatch.setattr(configs, "default", lambda *_: tile)
     right(call)
 
 
 @pytest.mark.parametrize("name", DESCRIPTOR)
-@pytest.mark.parametrize("tile", tuning.TABLE[90, "gather", "half"], ids=lambda c: f"{c.BM}x{c.BN}")
+@pytest.mark.parametrize("tile", configs.TABLE[90, "gather", "half"], ids=lambda c: f"{c.BM}x{c.BN}")
 def test_gather_road_takes_the_same_problems(name, tile, monkeypatch, device):
     call = arguments(**DESCRIPTOR[name], device=device)
     monkeypatch.setattr(plan, "roads_of", lambda *_: ("gather",))
-    monkeypatch.setattr(tuning, "default", lambda *_: tile)
+    monkeypatch.setattr(configs, "default", lambda *_: tile)
     right(call)
 
 
@@ -162,7 +166,7 @@ def test_what_no_descriptor_can_do_here():
     assert "patches are 28 bytes apart, no multiple of 16" in plan.no_descriptor(p, H100, "half", True)
     assert "a token has 40 bytes, no multiple of 16" in plan.no_descriptor(p, H100, "half", True)
     assert "images do not start on 16 bytes" in plan.no_descriptor(p, H100, "half", False)
-    assert any("sm_80" in r for r in plan.no_descriptor(p, tuning.NOMINAL[80], "half", True))
+    assert any("sm_80" in r for r in plan.no_descriptor(p, NOMINAL[80], "half", True))
 
 
 @pytest.mark.parametrize("BM", (64, 128))
@@ -207,7 +211,7 @@ def test_an_index_out_of_range_is_nan_where_it_is_not_checked(monkeypatch, devic
 
 def test_tables_pick_large_tiles_for_large_batches_and_small_for_one_image():
     def tile(B, D=768):
-        return tuning.default(compiled.problem(16, "bf16", B=B, D=D), "gather", "half", H100)
+        return configs.default(compile_triton.problem(16, "bf16", B=B, D=D), "gather", "half", H100)
 
     assert (tile(256).BM, tile(256).BN) == (128, 256)
     assert tile(1).BM * tile(1).BN < 128 * 128
@@ -215,31 +219,31 @@ def test_tables_pick_large_tiles_for_large_batches_and_small_for_one_image():
 
 
 def test_every_gpu_has_a_tile_that_fits():
-    for arch, gpu in tuning.NOMINAL.items():
-        for patch in compiled.PATCHES:
-            for dtype, (_, _, tf32) in compiled.DTYPES.items():
-                p = compiled.problem(patch, dtype)
+    for arch, gpu in NOMINAL.items():
+        for patch in compile_triton.PATCHES:
+            for dtype, (_, _, tf32) in compile_triton.DTYPES.items():
+                p = compile_triton.problem(patch, dtype)
                 product = plan.product_of(p, tf32)
                 for road in ("gather", "descriptor"):
-                    if tuning.rows(arch, road, product):
-                        c = tuning.default(p, road, product, gpu)
+                    if configs.rows(arch, road, product):
+                        c = configs.default(p, road, product, gpu)
                         stage = c.BK * (c.BM * p.image_dtype.itemsize + c.BN * p.compute_dtype.itemsize)
                         assert c.stages * stage <= gpu.shared_bytes
 
 
 def test_a_measured_entry_goes_before_the_default(tmp_path, monkeypatch):
     monkeypatch.setenv("VITKERNELS_CACHE", str(tmp_path))
-    tuning.measured.cache_clear()
-    p = compiled.problem(16, "bf16")
+    configs.measured.cache_clear()
+    p = compile_triton.problem(16, "bf16")
     gpu = H100._replace(name="Some GPU 9000")
-    entry = {"road": "descriptor", "config": [64, 64, 64, 4, 2, 1.0], "ms": 0.1, **tuning.compiled_from()}
-    file = tuning.remember(gpu.name, tuning.key(p, "half", True), entry)
+    entry = {"road": "descriptor", "config": [64, 64, 64, 4, 2, 1.0], "ms": 0.1, **configs.compiled_from()}
+    file = configs.remember(gpu.name, configs.key(p, "half", True), entry)
     assert file.name == "some-gpu-9000.json"
     triton.forget_plans()
     chosen = plan.make_plan(p, gpu, True, False)
     assert (chosen.road, chosen.config.stages) == ("descriptor", 2)
-    assert plan.make_plan(compiled.problem(16, "bf16", B=2), gpu, True, False).road == "gather"
-    tuning.measured.cache_clear()
+    assert plan.make_plan(compile_triton.problem(16, "bf16", B=2), gpu, True, False).road == "gather"
+    configs.measured.cache_clear()
 
 
 def test_a_refused_descriptor_falls_to_the_gather_road(monkeypatch, device):
@@ -312,4 +316,4 @@ def test_tune_without_a_gpu_says_so():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     with pytest.raises(NotImplementedError, match="on cpu"):
-        tuning.tune(arguments(2, 3, 32, 48, 16, 40))
+        configs.tune(arguments(2, 3, 32, 48, 16, 40))

@@ -7,13 +7,16 @@ import pytest
 import torch
 
 import vitkernels as vk
-from vitkernels import tuning, verify
+from vitkernels.backends.triton import configs
+from vitkernels.gpu import NOMINAL
+from vitkernels.testing import verify
 
-triton = pytest.importorskip("vitkernels.triton")
+triton = pytest.importorskip("vitkernels.backends.triton")
 pytest.importorskip("triton")
-from vitkernels.triton import backward_plan, compiled  # noqa: E402
+from vitkernels.backends.triton import backward_plan  # noqa: E402
+from vitkernels.profiling import compile_triton  # noqa: E402
 
-H100 = tuning.NOMINAL[90]
+H100 = NOMINAL[90]
 NORM = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)}
 HALF, F32, F64, U8 = torch.bfloat16, torch.float32, torch.float64, torch.uint8
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -84,7 +87,9 @@ CASES = {
     "fp32 to bf16, kept": dict(pixels=F32, weights=F32, out_dtype=HALF, kept=5),
     "fp64, kept": dict(pixels=F64, weights=F64, P=8, kept=7, **NORM),
 }
-TILES = sorted({c for (_, road, kind), row in tuning.TABLE.items() for c in row if road == "weight" and kind != "fp64"})
+TILES = sorted(
+    {c for (_, road, kind), row in configs.TABLE.items() for c in row if road == "weight" and kind != "fp64"}
+)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -102,9 +107,9 @@ def test_every_tile_of_the_weight(name, tile, monkeypatch, device):
 @pytest.mark.parametrize("kind", ["half", "fp32"])
 def test_every_tile_of_the_images(kind, monkeypatch, device):
     dtype = HALF if kind == "half" else F32
-    rows = tuning.rows
+    rows = configs.rows
     for tile in {*rows(80, "images", kind), *rows(90, "images", kind)}:
-        monkeypatch.setattr(tuning, "rows", lambda a, road, k, t=tile: (t,) if road == "images" else rows(a, road, k))
+        monkeypatch.setattr(configs, "rows", lambda a, road, k, t=tile: (t,) if road == "images" else rows(a, road, k))
         triton.forget_plans()
         right(arguments(P=(8, 16), stride=None, D=70, pixels=dtype, weights=dtype, device=device))
         right(arguments(stride=9, D=20, pixels=dtype, weights=dtype, device=device, **NORM))
@@ -149,7 +154,7 @@ def gradients(call, needs):
 
 
 def test_a_frozen_weight_is_no_product():
-    p = compiled.problem(16, "bf16")
+    p = compile_triton.problem(16, "bf16")
     everything = backward_plan.reduction(p, H100, HALF, backward_plan.Wanted(True, True, True, True), False)
     frozen = backward_plan.reduction(p, H100, HALF, backward_plan.Wanted(False, True, True, True), False)
     assert everything.reduce.constants["WEIGHT"] and not frozen.reduce.constants["WEIGHT"]
@@ -191,7 +196,7 @@ def test_an_index_out_of_range_has_no_gradient(lost, monkeypatch, device):
     from vitkernels import ops
 
     monkeypatch.setattr(ops, "check_keep", lambda *_: None)
-    monkeypatch.setattr("vitkernels.gradients.in_grid", unchecked)
+    monkeypatch.setattr("vitkernels.backends.reference.gradients.in_grid", unchecked)
     call = arguments(T=2, device=device)
     call["images"][0, :, :16, :16] = float("nan")  # where an index that is none would point to
     call["keep"] = torch.tensor([[1, 9, 3], [-1, 2, 5], [4, 5, 6]], device=device)
@@ -238,7 +243,7 @@ def test_memory_and_occupation(name, keep):
     """The parts of these stay below 32 MB whatever the batch; from 64 images on all multiprocessors work on dW."""
     patch, D = HEADLINE[name]
     for B in (1, 8, 64, 256, 1024):
-        p = compiled.problem(patch, "bf16", B=B, D=D, keep=keep)
+        p = compile_triton.problem(patch, "bf16", B=B, D=D, keep=keep)
         plan = backward_plan.reduction(p, H100, HALF, backward_plan.Wanted(True, True, True, True), False)
         assert sum(4 * torch.Size(shape).numel() for shape in plan.parts.values()) < 32 << 20
         if B >= 64 and patch < 32:  # whose 9 MB of dW allow two parts, and the last wave of its tiles is small
@@ -250,7 +255,7 @@ def test_memory_and_occupation(name, keep):
 def test_parts_cover_every_patch_and_image_once():
     for B in (1, 2, 3, 7, 64, 255, 256):
         for patch, dtype in ((16, "bf16"), (14, "fp32"), (32, "uint8->bf16")):
-            p = compiled.problem(patch, dtype, B=B)
+            p = compile_triton.problem(patch, dtype, B=B)
             plan = backward_plan.reduction(p, H100, HALF, backward_plan.Wanted(True, True, True, True), False)
             splits, chunk = plan.parts["weight_parts"][0], plan.reduce.scalars["weight_chunk"]
             assert (splits - 1) * chunk < p.B * p.rows <= splits * chunk
@@ -283,14 +288,14 @@ def test_gradients_past_2_31_elements(device, tmp_path):
 
 def test_rows_near_2_31_are_declined():
     """What a kernel counts past the last row would not fit: 11 parts of dW end past 2³¹."""
-    p = replace(compiled.problem(16, "bf16"), B=2**31 - 300, H=16, W=16, T=0, pos_rows=0)
+    p = replace(compile_triton.problem(16, "bf16"), B=2**31 - 300, H=16, W=16, T=0, pos_rows=0)
     assert any("32 bits" in reason for reason in triton.why_not(p))
 
 
 def test_triton_before_3_7_declines_what_it_cannot_multiply(monkeypatch):
     monkeypatch.setattr(triton, "_triton_version", lambda: (3, 6))
     monkeypatch.setattr(triton, "interpreted", lambda: False)
-    p = replace(compiled.problem(16, "fp32"), compute_dtype=F64, out_dtype=F64)
+    p = replace(compile_triton.problem(16, "fp32"), compute_dtype=F64, out_dtype=F64)
     assert any("fp64 what it loads as torch.float32" in reason for reason in triton.why_not(p))
     assert not any("fp64" in reason for reason in triton.why_not(replace(p, image_dtype=F64)))
 
@@ -304,5 +309,5 @@ def test_problems_are_planned_once(device):
 
 
 def misses():
-    module = importlib.import_module("vitkernels.triton.backward")  # the package's `backward` is the function
+    module = importlib.import_module("vitkernels.backends.triton.backward")  # the package's `backward` is the function
     return [f.cache_info().misses for f in (module._prepared_reduction, module._prepared_images)]

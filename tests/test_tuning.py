@@ -13,9 +13,13 @@ import pytest
 import torch
 
 import vitkernels as vk
-from vitkernels import cli, search, tile_cache, triton, tuning
-from vitkernels.triton import backward_plan, compiled, plan
-from vitkernels.tuning import NOMINAL, Config
+from vitkernels import cli
+from vitkernels.backends import triton
+from vitkernels.backends.triton import backward_plan, config_cache, configs, forward_plan
+from vitkernels.backends.triton.configs import Config
+from vitkernels.gpu import NOMINAL
+from vitkernels.profiling import compile_triton
+from vitkernels.tuning import search
 
 H100 = NOMINAL[90]._replace(name="Some GPU 9000")
 ROADS = ("forward", "weight", "images")
@@ -25,13 +29,13 @@ ROADS = ("forward", "weight", "images")
 def cache(tmp_path, monkeypatch):
     """A cache of the test's own, nothing shipped, and no plan that an entry of another test has made."""
     monkeypatch.setenv("VITKERNELS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(tile_cache, "SHIPPED", tmp_path / "shipped")
-    tuning.measured.cache_clear()
+    monkeypatch.setattr(config_cache, "SHIPPED", tmp_path / "shipped")
+    configs.measured.cache_clear()
     triton.forget_plans()
     yield tmp_path / "cache"
     while OPEN:
         OPEN.pop().close(remove=False)
-    tuning.measured.cache_clear()
+    configs.measured.cache_clear()
     triton.forget_plans()
 
 
@@ -48,7 +52,7 @@ def planned(p, road, gpu=H100):
     """The road and tile that a call takes."""
     triton.forget_plans()
     if road == "forward":
-        taken = plan.make_plan(p, gpu, True, False)
+        taken = forward_plan.make_plan(p, gpu, True, False)
         return taken.road, taken.config
     if road == "images":
         return road, backward_plan.image_launch(p, p.image_strides, gpu, p.out_dtype, False)[0].config
@@ -98,12 +102,12 @@ def found(candidates, clock, notes, **more):
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_candidates_begin_with_the_default_and_go_on_by_promise(arch, B, road):
     gpu = NOMINAL[arch]
-    p = compiled.problem(16, "bf16", B=B)
+    p = compile_triton.problem(16, "bf16", B=B)
     candidates = triton.candidates(p, gpu, True, road)
     assert len(set(candidates)) == len(candidates) > 10
     if road == "forward":
         assert candidates[0] == planned(p, road, gpu)
-        assert all(tuning.fitted(p, c, gpu) == c for _, c in candidates)
+        assert all(configs.fitted(p, c, gpu) == c for _, c in candidates)
     else:
         launch = (
             backward_plan.image_launch(p, p.image_strides, gpu, p.out_dtype, False)[0]
@@ -118,7 +122,7 @@ def test_candidates_begin_with_the_default_and_go_on_by_promise(arch, B, road):
     assert candidates[: len(firsts)] == firsts, "every tile is looked at once before any is varied"
     if road == "forward":
         sizes = p.image_dtype.itemsize, p.compute_dtype.itemsize
-        costs = [tuning.estimate(p.B * p.N, p.D, p.K, c, gpu, "half", *sizes) for _, c in others]
+        costs = [configs.estimate(p.B * p.N, p.D, p.K, c, gpu, "half", *sizes) for _, c in others]
         for part in (costs[: len(firsts) - 1], costs[len(firsts) - 1 :]):
             assert part == sorted(part)
         assert max(costs) <= 3 * min(costs)
@@ -126,10 +130,10 @@ def test_candidates_begin_with_the_default_and_go_on_by_promise(arch, B, road):
 
 def test_the_estimate_counts_waves_and_traffic():
     big, small = Config(128, 256, 64, 8, 3), Config(64, 64, 64, 4, 3)
-    cost = lambda c, M: tuning.estimate(M, 768, 768, c, H100, "half", 2, 2)  # noqa: E731
+    cost = lambda c, M: configs.estimate(M, 768, 768, c, H100, "half", 2, 2)  # noqa: E731
     assert cost(big, 1 << 16) < cost(small, 1 << 16)  # as many multiply-adds, an eighth of the programs' reads
     assert cost(small, 196) < cost(big, 196)  # 6 programs for 132 multiprocessors against 48
-    assert tuning.estimate(64, 64, 64, small, H100, "half", 2, 2) == 64**3 + 0.7 * 64 * (64 * 2 + 64 * 2)
+    assert configs.estimate(64, 64, 64, small, H100, "half", 2, 2) == 64**3 + 0.7 * 64 * (64 * 2 + 64 * 2)
 
 
 # --- The search.
@@ -206,8 +210,8 @@ def test_a_lost_device_stops_the_search_and_the_next_goes_on_behind_the_culprit(
 
 KILLED = """
 import os, signal, sys
-from vitkernels import search
-from vitkernels.tuning import Config
+from vitkernels.tuning import search
+from vitkernels.backends.triton.configs import Config
 
 candidates = [("gather", Config(64, 64, 32, 4, stages)) for stages in range(1, 7)]
 
@@ -285,7 +289,7 @@ def test_tune_keeps_what_the_plan_then_takes(road, cache):
     candidates = triton.candidates(p, H100, call()["images"].data_ptr() % 16 == 0, road)
     best = candidates[7]
     clock = FakeClock(lambda c: 0.7 if c == best else 1.0)
-    result = tuning.tune(call(), road=road, gpu=H100, timer=clock)
+    result = configs.tune(call(), road=road, gpu=H100, timer=clock)
     assert (result["road"], Config(*result["config"])) == best
     assert (result["ms"], result["default_ms"], result["tried"]) == (0.7, 1.0, len(candidates))
     assert [f.name for f in cache.iterdir() if f.suffix != ".lock"] == ["some-gpu-9000.json"]
@@ -300,9 +304,9 @@ def test_tune_keeps_what_the_plan_then_takes(road, cache):
 
 
 def test_tune_ships_into_the_package(cache):
-    result = tuning.tune(call(), gpu=H100, timer=FakeClock(lambda c: 1.0), ship=True)
-    assert Path(result["file"]) == tile_cache.SHIPPED / "some-gpu-9000.json"
-    assert tuning.measured(H100.name)
+    result = configs.tune(call(), gpu=H100, timer=FakeClock(lambda c: 1.0), ship=True)
+    assert Path(result["file"]) == config_cache.SHIPPED / "some-gpu-9000.json"
+    assert configs.measured(H100.name)
     assert not list(cache.glob("*.json"))
 
 
@@ -310,7 +314,7 @@ def test_tune_ships_into_the_package(cache):
 def test_tune_refuses(change, error):
     wrong = call(images=torch.zeros(4, 3, 32, 32, dtype=torch.uint8))
     with pytest.raises(ValueError, match=error):
-        tuning.tune(wrong, gpu=H100, timer=FakeClock(lambda c: 1.0), **change)
+        configs.tune(wrong, gpu=H100, timer=FakeClock(lambda c: 1.0), **change)
 
 
 @pytest.mark.parametrize("road", ROADS)
@@ -319,10 +323,10 @@ def test_the_tile_that_is_timed_is_the_one_asked_for_and_right(road, device, mon
     p = vk.explain(**tensors).problem
     choice = triton.candidates(p, H100, tensors["images"].data_ptr() % 16 == 0, road)[3]
     taken = []
-    home = triton if road == "forward" else sys.modules["vitkernels.triton.backward"]
+    home = triton if road == "forward" else sys.modules["vitkernels.backends.triton.backward"]
     bound = home.bound
     monkeypatch.setattr(home, "bound", lambda name, config, *rest: taken.append(config) or bound(name, config, *rest))
-    run = tuning.runner(p, tensors, road)
+    run = configs.runner(p, tensors, road)
     run(choice)
     assert choice[1] in taken
 
@@ -346,7 +350,7 @@ def test_the_tile_that_is_timed_is_the_one_asked_for_and_right(road, device, mon
 
 def entry(**change):
     made = {"road": "gather", "config": [64, 64, 64, 4, 2, 1.0], "ms": 0.1, "default_ms": 0.13}
-    return made | tuning.compiled_from() | change
+    return made | configs.compiled_from() | change
 
 
 WRONG = {
@@ -366,57 +370,57 @@ WRONG = {
 
 @pytest.mark.parametrize("name", WRONG)
 def test_an_entry_that_does_not_fit_is_not_used(name, cache):
-    p = compiled.problem(16, "bf16")
+    p = compile_triton.problem(16, "bf16")
     default = planned(p, "forward")
     cache.mkdir()
-    file = tile_cache.file_of(H100.name)
-    file.write_text(json.dumps({tuning.key(p, "half", True): WRONG[name]}))
-    tuning.measured.cache_clear()
+    file = config_cache.file_of(H100.name)
+    file.write_text(json.dumps({configs.key(p, "half", True): WRONG[name]}))
+    configs.measured.cache_clear()
     assert planned(p, "forward") == default
-    file.write_text(json.dumps({tuning.key(p, "half", True): entry()}))
-    tuning.measured.cache_clear()
+    file.write_text(json.dumps({configs.key(p, "half", True): entry()}))
+    configs.measured.cache_clear()
     assert planned(p, "forward") == ("gather", Config(64, 64, 64, 4, 2))
 
 
 def test_the_users_entries_go_before_the_shipped():
-    tuning.remember(H100.name, "a", entry(ms=1.0), ship=True)
-    tuning.remember(H100.name, "b", entry(ms=2.0), ship=True)
-    tuning.remember(H100.name, "a", entry(ms=3.0))
-    assert {key: e["ms"] for key, e in tuning.measured(H100.name).items()} == {"a": 3.0, "b": 2.0}
+    configs.remember(H100.name, "a", entry(ms=1.0), ship=True)
+    configs.remember(H100.name, "b", entry(ms=2.0), ship=True)
+    configs.remember(H100.name, "a", entry(ms=3.0))
+    assert {key: e["ms"] for key, e in configs.measured(H100.name).items()} == {"a": 3.0, "b": 2.0}
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "null", "\x00"])
 def test_a_damaged_file_is_set_aside(text, cache):
     cache.mkdir()
-    file = tile_cache.file_of(H100.name)
+    file = config_cache.file_of(H100.name)
     file.write_text(text)
     with pytest.warns(UserWarning, match="some-gpu-9000"):
-        assert tuning.measured(H100.name) == {}
+        assert configs.measured(H100.name) == {}
     with pytest.warns(UserWarning, match="some-gpu-9000"):
-        tuning.remember(H100.name, "a", entry())
-    assert list(tuning.measured(H100.name)) == ["a"]
+        configs.remember(H100.name, "a", entry())
+    assert list(configs.measured(H100.name)) == ["a"]
     assert file.with_suffix(".damaged").read_text() == text
 
 
 REMEMBER = """
 import sys, time
 from pathlib import Path
-from vitkernels import tile_cache
+from vitkernels.backends.triton import config_cache
 
 name, folder = sys.argv[1], Path(sys.argv[2])
 (folder / name).touch()
 while not (folder / "go").exists():
     time.sleep(0.001)
 for i in range(25):
-    tile_cache.remember(tile_cache.file_of("g"), f"{name} {i}", {"road": "gather", "config": [64, 64, 64, 4, 2]})
+    config_cache.remember(config_cache.file_of("g"), f"{name} {i}", {"road": "gather", "config": [64, 64, 64, 4, 2]})
 """
 
 
 def test_a_tile_with_a_hazard_is_not_launched(device, monkeypatch):
     tensors = {k: torch.randn_like(t, device=device) for k, t in call(B=2).items()}
     p = vk.explain(**tensors).problem
-    run = tuning.runner(p, tensors, "forward")
-    monkeypatch.setattr(tuning, "hazard_of", lambda p, choice: "LDSM R4: touches R4" * (choice[1].warps == 8))
+    run = configs.runner(p, tensors, "forward")
+    monkeypatch.setattr(configs, "hazard_of", lambda p, choice: "LDSM R4: touches R4" * (choice[1].warps == 8))
     monkeypatch.setattr(triton, "forward", lambda *_, choice: pytest.fail(f"{choice} was launched"))
     with pytest.raises(ArithmeticError, match="hazard: LDSM R4"):
         run(("gather", Config(64, 64, 64, 8, 2)))
@@ -430,28 +434,31 @@ def test_processes_that_remember_at_once_lose_nothing(tmp_path):
         time.sleep(0.01)
     (tmp_path / "go").touch()
     assert [p.wait(60) for p in running] == [0, 0, 0]
-    assert len(tile_cache.read(tile_cache.file_of("g"))) == 75
+    assert len(config_cache.read(config_cache.file_of("g"))) == 75
 
 
 def test_without_fcntl_it_remembers_too(monkeypatch):
     monkeypatch.setitem(sys.modules, "fcntl", None)
     for key in "ab":
-        tile_cache.remember(tile_cache.file_of("g"), key, entry())
-    assert list(tile_cache.read(tile_cache.file_of("g"))) == ["a", "b"]
+        config_cache.remember(config_cache.file_of("g"), key, entry())
+    assert list(config_cache.read(config_cache.file_of("g"))) == ["a", "b"]
 
 
 def test_keys_tell_apart_what_has_a_say_in_the_tile():
-    p = compiled.problem(16, "bf16", B=8)
+    p = compile_triton.problem(16, "bf16", B=8)
     others = [
-        compiled.problem(16, "bf16", B=16), compiled.problem(16, "bf16", B=8, D=384), compiled.problem(16, "fp32", B=8),
-        compiled.problem(16, "bf16", B=8, keep=True), compiled.problem(32, "bf16", B=8),
+        compile_triton.problem(16, "bf16", B=16), compile_triton.problem(16, "bf16", B=8, D=384),
+        compile_triton.problem(16, "fp32", B=8),
+        compile_triton.problem(16, "bf16", B=8, keep=True), compile_triton.problem(32, "bf16", B=8),
         vk.explain(**call(images=call(8)["images"].contiguous(memory_format=torch.channels_last))).problem,
         vk.explain(**call(8)).problem,
     ]  # fmt: skip
-    keys = [tuning.key(q, "half", False) for q in (p, *others)]
-    keys += [tuning.key(p, "half", True), *(tuning.key(p, "half", False, road) for road in ROADS[1:])]
+    keys = [configs.key(q, "half", False) for q in (p, *others)]
+    keys += [configs.key(p, "half", True), *(configs.key(p, "half", False, road) for road in ROADS[1:])]
     assert len(set(keys)) == len(keys)
-    assert tuning.key(compiled.problem(16, "bf16", B=9), "half", False) == keys[0]  # both of 2^10 to 2^11 patches
+    assert (
+        configs.key(compile_triton.problem(16, "bf16", B=9), "half", False) == keys[0]
+    )  # both of 2^10 to 2^11 patches
 
 
 # --- The command.
@@ -463,8 +470,8 @@ def run(*argv, capsys):
 
 
 def test_list_and_forget_work_without_a_gpu(cache, capsys):
-    tuning.remember("GPU One", "half/x", entry(gpu="GPU One", triton="0.1", date="2026-01-31"))
-    tuning.remember("GPU Two", "weight/half/y", entry(gpu="GPU Two"), ship=True)
+    configs.remember("GPU One", "half/x", entry(gpu="GPU One", triton="0.1", date="2026-01-31"))
+    configs.remember("GPU Two", "weight/half/y", entry(gpu="GPU Two"), ship=True)
     (cache / "gpu-one.0123.journal").write_text("{}\n")
     status, listed = run("--list", capsys=capsys)
     assert status == 0
@@ -475,7 +482,7 @@ def test_list_and_forget_work_without_a_gpu(cache, capsys):
     out = capsys.readouterr().out
     assert "1.30" in out and "stale" in out and "64×64×64" in out
 
-    tuning.remember("GPU Three", "half/x", entry())
+    configs.remember("GPU Three", "half/x", entry())
     if not torch.cuda.is_available():
         assert cli.main(["tune", "--forget"]) == 2
         assert "gpu-one | gpu-three" in capsys.readouterr().err
@@ -493,7 +500,7 @@ def test_list_and_forget_work_without_a_gpu(cache, capsys):
 def pretended(monkeypatch):
     """A GPU with which the command goes through everything but the timing: tensors stay on the CPU."""
     asked = []
-    real = tuning.tune
+    real = configs.tune
 
     def tune(call, **options):
         asked.append((options["road"], vk.explain(**call).problem))
@@ -501,7 +508,7 @@ def pretended(monkeypatch):
 
     from vitkernels.cli import tune as command
 
-    monkeypatch.setattr(tuning, "tune", tune)
+    monkeypatch.setattr(configs, "tune", tune)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: H100.name)
     monkeypatch.setattr(torch, "device", lambda name: type("D", (), {"type": "cuda"})() if name == "gpu" else name)
     monkeypatch.setattr(command, "device_of", lambda args: "gpu")
@@ -512,7 +519,7 @@ def pretended(monkeypatch):
 
 class OnCpu:
     def __init__(self, args, batch):
-        from vitkernels.cli import shapes
+        from vitkernels.cli import options as shapes
 
         self.case = shapes.case_of(args, "cpu", batch)
         self.dtype = self.case.dtype

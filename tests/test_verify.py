@@ -7,7 +7,8 @@ import sys
 import pytest
 import torch
 
-from vitkernels import cli, dispatch, verify
+from vitkernels import cli, dispatch
+from vitkernels.testing import verify
 
 REFERENCE = dispatch.backend("reference")
 

@@ -9,13 +9,14 @@ from typing import NamedTuple
 
 import torch
 
-from . import extension, fallbacks
-from .device import gpu_of, tf32
+from .backends import fallbacks
+from .backends.cuda import extension
+from .gpu import gpu_of, tf32
 from .problem import PatchProblem
 
 # Every backend is a module with `why_not(problem) -> reasons`, `how(problem) -> what would happen, for people`,
 # `forward(problem, *tensors) -> tokens`, and `backward(problem, grad, *tensors, grads)`, which writes the gradients.
-MODULES = {"triton": ".triton", "cuda": ".cuda", "reference": ".reference"}
+MODULES = {name: f".backends.{name}" for name in ("triton", "cuda", "reference")}
 # "weight" stands for all that is learnt: weight, bias, position table and prefix.
 DIRECTIONS = {"forward": "tokens", "weight": "parameters' gradients", "images": "images' gradient"}
 
@@ -61,7 +62,7 @@ def row_of(p: PatchProblem, direction: str) -> Row:
     row = NOT_MEASURED.get(p.device.type, Row(("reference",), "there are no kernels for this device"))
     if p.device.type != "cuda":
         return row
-    from .triton.plan import product_of  # a call on a CPU does without
+    from .backends.triton.forward_plan import product_of  # a call on a CPU does without
 
     kind = product_of(p, tf32())
     if (direction, kind) == ("weight", "half") and not extension.missing() and backend("cuda").no_wgmma(p):

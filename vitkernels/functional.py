@@ -9,7 +9,7 @@ from typing import TypeAlias
 import torch
 
 from . import dispatch, ops
-from .device import nominal
+from .gpu import nominal
 from .problem import arguments_of, problem_of
 
 Channels: TypeAlias = float | Sequence[float] | torch.Tensor

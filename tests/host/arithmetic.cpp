@@ -4,7 +4,7 @@
 #define VITKERNELS_MODULE _bindings
 #include "bindings.cpp"
 
-#include "hopper.cuh"
+#include "forward/sm90.cuh"
 
 using namespace py::literals;
 using Numbers = std::array<int64_t, 5>;

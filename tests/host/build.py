@@ -101,7 +101,7 @@ def compiled(name: str, sources: list[Path], include: list[Path], flags: tuple[s
     """The sources' objects, compiled where no earlier call has done so."""
     program = compiler()
     common = [*FLAGS, *flags, f"-DVITKERNELS_MODULE={name}", *include_flags(include)]
-    headers = sorted(h for d in [*include, HERE] for h in d.iterdir() if h.suffix in HEADERS)
+    headers = sorted(h for d in [*include, HERE] for h in d.rglob("*") if h.suffix in HEADERS)
     # Directories don't count, or a copy of csrc/ with one kernel changed would compile all of them again.
     options = [version_of(program), *(f for f in common if f not in {f"-I{d}" for d in include})]
     shared = key_of(*options, *(part for h in headers for part in (h.name, h)))
@@ -148,7 +148,7 @@ def build(name: str, sources: list[Path], include: list[Path], flags: tuple[str,
 
 def kernels(csrc: Path) -> list[Path]:
     """What the extension is made of beside its Python module."""
-    return [EMULATOR, *sorted(csrc.glob("*.cu"))]
+    return [EMULATOR, *sorted(csrc.rglob("*.cu"))]
 
 
 @functools.cache
@@ -170,7 +170,7 @@ def mutated(source: str, *changes: tuple[str, str, str]) -> ModuleType:
     """The extension with `source` compiled from a copy of csrc/ with these changes, (file, old text, new text) each;
     everything else is as `load` has it."""
     csrc = ROOT / "csrc"
-    others = [s for s in (csrc / "bindings.cpp", *kernels(csrc)) if s.name != source]
+    others = [s for s in (csrc / "bindings.cpp", *kernels(csrc)) if s != csrc / source]
     with tempfile.TemporaryDirectory() as folder, alone():
         copy = Path(shutil.copytree(csrc, Path(folder, "csrc")))
         for file, old, new in changes:

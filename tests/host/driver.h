@@ -5,7 +5,7 @@
 #include <cstdlib>
 #include <string>
 
-#include "tensor_map.h"
+#include "common/tensor_map.h"
 
 namespace vk {
 

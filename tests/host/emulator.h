@@ -9,7 +9,7 @@
 #include <cstdint>
 #include <string>
 
-#include "problem.h"
+#include "common/problem.h"
 
 namespace vk {
 

@@ -5,7 +5,7 @@
 #include <cstring>
 
 #include "host/emulator.h"
-#include "problem.h"
+#include "common/problem.h"
 
 #define VK_DEVICE inline
 #define VK_KERNEL(threads, resident) void

@@ -10,9 +10,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <driver.h>  // those of csrc/, not the ones beside this file
-#include <launch.h>
-#include "primitives.cuh"
+#include "common/driver.h"  // those of csrc/, not the ones beside this file
+#include "common/launch.h"
+#include "common/ptx.cuh"
 
 namespace py = pybind11;
 using namespace vk;

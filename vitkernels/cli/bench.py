@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from . import ticking
-from .shapes import MODES, case_of, device_of, dtype_of, shape_arguments
+from .options import MODES, case_of, device_of, dtype_of, shape_arguments
 
 HELP = "the operation beside its peers on a shape of yours; a model before and after fuse"
 
@@ -34,26 +34,27 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    from .. import bench, bench_against, bench_model, machine, report
+    from .. import report
+    from ..bench import environment, model, op, revisions
     from ..report import compare
 
     device = device_of(args)
-    result: dict[str, Any] = {"header": machine.header(device, "vitkernels " + " ".join(sys.argv[1:]))}
+    result: dict[str, Any] = {"header": environment.header(device, "vitkernels " + " ".join(sys.argv[1:]))}
     with ticking(args.json) as tick:
         if args.model:
-            return result | bench_model.bench_model(
+            return result | model.bench_model(
                 args.model, batch=args.batch, device=device, dtype=dtype_of(args, device), backend=args.backend,
                 seconds=args.seconds, mode=args.task, progress=tick,
             )  # fmt: skip
         result["rows"] = []
-        with bench_against.checkouts(args.against) as against:
+        with revisions.checkouts(args.against) as against:
             for mode in MODES if args.mode == "all" else (args.mode,):
-                result["rows"] += bench.bench(
+                result["rows"] += op.bench(
                     case_of(args, device), device=device, mode=mode, impls=args.impl and args.impl.split(","),
                     seconds=args.seconds, compiled=args.compile, against=against, progress=tick,
                 )  # fmt: skip
     # A peer that breaks the rule is worth seeing; one of ours is a failure.
-    result["ok"] = not any(row.get("error") for row in result["rows"] if row["impl"] in bench.OURS)
+    result["ok"] = not any(row.get("error") for row in result["rows"] if row["impl"] in op.OURS)
     if args.against:
         result["against"] = compare.regressions(report.read(result).rows)
         result["ok"] &= not any(line["verdict"] in compare.FAILED for line in result["against"])

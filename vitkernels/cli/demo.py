@@ -33,8 +33,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     device, name = _device(args.device), args.dtype
     on_gpu = device.type == "cuda"
     try:
-        from ..demo import demonstrate
-        from ..pictures import draw
+        from ..demo.figure import draw
+        from ..demo.run import demonstrate
 
         console = Console(stderr=True)
         hidden = args.json or not console.is_terminal

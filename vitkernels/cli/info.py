@@ -39,7 +39,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.markdown:
         return {"markdown": TABLES[args.markdown]()}
-    from .. import fallbacks
+    from ..backends import fallbacks
 
     problems = _problems()
     return {
@@ -106,7 +106,8 @@ def versions() -> dict[str, str | None]:
 
     None: not installed.
     """
-    from .. import __version__, extension
+    from .. import __version__
+    from ..backends.cuda import extension
 
     found: dict[str, str | None] = {"python": platform.python_version(), "vitkernels": __version__}
     for package in PACKAGES:

@@ -35,12 +35,16 @@ def run(args) -> dict[str, Any]:
     if args.extension is not None:
         return _extension(args)
     os.environ["TRITON_INTERPRET"] = "0"  # for the workers: the interpreter's kernels can't be compiled
-    from .. import tuning
-    from ..triton import compiled
+    from ..gpu import NOMINAL
+    from ..profiling import compile_triton
 
-    known = {f"sm_{n}": n for n in tuning.NOMINAL}
+    known = {f"sm_{n}": n for n in NOMINAL}
     archs, patches, dtypes = (getattr(args, n).split(",") for n in ("arch", "patch", "dtype"))
-    for values, choices in ((archs, known), (patches, [str(n) for n in range(1, 225)]), (dtypes, compiled.DTYPES)):
+    for values, choices in (
+        (archs, known),
+        (patches, [str(n) for n in range(1, 225)]),
+        (dtypes, compile_triton.DTYPES),
+    ):
         if wrong := [v for v in values if v not in choices]:
             raise ValueError(f"{', '.join(wrong)}: must be of {', '.join(choices) if len(choices) < 99 else '1 … 224'}")
     jobs = [
@@ -61,17 +65,17 @@ def run(args) -> dict[str, Any]:
 
 
 def _choices(arch: int, patch: int, dtype: str):
-    from ..triton import compiled
+    from ..profiling import compile_triton
 
-    return [((p, road, c), default) for p, road, c, default in compiled.shipped(arch, patch, dtype)]
+    return [((p, road, c), default) for p, road, c, default in compile_triton.shipped(arch, patch, dtype)]
 
 
 def _row(arch: int, patch: int, dtype: str, choice, default: bool) -> dict[str, Any]:
-    from .. import tuning
-    from ..triton import compiled
+    from ..gpu import NOMINAL
+    from ..profiling import compile_triton
 
     p, road, c = choice
-    counted = compiled.measure(p, tuning.NOMINAL[arch], compiled.DTYPES[dtype][2], (road, c))
+    counted = compile_triton.measure(p, NOMINAL[arch], compile_triton.DTYPES[dtype][2], (road, c))
     config = {name: getattr(c, name) for name in ("BM", "BN", "BK", "warps", "stages")}
     kernel = counted.pop("kernel")
     return {"kernel": kernel, "arch": f"sm_{arch}", "patch": patch, "dtype": dtype, "config": config,
@@ -80,13 +84,13 @@ def _row(arch: int, patch: int, dtype: str, choice, default: bool) -> dict[str, 
 
 def _faults(row: dict[str, Any]) -> list[str]:
     """What no configuration, and what a default one, must not have."""
-    from .. import tuning
+    from ..gpu import NOMINAL
 
     hazard = [f"{row['hazards']} hazards, the first: {row['first_hazard']}"] * (row["hazards"] > 0)
     if not row["default"]:
         return hazard
     arch = int(row["arch"].removeprefix("sm_"))
-    limit = tuning.NOMINAL[arch].shared_bytes
+    limit = NOMINAL[arch].shared_bytes
     product = row["dtype"] != "fp32" and row["kernel"] not in ("sums", "kept", "finish")
     needed = None if not product else "wgmma" if arch == 90 else "mma"
     checks = (
@@ -99,7 +103,8 @@ def _faults(row: dict[str, Any]) -> list[str]:
 
 def _extension(args) -> dict[str, Any]:
     """Every kernel × architecture in the machine code of a built extension."""
-    from .. import extension, machine_code
+    from ..backends.cuda import extension
+    from ..profiling import sass
 
     if not args.extension and (reason := extension.missing()):
         raise ImportError(reason)
@@ -108,12 +113,12 @@ def _extension(args) -> dict[str, Any]:
         raise FileNotFoundError(f"{file} is no file")
     rows: list[dict[str, Any]] = []
     with TemporaryDirectory() as folder, ThreadPoolExecutor(args.jobs) as pool:
-        cubins = machine_code.cubins(file, Path(folder))
+        cubins = sass.cubins(file, Path(folder))
         waiting = [pool.submit(_built, arch, cubin) for arch, cubin in cubins]
         for done in _progress(as_completed(waiting), len(cubins), hidden=args.json, what="reading"):
             rows += done.result()
-        embedded = machine_code.ptx(file)
-    names = machine_code.demangled(row["kernel"] for row in rows)
+        embedded = sass.ptx(file)
+    names = sass.demangled(row["kernel"] for row in rows)
     kernels = [{**row, "kernel": names[row["kernel"]]} for row in rows]
     kernels = [row for row in kernels if "hopper" not in row["kernel"] or row["arch"] in HOPPER]  # elsewhere empty
     kernels.sort(key=lambda row: (row["kernel"], int("".join(filter(str.isdigit, row["arch"])))))
@@ -122,17 +127,17 @@ def _extension(args) -> dict[str, Any]:
 
 
 def _built(arch: str, cubin: Path) -> list[dict[str, Any]]:
-    from .. import machine_code
-    from ..hazards import hazards
+    from ..profiling import sass
+    from ..profiling.hazards import hazards
 
-    usages, code = machine_code.usages(cubin), machine_code.functions(machine_code.disassembly(cubin))
+    usages, code = sass.usages(cubin), sass.functions(sass.disassembly(cubin))
     found = {name: hazards(code[name]) for name in usages}
     return [
         {
             "kernel": name, "arch": arch, "registers": usage.registers, "stack_bytes": usage.stack,
-            "shared_bytes": usage.shared, **machine_code.counts(code[name]),
-            "cp_async_bytes": sorted(machine_code.widths(code[name], "LDGSTS")),
-            "load_bytes": max(machine_code.widths(code[name], "LDG"), default=0),
+            "shared_bytes": usage.shared, **sass.counts(code[name]),
+            "cp_async_bytes": sorted(sass.widths(code[name], "LDGSTS")),
+            "load_bytes": max(sass.widths(code[name], "LDG"), default=0),
             "hazards": len(found[name]), "first_hazard": next(iter(found[name]), ""),
         }
         for name, usage in usages.items()

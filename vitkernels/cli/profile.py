@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from . import positive, ticking
-from .shapes import case_of, device_of, shape_arguments, words_of
+from .options import case_of, device_of, shape_arguments, words_of
 
 HELP = "traces, kernels and hardware counters of a shape, beside its peers and against the roofline"
 ROWS = 12  # of a table for people; JSON has all
@@ -35,18 +35,22 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
-    from .. import bench, ceilings, cost_model, machine, profiling
+    from .. import cost_model
+    from ..bench import environment, op
+    from ..bench import peaks as ceilings
+    from ..profiling import trace as profiling
 
     device = torch.device(device_of(args))
     case = case_of(args, str(device))
     impls = args.impl.split(",")
-    if unknown := [name for name in impls if name not in (*bench.OURS, *bench.PEERS)]:
-        raise ValueError(f"no implementation {unknown}; there are {', '.join((*bench.OURS, *bench.PEERS))}")
+    if unknown := [name for name in impls if name not in (*op.OURS, *op.PEERS)]:
+        raise ValueError(f"no implementation {unknown}; there are {', '.join((*op.OURS, *op.PEERS))}")
     if args.launch:
         profiling.launch(case, impls[0], mode=args.mode, device=device, calls=args.launch)
         return {"launched": args.launch}
     result: dict[str, Any] = {
-        "header": machine.header(device, "vitkernels " + " ".join(sys.argv[1:])), "case": case.name, "mode": args.mode,
+        "header": environment.header(device, "vitkernels " + " ".join(sys.argv[1:])),
+        "case": case.name, "mode": args.mode,
     }  # fmt: skip
     with ticking(args.json) as tick:
         result["traces"] = []
@@ -59,26 +63,26 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             except (NotImplementedError, RuntimeError) as error:
                 found = {"impl": impl, "error": " ".join(str(error).split())}
             result["traces"].append(found)
-        p = bench.problem(case.call(device))
+        p = op.problem(case.call(device))
         flops, bytes_ = cost_model.work(p, args.mode)
-        with bench.settings(case):
+        with op.settings(case):
             peaks = ceilings.peaks(device, p.compute_dtype, case.dtype == "tf32")
         result["roofline"] = {
             "flops": flops, "bytes": bytes_, "peak_gb_per_s": peaks.bytes / 1e9, "peak_tflops": peaks.flops / 1e12,
             "attainable_us": 1e3 * peaks.ms(flops, bytes_),
             "bound": "memory" if bytes_ / peaks.bytes > flops / peaks.flops else "arithmetic",
         }  # fmt: skip
-        ours = next((name for name in impls if name in bench.OURS), "auto")
+        ours = next((name for name in impls if name in op.OURS), "auto")
         result["nsight"] = _nsight(args, case, ours, device, result, tick)
     files = [row["file"] for row in result["traces"] if "file" in row]
     result["files"] = files + [f for found in result["nsight"].values() for f in found.get("files", ())]
-    result["ok"] = not any("error" in row for row in result["traces"] if row["impl"] in bench.OURS)
+    result["ok"] = not any("error" in row for row in result["traces"] if row["impl"] in op.OURS)
     return result
 
 
 def _nsight(args, case, impl: str, device, result: dict[str, Any], tick: Callable[[str], None]) -> dict[str, Any]:
     """{"ncu", "nsys"}: "commands", and "kernels", "files", "problem" (why there are none), "roofline_share"."""
-    from .. import nsight
+    from ..profiling import nsight
 
     words = words_of(args, str(device) if device.type == "cuda" else "cuda", case.dtype)
     program = [sys.executable, "-m", "vitkernels", "profile", "--impl", impl, *words]

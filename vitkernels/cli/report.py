@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
             args.out.mkdir(parents=True, exist_ok=True)
             figures = drawings.draw(results, args.out, tick)
-        from ..report.page import page
+        from ..report.html import page
 
         args.out.mkdir(parents=True, exist_ok=True)
         tick(PAGE)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from .shapes import case_of, device_of, dtype_of, shape_arguments
+from .options import case_of, device_of, dtype_of, shape_arguments
 
 HELP = "search the fastest tiles for your shapes on this GPU and remember them"
 ROADS = {"forward": ("forward",), "backward": ("weight", "images"), "both": ("forward", "weight", "images")}
@@ -34,8 +34,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         return _forgotten(args.forget)
     import torch
 
-    from .. import bench, tuning
-    from ..clock import alive, short
+    from ..backends.triton import configs
+    from ..bench import op
+    from ..bench.timing import alive, short
 
     device = device_of(args)
     if torch.device(device).type != "cuda":
@@ -51,10 +52,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 row: dict[str, Any] = {"batch": batch, "road": road}
                 found.append(row)
                 try:
-                    with bench.settings(case):
+                    with op.settings(case):
                         call = make(batch, device) if make else case.call(device)
                         progress = bar(f"B={batch} {road}")
-                        row |= tuning.tune(call, road=road, seconds=args.seconds, progress=progress, ship=args.ship)
+                        row |= configs.tune(call, road=road, seconds=args.seconds, progress=progress, ship=args.ship)
                 except RuntimeError as error:  # torch's of memory and of the device; another batch may do
                     row["error"] = short(error)
                     try:
@@ -72,8 +73,8 @@ def _front_end(spec: str, dtype: str, pixels: str | None) -> Callable[[int, str]
     from torch.utils._python_dispatch import TorchDispatchMode
 
     from .. import fuse
-    from ..bench_model import load_model
-    from ..cases import DTYPES, IMAGENET, PIXELS
+    from ..bench.cases import DTYPES, IMAGENET, PIXELS
+    from ..bench.model import load_model
 
     class Met(Exception):
         pass
@@ -112,14 +113,14 @@ def _front_end(spec: str, dtype: str, pixels: str | None) -> Callable[[int, str]
 
 
 def _listed() -> dict[str, Any]:
-    from .. import tile_cache, tuning
+    from ..backends.triton import config_cache, configs
 
-    entries = [{**entry, "stale": tuning.is_stale(entry)} for entry in tile_cache.listed()]
-    return {**tuning.compiled_from(), "folder": str(tile_cache.folder()), "entries": entries}
+    entries = [{**entry, "stale": configs.is_stale(entry)} for entry in config_cache.listed()]
+    return {**configs.compiled_from(), "folder": str(config_cache.folder()), "entries": entries}
 
 
 def _forgotten(gpu: str) -> dict[str, Any]:
-    from .. import tile_cache
+    from ..backends.triton import config_cache
 
     if not gpu:
         import torch
@@ -127,11 +128,11 @@ def _forgotten(gpu: str) -> dict[str, Any]:
         if torch.cuda.is_available():
             gpu = torch.cuda.get_device_name()
         else:
-            names = sorted({f.stem for f in tile_cache.folder().glob("*.json")})
+            names = sorted({f.stem for f in config_cache.folder().glob("*.json")})
             if len(names) > 1:
                 raise ValueError(f"there is no GPU here: say which to forget, --forget {' | '.join(names)}")
             gpu = names[0] if names else "no GPU"
-    return {"gpu": gpu, "forgotten": [str(f) for f in tile_cache.forget(gpu)]}
+    return {"gpu": gpu, "forgotten": [str(f) for f in config_cache.forget(gpu)]}
 
 
 @contextmanager

@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from rich.console import Console
     from rich.progress import Progress
 
-    from .. import verify
+    from ..testing import verify
 
     with Progress(console=Console(stderr=True), transient=True, disable=args.json) as progress:
         task = progress.add_task("verify", total=None)

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from .words import (
+from .labels import (  # fmt: skip
     DTYPES,
     MODES,
     WORDS,
@@ -21,7 +21,7 @@ from .words import (
     parts,
     scalars,
     small_print,
-)  # fmt: skip
+)
 
 Row = dict[str, Any]
 Run = dict[str, Any]  # {"file", "header"}

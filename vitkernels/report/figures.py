@@ -22,7 +22,7 @@ except ImportError as error:
     raise ImportError("figures need matplotlib: pip install matplotlib, or leave them out by --no-figures") from error
 
 from . import Entry, Results, Row, order, rank, times
-from .words import MODES, TIMINGS, case_words, dtype_words, how_words, impl_words, small_print
+from .labels import MODES, TIMINGS, case_words, dtype_words, how_words, impl_words, small_print
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

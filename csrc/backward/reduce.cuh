@@ -1,0 +1,222 @@
+// The sums of dY over images, the index that finds a kept patch's row, and the kernel that adds all parts in order.
+//
+// Bias, position and prefix come from one read of dY, in a launch of their own: it waits for memory, not for the tensor
+// cores, and wants many threads of few registers, where a tile of the weight wants few of many.
+//
+// Included by backward.cu alone.
+#pragma once
+
+#include "backward/tiles.cuh"
+
+namespace vk::backward {
+
+struct IndexArguments {
+    Tensor keep;              // [B, rows]
+    int64_t N, rows;
+    int32_t *heads, *nexts;   // [B, N], [B, rows]
+};
+
+inline constexpr int INDEX_THREADS = 256;
+
+// A block has an image, and each thread the patches n ≡ its index: all read the whole list, backwards, and none writes
+// what another does.
+static VK_KERNEL(INDEX_THREADS, 4) index_kernel(VK_GRID_CONSTANT IndexArguments a) {
+    int64_t b = block_index();
+    int32_t *heads = a.heads + b * a.N, *nexts = a.nexts + b * a.rows;
+    for (int64_t n = thread_index(); n < a.N; n += INDEX_THREADS) heads[n] = -1;
+    constexpr int AT_ONCE = 8;
+    for (int64_t stop = a.rows; stop > 0; stop -= AT_ONCE) {
+        int64_t n[AT_ONCE];
+#pragma unroll
+        for (int j = 0; j < AT_ONCE; ++j) {
+            int64_t i = stop - 1 - j;
+            n[j] = i < 0 ? -1 : load_index(a.keep.data, a.keep.dtype, b * a.keep.strides[0] + i * a.keep.strides[1]);
+        }
+#pragma unroll
+        for (int j = 0; j < AT_ONCE; ++j) {
+            if (n[j] < 0 || n[j] >= a.N || n[j] % INDEX_THREADS != thread_index()) continue;
+            int64_t i = stop - 1 - j;
+            nexts[i] = heads[n[j]];
+            heads[n[j]] = static_cast<int32_t>(i);
+        }
+    }
+}
+
+struct SumsArguments {
+    Gradient grad;
+    int64_t B, D, first, last, stored, table_rows, chunk, blocks, tiles_d;
+    int lanes;
+    void* table_parts;   // [splits, table_rows, D] of sums: token rows from `first` on; null: none wanted
+    void* bias_parts;    // [splits·blocks, D] of sums; null: not wanted
+};
+
+// How many images' rows a thread has under way
+template <class Sum>
+inline constexpr int AHEAD = sizeof(Sum) == 8 ? 2 : 4;
+
+// Σ_b dY[b, r, d … d + 7] for images b0 ≤ b < b1, in order
+template <class From, class Sum>
+VK_DEVICE void add_rows(Sum (&total)[8], const Gradient& g, int64_t b0, int64_t b1, int64_t r, int64_t d, int count) {
+    const From* row = static_cast<const From*>(g.data) + r * g.n + d * g.d;
+    for (int64_t b = b0; b < b1; b += AHEAD<Sum>) {
+        Sum values[AHEAD<Sum>][8];
+#pragma unroll
+        for (int i = 0; i < AHEAD<Sum>; ++i) {
+            clear(values[i]);
+            if (b + i < b1) load_eight(values[i], row + (b + i) * g.b, g.d, count);
+        }
+#pragma unroll
+        for (int i = 0; i < AHEAD<Sum>; ++i) add(total, values[i]);
+    }
+}
+
+// The same of the rows that keep patch n
+template <class From, class Sum>
+VK_DEVICE void add_kept(Sum (&total)[8], const Gradient& g, int64_t b0, int64_t b1, int64_t n, int64_t d, int count) {
+    const From* row = static_cast<const From*>(g.data) + g.T * g.n + d * g.d;
+    for (int64_t b = b0; b < b1; b += AHEAD<Sum>) {
+        Sum values[AHEAD<Sum>][8];
+        int32_t at[AHEAD<Sum>];
+#pragma unroll
+        for (int i = 0; i < AHEAD<Sum>; ++i) at[i] = b + i < b1 ? g.heads[(b + i) * g.N + n] : -1;
+#pragma unroll
+        for (int i = 0; i < AHEAD<Sum>; ++i) {
+            clear(values[i]);
+            if (at[i] < 0) continue;
+            load_eight(values[i], row + (b + i) * g.b + at[i] * g.n, g.d, count);
+            at[i] = g.nexts[(b + i) * g.rows + at[i]];
+        }
+#pragma unroll
+        for (int i = 0; i < AHEAD<Sum>; ++i) {
+            add(total, values[i]);
+            for (; at[i] >= 0; at[i] = g.nexts[(b + i) * g.rows + at[i]]) {  // kept more than once
+                clear(values[i]);
+                load_eight(values[i], row + (b + i) * g.b + at[i] * g.n, g.d, count);
+                add(total, values[i]);
+            }
+        }
+    }
+}
+
+template <class From, class Sum>
+VK_DEVICE void add_tokens(Sum (&total)[8], const Gradient& g, int64_t b0, int64_t b1, int64_t r, int64_t d, int count) {
+    if (g.heads && r >= g.T)
+        add_kept<From>(total, g, b0, b1, r - g.T, d, count);
+    else
+        add_rows<From>(total, g, b0, b1, r, d, count);
+}
+template <class Sum>
+VK_DEVICE void add_tokens(Sum (&total)[8], const Gradient& g, Dtype dtype, int64_t b0, int64_t b1, int64_t r, int64_t d,
+                          int count) {
+    switch (dtype) {
+        case Dtype::f16: return add_tokens<half>(total, g, b0, b1, r, d, count);
+        case Dtype::bf16: return add_tokens<bfloat16>(total, g, b0, b1, r, d, count);
+        case Dtype::f32: return add_tokens<float>(total, g, b0, b1, r, d, count);
+        default: return add_tokens<double>(total, g, b0, b1, r, d, count);
+    }
+}
+
+// A block has SUMS_THREADS / lanes token rows × lanes·8 channels, over one part of the images.
+template <class Sum>
+VK_KERNEL(SUMS_THREADS, 2) sums_kernel(VK_GRID_CONSTANT SumsArguments a) {
+    int64_t tiles = a.blocks * a.tiles_d, split = block_index() / tiles, tile = block_index() - split * tiles;
+    int64_t block = tile / a.tiles_d, d0 = (tile - block * a.tiles_d) * a.lanes * 8;
+    int height = SUMS_THREADS / a.lanes, row = thread_index() / a.lanes, lane = thread_index() - row * a.lanes;
+    int64_t r = a.first + block * height + row, d = d0 + lane * 8;
+    int64_t b0 = split * a.chunk, b1 = least(b0 + a.chunk, a.B);
+    int count = r < a.last ? clamp_eight(a.D - d) : 0;
+    Sum total[8];
+    clear(total);
+    if (count > 0) add_tokens(total, a.grad, a.grad.dtype, b0, b1, r, d, count);
+    if (a.table_parts && count > 0 && r < a.stored)
+        store_eight(static_cast<Sum*>(a.table_parts) + (split * a.table_rows + r - a.first) * a.D + d, total, count);
+    if (!a.bias_parts) return;
+    Sum* rows = reinterpret_cast<Sum*>(shared_memory());  // [height, lanes·8]
+#pragma unroll
+    for (int j = 0; j < 8; ++j) rows[thread_index() * 8 + j] = r >= a.grad.T ? total[j] : 0;
+    sync_block();
+    for (int i = thread_index(); i < a.lanes * 8; i += SUMS_THREADS) {
+        Sum sum = 0;
+        for (int j = 0; j < height; ++j) sum += rows[j * a.lanes * 8 + i];
+        if (d0 + i < a.D) static_cast<Sum*>(a.bias_parts)[(split * a.blocks + block) * a.D + d0 + i] = sum;
+    }
+}
+
+struct FinishArguments {
+    Walk walk;
+    const void *weight_parts, *table_parts, *bias_parts;  // [parts, size] of sums
+    int64_t weight_count, table_count, bias_count;        // parts
+    int64_t weight_size, table_size, D, K;                // elements of a part
+    int64_t weight_blocks, table_blocks;
+    int64_t pos_from, prefix_stop;                        // rows of the table
+    double scale;                                         // of dW
+    Tensor d_weight, d_bias, d_pos, d_prefix;             // as BackwardTensors has them
+};
+
+inline constexpr int FINISH_THREADS = 256, FINISH_CHANNELS = 32;
+
+// parts[at] + parts[at + size·step] + …: all that are `step` apart, in order
+template <class Sum>
+VK_DEVICE Sum add_parts(const void* parts, int64_t size, int64_t at, int64_t from, int64_t count, int step) {
+    constexpr int AT_ONCE = 8;
+    const Sum* part = static_cast<const Sum*>(parts) + at;
+    Sum total = 0;
+    for (int64_t s = from; s < count; s += AT_ONCE * step) {
+        Sum values[AT_ONCE];
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; ++i) values[i] = s + i * step < count ? part[(s + i * step) * size] : 0;
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; ++i) total += values[i];
+    }
+    return total;
+}
+
+template <class Sum>
+VK_DEVICE void finish_weight(const FinishArguments& a, int64_t at) {
+    if (at >= a.weight_size) return;
+    Sum total = add_parts<Sum>(a.weight_parts, a.weight_size, at, 0, a.weight_count, 1) * static_cast<Sum>(a.scale);
+    int64_t d = at / a.K;
+    int k = static_cast<int>(at - d * a.K);
+    store(a.d_weight.data, a.d_weight.dtype,
+          d * a.d_weight.strides[0] + weight_offset(a.walk, k, a.d_weight.strides), total);
+}
+
+template <class Sum>
+VK_DEVICE void finish_table(const FinishArguments& a, int64_t at) {
+    if (at >= a.table_size) return;
+    Sum total = add_parts<Sum>(a.table_parts, a.table_size, at, 0, a.table_count, 1);
+    int64_t r = at / a.D, d = at - r * a.D;
+    if (a.d_pos.data && r >= a.pos_from)
+        store(a.d_pos.data, a.d_pos.dtype, (r - a.pos_from) * a.d_pos.strides[1] + d * a.d_pos.strides[2], total);
+    if (a.d_prefix.data && r < a.prefix_stop)
+        store(a.d_prefix.data, a.d_prefix.dtype, r * a.d_prefix.strides[1] + d * a.d_prefix.strides[2], total);
+}
+
+// Many parts of few channels: several threads to a channel, and their sums in order.
+template <class Sum>
+VK_DEVICE void finish_bias(const FinishArguments& a, int64_t block) {
+    constexpr int GROUPS = FINISH_THREADS / FINISH_CHANNELS;
+    int group = thread_index() / FINISH_CHANNELS, channel = thread_index() % FINISH_CHANNELS;
+    int64_t d = block * FINISH_CHANNELS + channel;
+    Sum* sums = reinterpret_cast<Sum*>(shared_memory());  // [GROUPS, FINISH_CHANNELS]
+    sums[thread_index()] = d < a.D ? add_parts<Sum>(a.bias_parts, a.D, d, group, a.bias_count, GROUPS) : 0;
+    sync_block();
+    if (group > 0 || d >= a.D) return;
+    Sum total = 0;
+#pragma unroll
+    for (int i = 0; i < GROUPS; ++i) total += sums[i * FINISH_CHANNELS + channel];
+    store(a.d_bias.data, a.d_bias.dtype, d * a.d_bias.strides[0], total);
+}
+
+template <class Sum>
+VK_KERNEL(FINISH_THREADS, 4) finish_kernel(VK_GRID_CONSTANT FinishArguments a) {
+    int64_t block = block_index();
+    if (block < a.weight_blocks)
+        finish_weight<Sum>(a, block * FINISH_THREADS + thread_index());
+    else if (block < a.weight_blocks + a.table_blocks)
+        finish_table<Sum>(a, (block - a.weight_blocks) * FINISH_THREADS + thread_index());
+    else
+        finish_bias<Sum>(a, block - a.weight_blocks - a.table_blocks);
+}
+
+}  // namespace vk::backward

@@ -1,0 +1,1 @@
+"""Three implementations of the one operation; dispatch.py chooses."""

@@ -1,0 +1,86 @@
+"""The definition: what a patch embedding is, in plain PyTorch, for any device and dtype.
+
+    out[:, :T] = prefix                          + pos_embed[:T]    where pos_embed has T+N rows
+    out[:, T:] = patches(images) · Wᵀ + bias     + pos_embed[-N:]   of every patch, or of those in keep
+
+It is evaluated piece by piece (patches.py). Gradients by the same formulas: gradients.py.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+
+from ...problem import PatchProblem, in_grid
+from .gradients import backward as backward
+from .unfold import columns_of, linear_of, pieces, sum_dtype
+
+
+def why_not(p: PatchProblem) -> list[str]:
+    return []  # it is the definition: it takes every problem
+
+
+def how(p: PatchProblem) -> str:
+    return f"multiplying in {str(product_dtype(p)).removeprefix('torch.')}, piece by piece"
+
+
+def forward(
+    p: PatchProblem,
+    images: torch.Tensor,  # [B, C, F, H, W]
+    weight: torch.Tensor,  # [D, C, P_t, P_h, P_w]
+    bias: torch.Tensor | None,  # [D]
+    pos_embed: torch.Tensor | None,  # [1|B, N|T+N, D]
+    prefix: torch.Tensor | None,  # [1|B, T, D]
+    keep: torch.Tensor | None,  # [B, N_keep]
+) -> torch.Tensor:  # [B, T+N, D]
+    dtype = product_dtype(p)
+    keep, outside = in_grid(p, keep)
+    out = images.new_empty(p.out_shape, dtype=p.out_dtype)
+    if prefix is not None:
+        extra = pos_embed[:, : p.T] if pos_embed is not None and p.pos_rows > p.N else prefix.new_zeros(())
+        out[:, : p.T] = prefix.to(sum_dtype(p)) + extra
+    W = weight.reshape(p.D, p.K).to(dtype).contiguous()  # oneDNN reads past the strides of either
+    if (columns := columns_of(p, dtype)) > p.K:
+        W = F.pad(W, (0, columns - p.K))
+    bias = bias if bias is None else bias.to(dtype).contiguous()
+    linear = linear_of(p.device.type, dtype)
+    for b, n, x in pieces(p, images, keep, dtype):  # x [b·n, K, or more with zeros]
+        tokens = out[b, p.T + n.start : p.T + n.stop]  # [b, n, D]
+        if pos_embed is None:
+            tokens.copy_(linear(x, W, bias).view(tokens.shape))
+        elif dtype == p.out_dtype:
+            torch.add(linear(x, W, bias).view(tokens.shape), _positions(p, pos_embed, b, n, keep), out=tokens)
+        else:  # into another dtype, it would make the sum aside first
+            tokens.copy_(linear(x, W, bias).view(tokens.shape).add_(_positions(p, pos_embed, b, n, keep)))
+    if outside is not None:
+        out[:, p.T :].masked_fill_(outside[:, :, None], float("nan"))
+    return out
+
+
+def _positions(p, pos_embed, b: slice, n: slice, keep) -> torch.Tensor:
+    """What is added to the tokens of one piece, [1|b, n, D]."""
+    pos = pos_embed[:, p.pos_rows - p.N :]  # [1|B, N, D]
+    if p.pos_per_image:
+        pos = pos[b]
+    if keep is None:
+        return pos[:, n]
+    return pos[torch.arange(pos.shape[0], device=pos.device)[:, None], keep[b, n].long()]
+
+
+def product_dtype(p: PatchProblem) -> torch.dtype:
+    """The operands' dtype: a CPU without instructions for bf16 (any, for fp16) multiplies halves faster as fp32."""
+    native = p.compute_dtype == torch.bfloat16 and p.out_dtype.itemsize == 2 and _has_bf16()
+    if p.device.type == "cpu" and not native:
+        return sum_dtype(p)
+    return p.compute_dtype
+
+
+@lru_cache(maxsize=1)
+def _has_bf16() -> bool:
+    """Whether oneDNN has bf16 instructions: the CPU's, unless the environment takes them away."""
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper()
+    older = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX512_CORE", "AVX512_CORE_VNNI")
+    return torch.cpu._is_avx512_bf16_supported() and limit not in older

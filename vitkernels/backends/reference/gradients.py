@@ -1,0 +1,157 @@
+"""The gradients of the definition (reference.py), by the same formulas, summed in fp32 (fp64 for fp64).
+
+No atomics: the same inputs give the same bits.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+
+from ...problem import PatchProblem, in_grid
+from .unfold import centred, images_at_once, linear_of, pieces, product, sum_dtype, windows
+
+Grads = tuple[torch.Tensor | None, ...]  # of images, weight, bias, pos_embed, prefix
+
+
+def backward(
+    p: PatchProblem,
+    grad: torch.Tensor,  # [B, T+N, D]
+    images: torch.Tensor,  # [B, C, F, H, W]
+    weight: torch.Tensor,  # [D, C, P_t, P_h, P_w]
+    bias: torch.Tensor | None,  # [D]
+    pos_embed: torch.Tensor | None,  # [1|B, N|T+N, D]
+    prefix: torch.Tensor | None,  # [1|B, T, D]
+    keep: torch.Tensor | None,  # [B, N_keep]
+    grads: Grads,  # of images, weight, bias, pos_embed and prefix, to be written; None: nobody asks
+) -> None:
+    d_images, d_weight, d_bias, d_pos, d_prefix = grads
+    grad, index = masked(p, grad, keep)
+    if d_images is not None:
+        _images(p, grad[:, p.T :], weight, index, d_images)
+    if d_weight is not None:
+        _weight(p, grad[:, p.T :], images, index, d_weight)
+    shared = grad  # what tables of all images are summed from: where no patch moves, the sum over images, made once
+    if index is None and any(g is not None for g in (d_pos, d_prefix, d_bias)):
+        shared = grad.sum(0, keepdim=True, dtype=sum_dtype(p))
+    if d_pos is not None:
+        position(p, grad if p.pos_per_image else shared, index, d_pos)
+    if d_prefix is not None:
+        each_or_sum(p, (grad if d_prefix.shape[0] > 1 else shared)[:, : p.T], d_prefix)
+    if d_bias is not None:
+        d_bias.copy_(shared[:, p.T :].sum(0, dtype=sum_dtype(p)).sum(0))
+
+
+def own_tables(
+    p: PatchProblem, grad: torch.Tensor, keep: torch.Tensor | None, d_pos: torch.Tensor | None,
+    d_prefix: torch.Tensor | None,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:  # fmt: skip
+    """Write the gradients of tables that each image has of its own, which are copies of dY's rows; d_pos and d_prefix
+    as they are left to a kernel that sums over images."""
+    if d_prefix is not None and (p.T == 0 or d_prefix.shape[0] > 1):
+        each_or_sum(p, grad[:, : p.T], d_prefix)
+        d_prefix = None
+    if d_pos is not None and p.pos_per_image:
+        position(p, *masked(p, grad, keep), d_pos)
+        d_pos = None
+    return d_pos, d_prefix
+
+
+def masked(p: PatchProblem, grad: torch.Tensor, keep: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The tokens' gradient, 0 where an index is out of range, and indices that are not."""
+    keep, outside = in_grid(p, keep)
+    return (grad if outside is None else grad.masked_fill(F.pad(outside, (p.T, 0))[:, :, None], 0)), keep
+
+
+def position(p: PatchProblem, grad: torch.Tensor, keep: torch.Tensor | None, out: torch.Tensor) -> None:
+    """The position table's gradient, [1|B, N|T+N, D]; `keep` holds no index out of range."""
+    d_tokens = grad[:, p.T :]
+    if keep is not None:
+        d_tokens = scattered(p, d_tokens, keep, per_image=p.pos_per_image)
+    first = p.pos_rows - p.N
+    each_or_sum(p, d_tokens, out[:, first:])
+    each_or_sum(p, grad[:, :first], out[:, :first])
+
+
+def scattered(p: PatchProblem, d_tokens: torch.Tensor, keep: torch.Tensor, *, per_image: bool) -> torch.Tensor:
+    """Gradients of the kept patches at their place among all N, [B|1, N, D]; a patch kept twice is added twice."""
+    images = p.B if per_image else 1
+    index = keep.long()
+    if per_image:
+        index = index + torch.arange(p.B, device=index.device)[:, None] * p.N
+    total = d_tokens.new_zeros((images * p.N, p.D), dtype=sum_dtype(p))
+    source, index = d_tokens.to(total.dtype).reshape(-1, p.D), index.reshape(-1)
+    # Each is the deterministic one on its device: index_add_ is atomic on a GPU, index_put_ on many CPU threads.
+    if total.is_cuda:
+        total.index_put_((index,), source, accumulate=True)
+    else:
+        total.index_add_(0, index, source)
+    return total.view(images, p.N, p.D)
+
+
+def each_or_sum(p: PatchProblem, g: torch.Tensor, out: torch.Tensor) -> None:
+    """out [1|b, rows, D] takes each image's rows of g [b, rows, D], or their sum where there is one table for all."""
+    out.copy_(g if out.shape[0] == g.shape[0] else g.sum(0, keepdim=True, dtype=sum_dtype(p)))
+
+
+def _weight(p, d_tokens, images, keep, out) -> None:
+    (_weight_on_cpu if p.device.type == "cpu" else _weight_on_gpu)(p, d_tokens, images, keep, out)
+
+
+def _weight_on_cpu(p, d_tokens, images, keep, out) -> None:
+    dtype = sum_dtype(p)
+    total, buffer = images.new_zeros((p.D, p.K), dtype=dtype), None
+    linear = linear_of(p.device.type, dtype)
+    for b, n, x in pieces(p, images, keep, dtype, upright=True):  # x [K, b·n]
+        dy = d_tokens[b, n].flatten(0, 1).t()  # [D, b·n]
+        if buffer is None:  # the first piece is the largest
+            buffer = x.new_empty(dy.numel())
+        total += linear(buffer[: dy.numel()].view(dy.shape).copy_(dy), x, None)
+    out.copy_(total.view(out.shape))
+
+
+def _weight_on_gpu(p, d_tokens, images, keep, out) -> None:
+    """In the product's own dtype, from rows as they are read: a transposed copy would cost more than the product."""
+    dtype, total = sum_dtype(p), None
+    for b, n, x in pieces(p, images, keep, p.compute_dtype):  # x [b·n, K, or more with zeros]
+        dy = d_tokens[b, n].reshape(-1, p.D).to(p.compute_dtype)
+        part = product(dy.t(), x, dtype)
+        total = part if total is None else total.add_(part)
+    if total is None:
+        out.zero_()
+    else:
+        out.copy_(total[:, : p.K].reshape(out.shape))
+
+
+def _images(p, d_tokens, weight, keep, out) -> None:
+    dtype = sum_dtype(p)
+    gpu = p.device.type != "cpu"
+    W = weight.reshape(p.D, p.K).to(p.compute_dtype if gpu else dtype)
+    W = W.contiguous() if gpu else W.t().contiguous()
+    linear = linear_of(p.device.type, dtype)
+    if keep is not None:
+        d_tokens = scattered(p, d_tokens, keep, per_image=True)
+    size = [s + 2 * pad for s, pad in zip((p.F, p.H, p.W), p.pad, strict=True)]
+    raw = replace(p, n_keep=None, pad=(0, 0, 0), F=size[0], H=size[1], W=size[2])
+    overlap = [-(-P // S) for P, S in zip(p.P, p.S, strict=True)]  # windows that share a pixel, (t, y, x)
+    each = images_at_once(p)
+    for first in range(0, p.B, each):
+        b = slice(first, min(first + each, p.B))
+        d_image = out.new_zeros((b.stop - b.start, p.C, *size), dtype=dtype)
+        grid = windows(raw, d_image)  # [b, G_t, G_h, G_w, C, P_t, P_h, P_w], a view
+        dy = d_tokens[b].reshape(-1, p.D).to(W.dtype)
+        d_x = (product(dy, W, dtype) if gpu else linear(dy.contiguous(), W, None)).view(grid.shape)
+        if p.normalised:
+            d_x *= centred(p, dtype)[1].view(p.C, 1, 1, 1)
+        elif p.scale != 1:
+            d_x *= p.scale
+        for corner in itertools.product(
+            *map(range, overlap)
+        ):  # windows `overlap` apart share no pixel: one such set at a time
+            apart = (slice(None), *(slice(f, None, o) for f, o in zip(corner, overlap, strict=True)))
+            grid[apart].add_(d_x[apart])
+        inner = (slice(None), slice(None), *(slice(n, n + s) for n, s in zip(p.pad, (p.F, p.H, p.W), strict=True)))
+        out[b] = d_image[inner]

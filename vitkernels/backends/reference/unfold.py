@@ -1,0 +1,195 @@
+"""An image in patches, piece by piece: what the definition (reference.py) and its gradients (gradients.py) multiply.
+
+The pieces are all that is here for speed: one piece's patches stay in the cache (CPU) or in a bounded buffer (GPU).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from math import prod
+
+import torch
+import torch.nn.functional as F
+
+from ...gpu import capturing
+from ...problem import PatchProblem
+
+GPU_BYTES = 3 << 28  # of a piece on a GPU, which it has to fill
+
+
+def pieces(
+    p: PatchProblem, images: torch.Tensor, keep: torch.Tensor | None, dtype: torch.dtype, upright: bool = False
+) -> Iterator[tuple[slice, slice, torch.Tensor]]:
+    """Images b, patches n of each, and their normalised pixels [b·n, columns_of(p)], zeros past K; `upright` [K, b·n].
+
+    The buffers are contiguous, and reused by the next piece.
+    """
+    step, spans = _cut(p, _piece_rows(p, dtype, upright))
+    staged = is_staged(p, spans)
+    grid = None if staged else windows(p, images)  # [B, G_t, G_h, G_w, C, P_t, P_h, P_w]
+    wide = _normalised_dtype(p, dtype)
+    block = images.new_empty((min(step, p.B), *images.shape[1:]), dtype=wide) if staged else None
+    buffer, columns = None, p.K if upright else columns_of(p, dtype)
+    as_they_are = not upright and columns == p.K and is_matrix(p, dtype, spans)
+    for first in range(0, p.B if p.rows else 0, max(1, step)):
+        b = slice(first, min(first + step, p.B))
+        if grid is not None:
+            here = grid[b]
+        elif block is not None:
+            here = windows(p, _normalise(p, block[: b.stop - b.start].copy_(images[b]), 3))
+        for n in spans:
+            part = _part(p, here, n, None if keep is None else keep[b, n])
+            if as_they_are:
+                part = part if keep is None else _normalise(p, part, 3)  # kept patches are copies, gathered in a row
+                yield b, n, part.reshape(-1, p.K).contiguous()
+                continue
+            size = part.numel() // p.K * columns
+            if buffer is None:
+                buffer = (images.new_empty if columns == p.K else images.new_zeros)(size, dtype=dtype)
+            piece = buffer[:size]
+            if upright:
+                x = piece.view(*part.shape[-4:], *part.shape[:-4]).permute(*range(4, part.ndim), 0, 1, 2, 3)
+            else:
+                x = piece.view(-1, columns)[:, : p.K].view(part.shape)
+            if staged or wide == dtype:
+                x.copy_(part)
+            if not staged:
+                normalised = _normalise(p, x if wide == dtype else part.to(wide, copy=True), 3)
+                if wide != dtype:
+                    x.copy_(normalised)
+            yield b, n, piece.view(p.K, -1) if upright else piece.view(-1, columns)
+
+
+def columns_of(p: PatchProblem, dtype: torch.dtype) -> int:
+    """Elements of a row of patches. On a GPU rows of halves begin at 16 bytes: the library's product of K = 588 takes
+    441 µs as it lies and 129 padded (H200, ViT-L/14, B = 256)."""
+    return p.K if p.device.type == "cpu" or dtype.itemsize > 2 else -(-p.K // 8) * 8
+
+
+def is_staged(p: PatchProblem, spans: list[slice]) -> bool:
+    """Whether images are copied first, in memory's order, and normalised; a CPU's patches then come from the cache."""
+    whole = p.device.type == "cpu" and p.B > 1 and p.n_keep is None and len(spans) == 1
+    return any(p.pad) or (whole and p.image_strides[-1] == 1 and not _lies_in_rows(p))
+
+
+def is_matrix(p: PatchProblem, dtype: torch.dtype, spans: list[slice]) -> bool:
+    """Whether patches are multiplied where they lie: kept ones, which are gathered anyhow, and such as lie in rows."""
+    plain = _lies_in_rows(p) and not p.normalised and p.scale == 1
+    same = p.image_dtype == dtype == _normalised_dtype(p, dtype)
+    return same and not is_staged(p, spans) and (plain or p.n_keep is not None)
+
+
+def _lies_in_rows(p: PatchProblem) -> bool:
+    """A pixel is a patch, and its channels lie side by side: normed patches come so, and are a matrix already."""
+    return p.P == (1, 1, 1) and p.image_strides[1] == 1
+
+
+@lru_cache(maxsize=256)
+def _cut(p: PatchProblem, piece_rows: int) -> tuple[int, list[slice]]:
+    """Images in a piece, and the patches of an image that make one: all of them, unless one image is too large."""
+    if p.rows <= piece_rows:
+        most = piece_rows // max(1, p.rows)
+        return -(-p.B // max(1, -(-p.B // most))), [slice(0, p.rows)]  # pieces of like size
+    # Cut along the list of kept patches, or along the lines of the grid, frame by frame.
+    frames, lines, line = (1, p.rows, 1) if p.n_keep is not None else p.G
+    step = max(1, piece_rows // line)
+    starts = [(t, y) for t in range(frames) for y in range(0, lines, step)]
+    return 1, [slice((t * lines + y) * line, (t * lines + min(y + step, lines)) * line) for t, y in starts]
+
+
+def windows(p: PatchProblem, images: torch.Tensor) -> torch.Tensor:
+    """The patches of normalised images, [b, G_t, G_h, G_w, C, P_t, P_h, P_w], a view where nothing is padded."""
+    if any(p.pad):
+        images = F.pad(images, [size for pad in reversed(p.pad) for size in (pad, pad)])
+    b, c, *sides = images.stride()
+    steps = [side * step for side, step in zip(sides, p.S, strict=True)]
+    return images.as_strided((images.shape[0], *p.G, p.C, *p.P), (b, *steps, c, *sides))
+
+
+def _part(p: PatchProblem, grid: torch.Tensor, n: slice, keep: torch.Tensor | None) -> torch.Tensor:
+    """Patches n of every image in the grid, [b, ..., C, P_t, P_h, P_w]."""
+    if keep is not None:
+        t, y, x = torch.unravel_index(keep.long(), p.G)
+        return grid[torch.arange(grid.shape[0], device=grid.device)[:, None], t, y, x]
+    if n.stop - n.start == p.N:
+        return grid
+    t, line = divmod(n.start // p.G[2], p.G[1])
+    return grid[:, t, line : line + (n.stop - n.start) // p.G[2]]
+
+
+def _normalise(p: PatchProblem, x: torch.Tensor, after: int) -> torch.Tensor:
+    """(x·scale − mean)/std in place; the channel is the dimension before the last `after`."""
+    if p.normalised:
+        # Rounded to 16 bits, m and a would err alike for every pixel, and that does not cancel in the sum.
+        m, a = centred(p, sum_dtype(p)).view(2, p.C, *(1,) * after)
+        return x.sub_(m).mul_(a)
+    return x if p.scale == 1 else x.mul_(p.scale)
+
+
+def centred(p: PatchProblem, dtype: torch.dtype) -> torch.Tensor:
+    """[2, C]: the m and a of `PatchProblem.centred`, on the problem's device."""
+    m, a = p.centred
+    key = (*m, *a), dtype, p.device
+    if (found := _constants.get(key)) is not None:
+        return found
+    if capturing(p.device):
+        # A copy from the host can't be captured, and memory of the graph's pool must not outlive it in our cache.
+        values = torch.empty(2 * p.C, dtype=dtype, device=p.device)
+        for slot, value in zip(values, m + a, strict=True):
+            slot.fill_(value)
+        return values.view(2, p.C)
+    made = torch.tensor([m, a], dtype=dtype, device=p.device)
+    return _constants.setdefault(key, made) if len(_constants) < 1024 else made
+
+
+_constants: dict[tuple, torch.Tensor] = {}  # none is dropped: a captured graph may read it
+
+
+def linear_of(device_type: str, dtype: torch.dtype) -> Callable[..., torch.Tensor]:
+    """x·Wᵀ + bias. For fp32 by what Inductor calls: oneDNN multiplies up to 2.2 × faster than MKL, which F.linear
+    takes, on a CPU that isn't Intel's."""
+    if device_type == "cpu" and dtype == torch.float32 and _has_onednn() and torch.backends.mkldnn.enabled:
+        return lambda x, W, bias: torch.ops.mkldnn._linear_pointwise(x, W, bias, "none", [], "")
+    return F.linear
+
+
+@lru_cache(maxsize=1)
+def _has_onednn() -> bool:
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def product(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """a·b in `dtype`, in which it is summed: fp32 where a GPU multiplies halves."""
+    return a @ b if a.dtype == dtype else torch.mm(a, b, out_dtype=dtype)
+
+
+def sum_dtype(p: PatchProblem) -> torch.dtype:
+    return torch.float64 if p.compute_dtype == torch.float64 else torch.float32
+
+
+def _normalised_dtype(p: PatchProblem, dtype: torch.dtype) -> torch.dtype:
+    """What pixels are normalised in: rounded to 16 bits only once, and no operation has to convert on the side."""
+    return sum_dtype(p) if p.normalised or p.scale != 1 else dtype
+
+
+def images_at_once(p: PatchProblem) -> int:
+    """Whose gradient is made together: one, which a CPU's caches hold, or as many as fill a GPU."""
+    if p.device.type == "cpu":
+        return 1
+    padded = prod(n + 2 * pad for n, pad in zip((p.F, p.H, p.W), p.pad, strict=True))
+    return max(1, GPU_BYTES // (p.C * padded * sum_dtype(p).itemsize + p.N * p.K * sum_dtype(p).itemsize))
+
+
+def _piece_rows(p: PatchProblem, dtype: torch.dtype, upright: bool = False) -> int:
+    """Patches of a piece. On a CPU all that a piece needs (its images, patches, product and positions, and the weight
+    where it is converted) stays within 3.75 MB a thread; half of that, which the caches hold, where the weight is small
+    enough to be read again for each piece. Upright ones make the weight's gradient, which is added up piece by piece:
+    twice as much. On a GPU a piece has to fill it."""
+    most = 3_750_000 * max(2, torch.get_num_threads()) if p.device.type == "cpu" else GPU_BYTES
+    weight = p.D * p.K * dtype.itemsize
+    converted = weight * (dtype != p.weight_dtype)
+    budget = 2 * most if upright else max(most // 4, min(max(most // 2, 2 * weight), most - converted))
+    kept = p.n_keep is not None
+    row = p.K * (dtype.itemsize + _normalised_dtype(p, dtype).itemsize) + p.D * dtype.itemsize * (1 + kept)
+    return max(1, budget // row)

@@ -1,0 +1,86 @@
+"""What every launch needs beside its plan: the device's figures, the flags, the weight and the channels' constants."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+from ...gpu import capturing
+from ...problem import PatchProblem
+from ..reference import unfold
+from .configs import Config
+from .forward_plan import Order
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, as they were decorated, or would be."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def kernel_of(name: str):
+    from . import backward_kernels, forward_kernels
+
+    return getattr(forward_kernels, name, None) or getattr(backward_kernels, name)
+
+
+def constants_of(constants: dict[str, object]) -> dict[str, object]:
+    """A plan's constants, dtypes as Triton names them."""
+    import triton.language as tl
+
+    names = {
+        torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64,
+    }  # fmt: skip
+    return {k: names.get(v, v) if isinstance(v, torch.dtype) else v for k, v in constants.items()}
+
+
+def options(config: Config) -> dict[str, object]:
+    return {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": True}
+
+
+def bound(kernel: str, config: Config, grid: int, scalars: dict, constants: dict) -> partial:
+    """The kernel with every argument that is no tensor's."""
+    return partial(kernel_of(kernel)[(grid,)], **scalars, **constants_of(constants), **options(config))
+
+
+def packed(p: PatchProblem, order: Order, columns: int, weight: torch.Tensor) -> torch.Tensor:
+    """The weight [D, columns] in the kernel's order and dtype: the parameter itself where it is that already.
+
+    Never cached. A copy is a few microseconds before a launch that is worth it; a cache would have to notice every
+    write, and neither `.data` nor FSDP2, which refills a parameter's storage, raises the parameter's version.
+    """
+    return _in_order(p, order, weight.to(p.compute_dtype), columns)
+
+
+def centred(p: PatchProblem, order: Order, columns: int) -> torch.Tensor:
+    """[2, columns]: m and a of y = (x − m)·a for each element of a patch, in the weight's order."""
+    dtype, key = unfold.sum_dtype(p), (p, order, columns)
+    if (found := _constants.get(key)) is not None:
+        return found
+    if capturing(p.device):
+        # Memory of a graph's pool must not outlive it in our cache.
+        return _each_in_order(p, order, columns, unfold.centred(p, dtype))
+    # Made on the host: when the copy returns, it is there for every stream.
+    made = _each_in_order(p, order, columns, torch.tensor(p.centred, dtype=dtype)).to(p.device)
+    return _constants.setdefault(key, made) if len(_constants) < 1024 else made
+
+
+_constants: dict[tuple[PatchProblem, Order, int], torch.Tensor] = {}  # none is dropped: a captured graph may read it
+
+
+def _each_in_order(p: PatchProblem, order: Order, columns: int, channels: torch.Tensor) -> torch.Tensor:
+    """[2, C] -> [2, columns]"""
+    return _in_order(p, order, channels.view(2, p.C, 1, 1, 1).expand(2, p.C, *p.P), columns)
+
+
+def _in_order(p: PatchProblem, order: Order, x: torch.Tensor, columns: int) -> torch.Tensor:
+    """[n, C, P_t, P_h, P_w] -> [n, columns], in the order in which the kernel meets the pixels, zeros behind them."""
+    if order.channels_last:
+        x = x.permute(0, 2, 3, 4, 1)
+    if order.steps is not None:
+        C, P_h, P_w, RK, XK = order.steps
+        x = x.reshape(-1, C, P_h // RK, RK, P_w // XK, XK).transpose(3, 4)
+    x = x.reshape(x.shape[0], p.K)
+    return F.pad(x, (0, columns - p.K)) if columns > p.K else x.contiguous()

@@ -1,0 +1,1 @@
+"""Timing the operation and whole models beside their baselines."""

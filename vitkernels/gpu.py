@@ -1,0 +1,84 @@
+"""What the kernels' plans ask of the device: its figures, and whether float32 may be rounded to TF32."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+
+
+class Gpu(NamedTuple):
+    name: str
+    arch: int  # 90 for sm_90
+    multiprocessors: int
+    shared_bytes: int  # of one program, at most
+
+
+GENERATION = {86: 80, 87: 80, 89: 80, 120: 80, 121: 80}  # as small in shared memory, and without wgmma
+
+
+# One GPU of each architecture, for compiling without one.
+NOMINAL = {
+    80: Gpu("A100", 80, 108, 166912), 89: Gpu("L4", 89, 58, 101376), 90: Gpu("H100", 90, 132, 232448),
+    100: Gpu("B200", 100, 148, 232448), 120: Gpu("RTX 5090", 120, 170, 101376),
+}  # fmt: skip
+
+
+def tf32() -> bool:
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def indexed(device: torch.device) -> torch.device:
+    """`cuda` without a number is the current GPU, which changes: what is remembered of it needs the number."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def bind_context(device: torch.device) -> None:
+    """Gives this thread the context of the current GPU, where it has none yet.
+
+    The driver's own functions want one, and PyTorch's switch to a GPU calls nothing where that is the current one
+    already, as cuda:0 is from a thread's start. This is the cheapest call that needs a context, and allowed while a
+    graph is captured.
+    """
+    if device.type == "cuda":
+        torch.cuda.Stream.priority_range()
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether a graph is captured from the current stream of this device, which may not be the current device."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
+def gpu_of(device: torch.device) -> Gpu:
+    """The figures of a GPU; for the CPU, where tests run the kernels, those of an H100.
+
+    A number that is an architecture's, as in cuda:90, and none of this machine's GPUs, is that architecture's nominal
+    GPU: what would be chosen there can be asked without one.
+    """
+    return _gpu_of(indexed(device))
+
+
+def nominal(name: str) -> torch.device:
+    """The device that stands for a GPU by its architecture ("sm_90") or name ("H100")."""
+    for arch, gpu in NOMINAL.items():
+        if name in (gpu.name, f"sm_{arch}"):
+            return torch.device("cuda", arch)
+    known = ", ".join(f"sm_{arch} ({gpu.name})" for arch, gpu in NOMINAL.items())
+    raise ValueError(f"gpu must be one of {known}; got {name!r}")
+
+
+@lru_cache(maxsize=64)
+def _gpu_of(device: torch.device) -> Gpu:
+    if device.type == "cpu":
+        return NOMINAL[90]._replace(name="emulated")
+    if device.index in NOMINAL and device.index >= torch.cuda.device_count():
+        return NOMINAL[device.index]
+    properties = torch.cuda.get_device_properties(device)
+    arch = properties.major * 10 + properties.minor
+    return Gpu(properties.name, arch, properties.multi_processor_count, properties.shared_memory_per_block_optin)

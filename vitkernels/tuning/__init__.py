@@ -1,0 +1,1 @@
+"""Searching the fastest tile of a Triton kernel."""
