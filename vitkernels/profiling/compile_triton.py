@@ -215,7 +215,7 @@ def _load_bytes(sass: str) -> int:
     here = False
     for text in sass.splitlines():
         if at := re.search(r'File ".*?(\w+\.py)", line (\d+)', text):
-            here = at[1] == "tiles.py" and int(at[2]) in pixel_lines
+            here = at[1] == "kernel_utils.py" and int(at[2]) in pixel_lines
         elif here:
             widths |= machine_code.widths(text, r"(?:LDG|LDGSTS)")
     return min(widths, default=0)
