@@ -20,7 +20,7 @@ train: $(VENV)/.has-examples
 	$(BIN)/python examples/train.py $(ARGS)
 
 test: $(VENV)/.has-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --benchmark-disable $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal --benchmark-disable $(ARGS)
 
 lint: $(VENV)/.has-dev
 	$(BIN)/ruff check .
@@ -38,7 +38,7 @@ extension: $(VENV)/.has-test
 wheel: $(VENV)/.has-test
 	VITKERNELS_CUDA=1 $(BIN)/python -m build --wheel
 
-$(VENV)/.has-%: pyproject.toml setup.py $(wildcard csrc/*)
+$(VENV)/.has-%: pyproject.toml setup.py $(shell find csrc -type f)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check --editable ".[$*]" $(EXTRA)
 	touch $@

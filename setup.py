@@ -134,7 +134,8 @@ def build(tools: Tools, sources: list[Path], target: Path) -> dict:
     headers = max((f.stat().st_mtime for f in Path("csrc").rglob("*") if f.is_file() and f not in sources), default=0)
     # Of Python only the bindings know.
     python = f"-pybind11-{pybind11.__version__}{sysconfig.get_config_var('EXT_SUFFIX')}"
-    objects = {source: folder / f"{source.name}{python * (source.suffix == '.cpp')}.o" for source in sources}
+    names = {source: "-".join(source.relative_to("csrc").parts) for source in sources}
+    objects = {source: folder / f"{names[source]}{python * (source.suffix == '.cpp')}.o" for source in sources}
     stale = [s for s, o in objects.items() if not o.exists() or o.stat().st_mtime <= max(headers, s.stat().st_mtime)]
     jobs = int(os.environ.get("MAX_JOBS") or len(os.sched_getaffinity(0)))
     threads = ["--threads", str(-(-jobs // max(1, len(stale))))]  # architectures of one file beside each other

@@ -11,7 +11,7 @@ import torch
 from bench_patch_embed import replay
 from suites import MODELS
 
-from vitkernels.bench.input_pipeline import ROADS
+from vitkernels.bench.input_pipeline import PIPELINES
 from vitkernels.bench.model import bench_model
 
 GPU = torch.cuda.is_available()
@@ -51,7 +51,7 @@ def pytest_generate_tests(metafunc):
         (model, timing, impl)
         for model in (MODELS if GPU else CPU)
         for timing in ("eager", *["graph"] * (GPU and model[3] == "inference"))
-        for impl in (ROADS if model[3] == "pipeline" else ("before", "fused"))
+        for impl in (PIPELINES if model[3] == "pipeline" else ("before", "fused"))
     ]
     ids = [
         "-".join((spec, f"B{batch}", dtype, task, timing, impl)) for (spec, batch, dtype, task), timing, impl in values

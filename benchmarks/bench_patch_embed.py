@@ -1,9 +1,9 @@
 """The operation beside its peers and ceilings, a group for each shape and mode: `pytest benchmarks/`.
 
-One clock times everything: `vitkernels.bench.op` samples all implementations of a group in turns, on inputs that the
-cache does not hold, with a GPU's events or its graph replay where there is one. pytest-benchmark is handed these
-samples through its timer, and groups, prints, stores and compares them. What breaks the accuracy rule has no samples,
-so it has no time: its test fails if it is ours, and is skipped with the reason if it is a peer.
+One clock times everything: `vitkernels.bench` samples all implementations of a group in turns, on inputs that the cache
+does not hold, with a GPU's events or its graph replay where there is one. pytest-benchmark is handed these samples
+through its timer, and groups, prints, stores and compares them. What breaks the accuracy rule has no samples, so it has
+no time: its test fails if it is ours, and is skipped with the reason if it is a peer.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ import torch
 from suites import CASES, CPU, CPU_TRAINING, TRAINING
 
 from vitkernels import explain
-from vitkernels.bench.op import CEILINGS, OURS, PEERS, bench, gate, settings
+from vitkernels.bench.baselines import PEERS
+from vitkernels.bench.gate import gate
+from vitkernels.bench.implementations import CEILINGS, OURS
+from vitkernels.bench.op import bench, settings
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"

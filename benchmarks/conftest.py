@@ -54,9 +54,9 @@ def pytest_terminal_summary(terminalreporter, config):
     """Ours against the best peer of each shape, of this run."""
     if not config.stash.get(STORED, {}).get("benchmarks"):
         return
-    from vitkernels import report
+    from vitkernels.report import results, summary
 
-    rows = report.summary(report.read(config.stash[STORED]))
+    rows = summary.summary(results.read(config.stash[STORED]))
     if rows:
         terminalreporter.section("ours against the best peer: its time over ours")
     for row in rows:

@@ -34,7 +34,9 @@ def smoke(args, out, deadline):
     import torch
 
     from vitkernels import dispatch
-    from vitkernels.bench.op import gate, problem, settings
+    from vitkernels.bench.gate import gate
+    from vitkernels.bench.implementations import problem
+    from vitkernels.bench.op import settings
     from vitkernels.bench.timing import alive, short
 
     for case in TINY if args.dry_run else SMOKE:
@@ -73,43 +75,45 @@ def races(args, out, deadline):
     for case in TINY[:2] if args.dry_run else RACES:
         call = case.call(args.device)
         with settings(case):
-            for road, gate, run in _launches(call, without=out.killers()):
+            for kernel, gate, run in _launches(call, without=out.killers()):
                 if time.time() > deadline - 5:
-                    return out.write({"note": f"no time left for {case.name} {road} and what follows"})
-                if not out.once(f"{case.name} {road}"):
+                    return out.write({"note": f"no time left for {case.name} {kernel} and what follows"})
+                if not out.once(f"{case.name} {kernel}"):
                     continue
-                row = {"case": case.name, "impl": road}
+                row = {"case": case.name, "impl": kernel}
                 try:
                     wrong = gate() or hunt(run, launches)
                     row["check"] = f"wrong: {wrong}" if wrong else f"right, {launches} times the same bits"
                 except Exception as error:
                     traceback.print_exc()
                     row["check"] = short(error)
-                say(f"{case.name:<32} {road:<40} {row['check']}")
+                say(f"{case.name:<32} {kernel:<40} {row['check']}")
                 out.write(row)
                 alive(torch.device(args.device))
     return None
 
 
 def _launches(call, without=()):
-    """(road, a check of its first result, one launch of it) for every kernel that a default takes."""
+    """(kernel, a check of its first result, one launch of it) for every kernel that a default takes."""
     import torch
 
     from vitkernels import dispatch
     from vitkernels.backends import cuda
+    from vitkernels.backends.patch_layout import product_of
     from vitkernels.backends.triton import configs
-    from vitkernels.backends.triton.forward_plan import product_of, roads_of
-    from vitkernels.bench.op import gate, problem
+    from vitkernels.backends.triton.forward_plan import kernels_of
+    from vitkernels.bench.gate import gate
+    from vitkernels.bench.implementations import problem
     from vitkernels.gpu import gpu_of, tf32
-    from vitkernels.testing import verify
+    from vitkernels.testing import oracle
 
     names = ("images", "weight", "bias", "pos_embed", "prefix", "keep")
     p, tensors = problem(call), dispatch.canonical(*(call.get(name) for name in names))
     grad = torch.randn(p.out_shape, device=p.device).to(p.out_dtype)
 
-    def forward(module, road, **choice):
+    def forward(module, kernel, **choice):
         run = partial(module.forward, p, *tensors, **choice)
-        return road, partial(gate, lambda **_: run(), call), lambda: [("tokens", run())]
+        return kernel, partial(gate, lambda **_: run(), call), lambda: [("tokens", run())]
 
     def backward(name, images):
         def run():
@@ -120,7 +124,7 @@ def _launches(call, without=()):
 
         check = partial(gate, name, call, "backward")
         if images:  # which the gate does not ask for
-            check = partial(_images_wrong, run, verify.oracle, call, grad)
+            check = partial(_images_wrong, run, oracle.oracle, call, grad)
         return f"{name} gradient of {'images' if images else 'parameters'}", check, run
 
     for name, module in ((n, dispatch.backend(n)) for n in dispatch.MODULES):
@@ -128,9 +132,9 @@ def _launches(call, without=()):
             continue
         if name == "triton":
             gpu, product = gpu_of(p.device), product_of(p, tf32())
-            for road in roads_of(p, gpu, product, call["images"].data_ptr() % 16 == 0):
-                choice = road, configs.default(p, road, product, gpu)
-                yield forward(module, f"triton {road} {'×'.join(map(str, choice[1][:3]))}", choice=choice)
+            for kernel in kernels_of(p, gpu, product, call["images"].data_ptr() % 16 == 0):
+                choice = kernel, configs.default(p, kernel, product, gpu)
+                yield forward(module, f"triton {kernel} {'×'.join(map(str, choice[1][:3]))}", choice=choice)
         elif name == "cuda":
             for how, plan in cuda.candidates(p, *tensors[:2]).items():
                 yield forward(module, f"cuda: {how}", plan=plan)
@@ -177,13 +181,14 @@ def compiled(args, out, deadline):
                 _time(args, out, deadline, [case], [mode], impls=["auto", peer], seconds=0.2)
 
 
-def roads(args, out, deadline):
-    """Every road and tile of the C++ extension: the guesses that plan.h chooses by (`rate_of`, `rate`), measured."""
+def kernels(args, out, deadline):
+    """Every loader and tile of the C++ extension: the guesses that its forward_plan.py chooses by, measured."""
     import torch
 
     from vitkernels import dispatch
     from vitkernels.backends import cuda
-    from vitkernels.bench.op import problem, settings
+    from vitkernels.bench.implementations import problem
+    from vitkernels.bench.op import settings
     from vitkernels.bench.timing import alive, short
 
     for case in _headline(args):
@@ -203,7 +208,7 @@ def roads(args, out, deadline):
             for how, plan in cuda.candidates(p, *tensors[:2]).items():
                 try:
                     ms = _milliseconds(partial(cuda.forward, p, *tensors, plan=plan), args.device)
-                    row = {"case": case.name, "road": how, "chosen": how == chosen, "road_ms": ms}
+                    row = {"case": case.name, "kernel": how, "chosen": how == chosen, "kernel_ms": ms}
                 except RuntimeError as error:
                     row = {"case": case.name, "error": f"{how}: {short(error)}"}
                 say(row)
@@ -214,13 +219,13 @@ def roads(args, out, deadline):
 
 def tests(args, out, deadline):
     """What the GPU alone can show first: the backends, then the rest."""
-    first = ["test_backends", "test_triton_backward", "test_cuda", "test_hopper_weight", "test_triton", "test_ops"]
-    never = ["test_bench", "test_benchmarks", "test_bench_model", "test_packaging", "test_train", "test_report"]
-    names = [file.stem for file in (ROOT / "tests").glob("test_*.py") if file.stem not in never]
-    names.sort(key=lambda name: (first.index(name) if name in first else len(first), name))
+    first = ["test_backends", "test_triton_backward", "test_cuda", "test_weight_sm90", "test_triton_forward"]
+    never = ["test_bench", "test_benchmarks", "test_model", "test_packaging", "test_examples", "test_report"]
+    files = [file for file in (ROOT / "tests").rglob("test_*.py") if file.stem not in never]
+    files.sort(key=lambda file: (first.index(file.stem) if file.stem in first else len(first), file))
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--durations=5"]
     command += ["-x", "-k", "case or problem"] if args.dry_run else ["--maxfail=30"]
-    command += [f"tests/{name}.py" for name in names]
+    command += [str(file.relative_to(ROOT)) for file in files]
     log = Path(args.out) / "pytest.log"
     with log.open("w") as file:
         try:
@@ -237,9 +242,9 @@ def tests(args, out, deadline):
 
 def tune(args, out, deadline):
     """Search, then time again; the tiles found come back in a file that can be shipped in vitkernels/tuned/."""
-    from vitkernels.backends.triton.configs import tune as search
     from vitkernels.bench.op import settings
     from vitkernels.bench.timing import short
+    from vitkernels.tuning.tune import tune as search
 
     cases = _headline(args)
     for i, case in enumerate(cases):
@@ -348,7 +353,7 @@ def once(args) -> None:
     import torch
 
     from vitkernels import dispatch
-    from vitkernels.bench.op import problem, steps
+    from vitkernels.bench.implementations import problem, steps
 
     for case, backend in product(TINY, dispatch.MODULES):
         call = case.call(args.device)
@@ -383,7 +388,8 @@ def _headline(args):
 def _time(args, out, deadline, cases, modes, *, impls=None, compiled=None, seconds) -> None:
     import torch
 
-    from vitkernels.bench.op import bench, default_impls
+    from vitkernels.bench.implementations import default_impls
+    from vitkernels.bench.op import bench
     from vitkernels.bench.timing import alive, short
 
     killers = out.killers()

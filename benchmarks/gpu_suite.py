@@ -38,7 +38,7 @@ STAGES = {
     "compiled": (120, "the headline shapes beside torch.compile"),
     "models": (90, "whole models before and after fusing, and the input pipeline"),
     "table": (240, "every shape, forward"),
-    "roads": (60, "every road and tile of the C++ extension on the headline shapes"),
+    "kernels": (60, "every loader and tile of the C++ extension on the headline shapes"),
     "backward": (240, "every shape, backward"),
     "sanitize": (120, "compute-sanitizer on tiny problems"),
 }
@@ -137,8 +137,8 @@ def summary(result: dict) -> str:
     text += ["", "## Notes", ""]
     for note in result["notes"]:
         words = note.get("note") or note.get("error") or note.get("tuned")
-        if "road" in note:
-            words = f"{note['road_ms']:.4f} ms{', chosen' * note['chosen']}: {note['road']}"
+        if "kernel" in note:
+            words = f"{note['kernel_ms']:.4f} ms{', chosen' * note['chosen']}: {note['kernel']}"
         if "check" in note:
             words = f"{note['impl']}: {note['check']}"
         text.append(f"- {note['stage']} {note.get('case', '')}: {words}")

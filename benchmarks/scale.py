@@ -19,7 +19,7 @@ import vitkernels as vk
 from vitkernels.backends.triton.forward_plan import make_plan
 from vitkernels.cost_model import Roofline
 from vitkernels.cost_model.data_sheets import GPUS
-from vitkernels.cost_model.traffic import Road
+from vitkernels.cost_model.traffic import Algorithm
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 
@@ -92,9 +92,9 @@ def roofline(model: Model, B: int, side: int = 224, pixels: str = "uint8", keep:
     return vk.roofline(explained, mode, gpus)
 
 
-def fused(r: Roofline, gpu: str) -> tuple[str, Road]:
-    """What `auto` would take on a GPU: the first of the Triton roads."""
-    return next((name, road) for name, road in r.roads[gpu].items() if name.startswith("triton"))
+def fused(r: Roofline, gpu: str) -> tuple[str, Algorithm]:
+    """What `auto` would take on a GPU: the first of Triton's."""
+    return next((name, moved) for name, moved in r.roads[gpu].items() if name.startswith("triton"))
 
 
 def table(head: str, rows: list[list[str]]) -> str:
@@ -138,16 +138,16 @@ def _attention(m: Model, side: int) -> float:
     return m.depth * 2 * L**2 * m.D / (m.front(side) + m.blocks(side))
 
 
-def roads() -> str:
+def algorithms() -> str:
     r, gpu = roofline(MODELS["ViT-B/16"], 256, gpus=("H100 SXM",)), "H100 SXM"
     sheet, rows = r.sheets[gpu], []
     for name in (fused(r, gpu)[0], "reshape_linear", "timm_eager"):
-        road = r.roads[gpu][name]
-        for p in road.passes:
+        moved = r.roads[gpu][name]
+        for p in moved.passes:
             ms = max(p.bytes / sheet.bytes, p.flops / sheet.flops(r.product)) * 1e6
             inside = f" (inside the {p.inside})" if p.inside else ""
             rows.append([name, p.name + inside, n(p.read / 1e6), n(p.written / 1e6), f"{ms:.0f}"])
-        rows.append([f"**{name}**", "**all**", f"**{n(road.read / 1e6)}**", f"**{n(road.written / 1e6)}**",
+        rows.append([f"**{name}**", "**all**", f"**{n(moved.read / 1e6)}**", f"**{n(moved.written / 1e6)}**",
                      f"**{r.road_ms(gpu, name) * 1e3:.0f}**"])  # fmt: skip
     return table("way | pass | MB read | MB written | µs", rows)
 
@@ -265,13 +265,13 @@ def requests() -> str:
     rows, gpu = [], "H100 SXM"
     r = roofline(MODELS["ViT-B/16"], 256, gpus=(gpu,))
     for name in ("triton descriptor", "triton gather", "cuda patches", "cuda copy"):
-        road = r.roads[gpu][name]
-        asked = road.requested / 1e6
-        tile = re.search(r"tiles of ([\d×]+)", road.note)[1]
+        moved = r.roads[gpu][name]
+        asked = moved.requested / 1e6
+        tile = re.search(r"tiles of ([\d×]+)", moved.note)[1]
         rate_ = asked / r.road_ms(gpu, name) / 1e3
-        rows.append([name, tile, n(road.bytes / 1e6), n(asked), f"{rate_:.1f}"])
-    return table("road on an H100, ViT-B/16, B = 256, uint8 | tile | memory, MB | asked of L2, MB | TB/s, to take no "
-                 "longer than the arithmetic", rows)  # fmt: skip
+        rows.append([name, tile, n(moved.bytes / 1e6), n(asked), f"{rate_:.1f}"])
+    return table("algorithm on an H100, ViT-B/16, B = 256, uint8 | tile | memory, MB | asked of L2, MB | TB/s, to "
+                 "take no longer than the arithmetic", rows)  # fmt: skip
 
 
 def limits() -> str:
@@ -284,8 +284,9 @@ def limits() -> str:
 
 
 TABLES = {
-    "sheets": sheets, "share": share, "roads": roads, "steps": steps, "batches": batches, "requests": requests,
-    "inputs": inputs, "fleet": fleet, "allreduce": allreduce, "memory": memory, "mae": mae, "limits": limits,
+    "sheets": sheets, "share": share, "algorithms": algorithms, "steps": steps, "batches": batches,
+    "requests": requests, "inputs": inputs, "fleet": fleet, "allreduce": allreduce, "memory": memory, "mae": mae,
+    "limits": limits,
 }  # fmt: skip
 
 

@@ -70,7 +70,7 @@ MODELS = [
     ("vit-l14", 64, "bf16", "inference"),
 ]
 
-# The kinds of smoke test: one of each road through a backend.
+# The kinds of smoke test: one of each way through a backend.
 SMOKE = [
     Case(batch=33),
     Case(batch=5, pixels="uint8", channels_last=True, dim=384),

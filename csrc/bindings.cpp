@@ -1,4 +1,4 @@
-// The extension's Python module: raw pointers, sizes, strides and a stream in. No PyTorch here: vitkernels/cuda.py
+// The extension's Python module: raw pointers, sizes, strides and a stream in. No PyTorch here: vitkernels/backends/cuda
 // allocates everything, and one build serves every version of it.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -21,27 +21,90 @@ static Tensor tensor_of(const py::object& from) {
     return t;
 }
 
-static void read(int64_t (&to)[3], const py::dict& from, const char* name) {
+template <class T, size_t COUNT>
+static void read(T (&to)[COUNT], const py::dict& from, const char* name) {
     auto values = from[name].cast<py::tuple>();
-    for (int i = 0; i < 3; ++i) to[i] = values[i].cast<int64_t>();
+    for (size_t i = 0; i < COUNT; ++i) to[i] = values[i].cast<T>();
 }
 
-static Problem problem_of(const py::dict& d) {
-    Problem p{};
-    auto number = [&](const char* name) { return d[name].cast<int64_t>(); };
-    auto dtype = [&](const char* name) { return static_cast<Dtype>(d[name].cast<int>()); };
-    p.B = number("B"), p.C = number("C"), p.F = number("F"), p.H = number("H"), p.W = number("W");
-    read(p.P, d, "P"), read(p.S, d, "S"), read(p.pad, d, "pad"), read(p.G, d, "G");
-    p.D = number("D"), p.T = number("T"), p.N = number("N"), p.rows = number("rows"), p.K = number("K");
-    p.keep = d["keep"].cast<bool>();
-    p.pos_rows = number("pos_rows");
-    auto strides = d["strides"].cast<py::tuple>();
-    for (int i = 0; i < 5; ++i) p.strides[i] = strides[i].cast<int64_t>();
-    p.normalised = d["normalised"].cast<bool>();
-    p.scale = d["scale"].cast<double>();
-    p.image = dtype("image"), p.weight = dtype("weight"), p.compute = dtype("compute"), p.out = dtype("out");
-    p.tf32 = d["tf32"].cast<bool>();
-    return p;
+template <class T>
+static void read(T& to, const py::dict& from, const char* name) {
+    if constexpr (std::is_enum_v<T>)
+        to = static_cast<T>(from[name].cast<int>());
+    else
+        to = from[name].cast<T>();
+}
+
+#define VK_READ(field) read(to.field, from, #field)
+
+static Problem problem_of(const py::dict& from) {
+    Problem to{};
+    VK_READ(B), VK_READ(C), VK_READ(F), VK_READ(H), VK_READ(W), VK_READ(P), VK_READ(S), VK_READ(pad), VK_READ(G);
+    VK_READ(D), VK_READ(T), VK_READ(N), VK_READ(rows), VK_READ(K), VK_READ(keep), VK_READ(pos_rows), VK_READ(strides);
+    VK_READ(normalised), VK_READ(scale), VK_READ(tf32), VK_READ(text);
+    VK_READ(image), VK_READ(weight), VK_READ(compute), VK_READ(out);
+    return to;
+}
+
+// Plans, as forward_plan.py and backward_plan.py name their fields
+
+static ForwardPlan forward_plan_of(const py::dict& from) {
+    ForwardPlan to{};
+    VK_READ(loader), VK_READ(wgmma), VK_READ(BM), VK_READ(BN), VK_READ(step_k), VK_READ(steps), VK_READ(stages), VK_READ(chunk);
+    VK_READ(stage_rows), VK_READ(slot_bytes), VK_READ(segment_bytes), VK_READ(segments), VK_READ(block);
+    VK_READ(a_bytes), VK_READ(b_pitch), VK_READ(stage_bytes), VK_READ(table_bytes), VK_READ(shared_bytes);
+    VK_READ(pack), VK_READ(weight_row), VK_READ(weight_chunk), VK_READ(tiles_n), VK_READ(tiles), VK_READ(blocks);
+    VK_READ(how);
+    return to;
+}
+
+static void read(backward::LoadedBy& to, const py::dict& from, const char* name) {
+    auto operand = from[name].cast<py::tuple>();
+    to = {static_cast<backward::LoaderKind>(operand[0].cast<int>()), operand[1].cast<int>()};
+}
+
+static backward::WeightPlan weight_plan_of(const py::dict& from) {
+    backward::WeightPlan to{};
+    read(to.tile.BM, from, "BM"), read(to.tile.BN, from, "BN"), read(to.tile.BK, from, "BK");
+    VK_READ(wgmma), VK_READ(splits), VK_READ(chunk), VK_READ(tiles_k), VK_READ(tiles), VK_READ(pixels), VK_READ(grad);
+    VK_READ(shared_bytes), VK_READ(block), VK_READ(stages), VK_READ(blocks);
+    return to;
+}
+
+static backward::SumsPlan sums_plan_of(const py::dict& from) {
+    backward::SumsPlan to{};
+    VK_READ(first), VK_READ(last), VK_READ(stored), VK_READ(table_rows), VK_READ(splits), VK_READ(chunk);
+    VK_READ(lanes), VK_READ(blocks), VK_READ(tiles_d);
+    return to;
+}
+
+static backward::PixelClass pixel_class_of(const py::dict& from) {
+    backward::PixelClass to{};
+    VK_READ(first), VK_READ(size), VK_READ(windows), VK_READ(columns), VK_READ(pitch), VK_READ(all_windows);
+    VK_READ(packed), VK_READ(tiles), VK_READ(first_block);
+    for (int i = 0; i < 3; ++i) {
+        if (to.size[i] > 0) to.by_size[i] = Divisor(to.size[i]);
+        if (to.windows[i] > 0) to.by_windows[i] = Divisor(to.windows[i]);
+    }
+    return to;
+}
+
+static backward::ImagesPlan images_plan_of(const py::dict& from) {
+    backward::ImagesPlan to{};
+    for (const auto& of_class : from["classes"].cast<py::tuple>())
+        to.classes[to.count++] = pixel_class_of(of_class.cast<py::dict>());
+    VK_READ(cells), VK_READ(M), VK_READ(blocks), VK_READ(packed), VK_READ(grad), VK_READ(shared_bytes);
+    return to;
+}
+
+static backward::BackwardPlan backward_plan_of(const py::dict& from) {
+    backward::BackwardPlan to{};
+    if ((to.has_weight = !from["weight"].is_none())) to.weight = weight_plan_of(from["weight"]);
+    if ((to.has_sums = !from["sums"].is_none())) to.sums = sums_plan_of(from["sums"]);
+    if ((to.has_images = !from["images"].is_none())) to.images = images_plan_of(from["images"]);
+    VK_READ(indexed), VK_READ(weight_parts), VK_READ(table_parts), VK_READ(bias_parts), VK_READ(packed);
+    VK_READ(heads), VK_READ(nexts);
+    return to;
 }
 
 static void* pointer(uintptr_t address) { return reinterpret_cast<void*>(address); }
@@ -52,23 +115,10 @@ PYBIND11_MODULE(VITKERNELS_MODULE, m) {
 
     py::class_<Problem>(m, "Problem", py::module_local())
         .def(py::init(&problem_of))
-        .def_property_readonly("normalised", [](const Problem& p) { return scaling_of(p).normalised; });
-    py::class_<Gpu>(m, "Gpu", py::module_local()).def(py::init([](int arch, int multiprocessors, int shared_bytes) {
-        return Gpu{arch, multiprocessors, shared_bytes};
-    }));
-    m.def("why_not", &why_not);
+        .def_readonly("normalised", &Problem::normalised);
 
-    py::class_<Forward>(m, "Forward", py::module_local())
-        .def_readonly("scratch_bytes", &Forward::scratch_bytes);
-    m.def("forward_candidates",
-          [](const Problem& p, const Gpu& gpu, const py::object& images, const py::object& weight) {
-              return forward_candidates(p, gpu, tensor_of(images), tensor_of(weight));
-          });
-    m.def("plan_forward", [](const Problem& p, const Gpu& gpu, const py::object& images, const py::object& weight) {
-        return plan_forward(p, gpu, tensor_of(images), tensor_of(weight));
-    });
-    m.def("how", &how);
-    m.def("forward", [](const Problem& p, const Forward& plan, const py::object& images, const py::object& weight,
+    py::class_<ForwardPlan>(m, "ForwardPlan", py::module_local()).def(py::init(&forward_plan_of));
+    m.def("forward", [](const Problem& p, const ForwardPlan& plan, const py::object& images, const py::object& weight,
                         const py::object& bias, const py::object& pos, const py::object& prefix, const py::object& keep,
                         const py::object& centred, const py::object& out, uintptr_t scratch, uintptr_t stream) {
         ForwardTensors t{tensor_of(images), tensor_of(weight), tensor_of(bias), tensor_of(pos), tensor_of(prefix),
@@ -76,24 +126,13 @@ PYBIND11_MODULE(VITKERNELS_MODULE, m) {
         run_forward(p, plan, t, pointer(stream));
     });
 
-    py::class_<Backward>(m, "Backward", py::module_local())
-        .def_readonly("scratch_bytes", &Backward::scratch_bytes)
-        .def_property_readonly("hopper", [](const Backward& b) { return b.weight.hopper; });
-    m.def("backward_refused", &backward_refused);
-    m.def("no_hopper_weight", [](const Problem& p, const Gpu& gpu, const py::object& images, const py::object& grad) {
-        return backward::no_hopper_weight(p, gpu, tensor_of(images), tensor_of(grad));
-    });
-    auto tensors = [](const py::tuple& t, uintptr_t scratch) {
-        return BackwardTensors{tensor_of(t[0]), tensor_of(t[1]), tensor_of(t[2]), tensor_of(t[3]), tensor_of(t[4]),
-                               tensor_of(t[5]), tensor_of(t[6]), tensor_of(t[7]), tensor_of(t[8]), tensor_of(t[9]),
-                               pointer(scratch)};
-    };
+    py::class_<backward::BackwardPlan>(m, "BackwardPlan", py::module_local()).def(py::init(&backward_plan_of));
     // Tensors in BackwardTensors' order
-    m.def("plan_backward", [tensors](const Problem& p, const Gpu& gpu, const py::tuple& t) {
-        return plan_backward(p, gpu, tensors(t, 0));
-    });
-    m.def("backward", [tensors](const Problem& p, const Backward& plan, const py::tuple& t, uintptr_t scratch,
-                                uintptr_t stream) {
-        run_backward(p, plan, tensors(t, scratch), pointer(stream));
+    m.def("backward", [](const Problem& p, const backward::BackwardPlan& plan, const py::tuple& t, uintptr_t scratch,
+                         uintptr_t stream) {
+        BackwardTensors tensors{tensor_of(t[0]), tensor_of(t[1]), tensor_of(t[2]), tensor_of(t[3]), tensor_of(t[4]),
+                                tensor_of(t[5]), tensor_of(t[6]), tensor_of(t[7]), tensor_of(t[8]), tensor_of(t[9]),
+                                pointer(scratch)};
+        run_backward(p, plan, tensors, pointer(stream));
     });
 }

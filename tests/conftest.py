@@ -29,28 +29,19 @@ def host_extension():
 def on_cuda_kernels(request, device, monkeypatch):
     """Makes backend "cuda" run here, on a GPU or emulated; call it with the architecture to emulate, and with how many
     multiprocessors: on few of them a block takes many tiles, and a split many steps."""
-    from vitkernels import dispatch
-    from vitkernels.backends import cuda
-    from vitkernels.backends.cuda import extension
-    from vitkernels.gpu import NOMINAL
+    from host import backend
 
-    def forget():
-        for cached in (cuda._gpu, cuda._plan, cuda._problem, dispatch._choose):
-            cached.cache_clear()
+    from vitkernels.gpu import NOMINAL
 
     def use(arch: int = 90, multiprocessors: int | None = None) -> None:
         if device == "cuda":
             return
-        module = request.getfixturevalue("host_extension")
-        monkeypatch.setattr(extension, "load", lambda: module)
-        monkeypatch.setattr(extension, "missing", lambda: "")
         gpu = NOMINAL[arch]
         gpu = gpu._replace(multiprocessors=multiprocessors or gpu.multiprocessors)
-        monkeypatch.setattr(cuda, "gpu_of", lambda device: gpu)
-        forget()
+        backend.use(monkeypatch, request.getfixturevalue("host_extension"), gpu)
 
     yield use
-    forget()
+    backend.forget()
 
 
 def poison(tensor: torch.Tensor) -> torch.Tensor:

@@ -28,19 +28,15 @@ def call(patch=16, pixels=HALF, weights=HALF, *, B=256, D=768, keep=None, device
 @pytest.fixture
 def extension_here(host_extension, monkeypatch):
     """The plans of csrc/ for GPUs, from its emulation."""
-    from vitkernels.backends import cuda
-
-    def forget():
-        for cached in (cuda._gpu, cuda._plan, cuda._problem, cuda.no_wgmma, dispatch._choose):
-            cached.cache_clear()
+    from host import backend
 
     monkeypatch.setattr(extension, "load", lambda: host_extension)
     monkeypatch.setattr(extension, "missing", lambda: "")
     monkeypatch.setattr(extension, "record", lambda: {"archs": ["8.0", "9.0a"]})
     monkeypatch.setattr(host_extension, "device_type", "cuda")
-    forget()
+    backend.forget()
     yield
-    forget()
+    backend.forget()
 
 
 def taken(gpu="sm_90", **arguments):

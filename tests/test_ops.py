@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import vitkernels as vk
 from vitkernels import dispatch
 from vitkernels.problem import arguments_of
-from vitkernels.testing import verify
+from vitkernels.testing import accuracy, oracle, random_problems
 
 OP, OP_BACKWARD = torch.ops.vitkernels.patch_embed.default, torch.ops.vitkernels.patch_embed_backward.default
 TENSORS = ("images", "weight", "bias", "pos_embed", "prefix", "keep")
@@ -242,20 +242,20 @@ def test_auto_takes_the_first_that_can(device):
 def test_random_problems_through_aot(seed):
     """Fakes, strides and dtypes of random problems, forward and backward, as the compiler's runtime asserts them."""
     torch.compiler.reset()
-    arguments = verify.case(seed, max_work=1 << 16).tensors()
-    expected = verify.evaluate(vk.patch_embed, arguments)
-    found = verify.evaluate(torch.compile(vk.patch_embed, fullgraph=True, backend="aot_eager"), arguments)
+    arguments = random_problems.case(seed, max_work=1 << 16).tensors()
+    expected = accuracy.evaluate(vk.patch_embed, arguments)
+    found = accuracy.evaluate(torch.compile(vk.patch_embed, fullgraph=True, backend="aot_eager"), arguments)
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], rtol=0, atol=0)
 
 
 # Derivatives of every order
 
-EAGER = verify.eager  # the chain that is replaced, differentiated by PyTorch
+EAGER = oracle.eager  # the chain that is replaced, differentiated by PyTorch
 
 
 def leaves_of(arguments):
-    return {n: arguments[n] for n in verify.LEARNT if arguments.get(n) is not None and arguments[n].is_floating_point()}
+    return {n: arguments[n] for n in oracle.LEARNT if arguments.get(n) is not None and arguments[n].is_floating_point()}
 
 
 def weighed(tensors, seed):
@@ -293,7 +293,9 @@ SEEDS = {"reference": range(6000, 6060), "triton": range(6060, 6066)}
 
 @pytest.mark.parametrize(("backend", "seed"), [(b, s) for b, seeds in SEEDS.items() for s in seeds])
 def test_derivatives_of_random_problems(backend, seed):
-    arguments = verify.case(seed, 1 << 13, **DOUBLE, mean=0.4 if seed % 2 else None, std=0.7 if seed % 3 else None)
+    arguments = random_problems.case(
+        seed, 1 << 13, **DOUBLE, mean=0.4 if seed % 2 else None, std=0.7 if seed % 3 else None
+    )
     arguments = arguments.tensors()
     if reasons := vk.explain(**arguments)[backend]:
         pytest.skip(f"{backend}: {'; '.join(reasons)}")

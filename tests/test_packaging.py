@@ -17,9 +17,10 @@ from pathlib import Path
 import pytest
 
 import vitkernels
-from vitkernels import cli, report
+from vitkernels import cli
 from vitkernels.backends.cuda import extension
 from vitkernels.cli import info
+from vitkernels.report import results, summary
 
 ROOT = Path(__file__).parents[1]
 LEFT_BEHIND = (".*", "build", "dist", "*.egg-info", "__pycache__", "demo-output", "_cuda.*.so", "_cuda_build.json")
@@ -144,6 +145,7 @@ def test_sdist(built):
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     wanted = {"pyproject.toml", "setup.py", "Makefile", "README.md", "CHANGELOG.md", "LICENSE", "docs/wheels.md"}
+    wanted |= {"CONTRIBUTING.md", "docs/architecture.md"}
     wanted |= {"docs/demo.png", "docs/train.png", "examples/train.py", "examples/data.py"}
     wanted |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "benchmarks").rglob("*.py")}
     for folder in ("csrc", "tests"):
@@ -273,10 +275,8 @@ def test_the_extension_is_built(small, tmp_path):
 
     installed = tmp_path / "installed"
     shutil.unpack_archive(wheel, installed, "zip")
-    code = (
-        "from vitkernels.backends.cuda import extension as e\n"
-        "print(repr(e.missing()), e.load().answer(), e.about(), sep='; ')"
-    )
+    words = "repr(missing()), load().answer(), about(), sep='; '"
+    code = f"from vitkernels.backends.cuda.extension import about, load, missing; print({words})"
     command = [sys.executable, "-c", code]
     run = subprocess.run(
         command, env=_environment(PYTHONPATH=str(installed)), cwd=tmp_path, capture_output=True, text=True, check=True
@@ -337,8 +337,8 @@ def test_readme_tables(name):
 
 def test_readme_figures_are_those_of_stored_results():
     stored = ROOT / "benchmarks" / "results" / "amd-epyc-2-threads"
-    results = report.load([stored / "operation.json", stored / "without-bf16-instructions.json"])
-    assert report.markdown(results) in (ROOT / "README.md").read_text()
+    loaded = results.load([stored / "operation.json", stored / "without-bf16-instructions.json"])
+    assert summary.markdown(loaded) in (ROOT / "README.md").read_text()
 
 
 def test_readme_names_every_command():

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from vitkernels.problem import arguments_of, check_keep, problem_of
-from vitkernels.testing import verify
+from vitkernels.testing import oracle, random_problems
 
 
 def build(images, weight, bias=None, pos_embed=None, prefix=None, keep=None, *, stride=None, padding=0, mean=None,
@@ -19,7 +19,7 @@ def build(images, weight, bias=None, pos_embed=None, prefix=None, keep=None, *, 
 
 @pytest.mark.parametrize("seed", range(0, 500, 5))
 def test_sizes_are_those_of_the_convolution(seed):
-    t = verify.case(seed).tensors()
+    t = random_problems.case(seed).tensors()
     p = build(**t)
     x = t["images"].double()
     convolution = F.conv3d if p.video else F.conv2d
@@ -28,13 +28,13 @@ def test_sizes_are_those_of_the_convolution(seed):
     assert p.G == (*(() if p.video else (1,)), *grid)
     assert grid.numel() == p.N
     assert t["weight"][0].numel() == p.K
-    assert p.out_shape == tuple(verify.eager(**t).shape)
+    assert p.out_shape == tuple(oracle.eager(**t).shape)
     assert p.flops == 2 * p.B * p.rows * p.K * p.D
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_the_same_metadata_is_the_same_problem(seed):
-    case = verify.case(seed)
+    case = random_problems.case(seed)
     p = build(**case.tensors())
     assert build(**case.tensors()) is p
     other = torch.float32 if case.weight_dtype == torch.float64 else torch.float64

@@ -14,9 +14,7 @@ from .backends.cuda import extension
 from .gpu import gpu_of, tf32
 from .problem import PatchProblem
 
-# Every backend is a module with `why_not(problem) -> reasons`, `how(problem) -> what would happen, for people`,
-# `forward(problem, *tensors) -> tokens`, and `backward(problem, grad, *tensors, grads)`, which writes the gradients.
-MODULES = {name: f".backends.{name}" for name in ("triton", "cuda", "reference")}
+MODULES = {"triton": ".backends.triton", "cuda": ".backends.cuda", "reference": ".backends.reference"}
 # "weight" stands for all that is learnt: weight, bias, position table and prefix.
 DIRECTIONS = {"forward": "tokens", "weight": "parameters' gradients", "images": "images' gradient"}
 
@@ -62,7 +60,7 @@ def row_of(p: PatchProblem, direction: str) -> Row:
     row = NOT_MEASURED.get(p.device.type, Row(("reference",), "there are no kernels for this device"))
     if p.device.type != "cuda":
         return row
-    from .backends.triton.forward_plan import product_of  # a call on a CPU does without
+    from .backends.patch_layout import product_of  # a call on a CPU does without
 
     kind = product_of(p, tf32())
     if (direction, kind) == ("weight", "half") and not extension.missing() and backend("cuda").no_wgmma(p):

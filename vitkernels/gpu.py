@@ -1,4 +1,4 @@
-"""What the kernels' plans ask of the device: its figures, and whether float32 may be rounded to TF32."""
+"""What plans ask of the device: its figures, and whether float32 may be rounded to TF32."""
 
 from __future__ import annotations
 
@@ -13,9 +13,6 @@ class Gpu(NamedTuple):
     arch: int  # 90 for sm_90
     multiprocessors: int
     shared_bytes: int  # of one program, at most
-
-
-GENERATION = {86: 80, 87: 80, 89: 80, 120: 80, 121: 80}  # as small in shared memory, and without wgmma
 
 
 # One GPU of each architecture, for compiling without one.

@@ -107,6 +107,10 @@ class PatchProblem:
         return self.B, self.T + self.rows, self.D
 
     @cached_property
+    def sum_dtype(self) -> torch.dtype:
+        return torch.float64 if self.compute_dtype == torch.float64 else torch.float32
+
+    @cached_property
     def normalised(self) -> bool:
         """Whether channels differ: then y = x·a[c] + b[c], otherwise y = x·scale."""
         return self.mean is not None or self.std is not None
@@ -242,25 +246,12 @@ def build(
         if other is not None and other.device != images.device:
             raise ValueError(f"{name} is on {other.device}, images are on {images.device}")
 
+    _check_patches(images, weight, arguments)
+
     video = dims == 5
     lead = () if video else (1,)
     B, C, *size = images.shape
-    D, C_weight, *patch = weight.shape
-    for name, sizes in (("weight", weight.shape), ("images' channels, height or width", images.shape[1:])):
-        if any(s == 0 for s in sizes):
-            raise ValueError(f"{name} must not be empty, got {list(sizes)}")
-    if C != C_weight:
-        raise ValueError(f"images have {C} channels, weight {list(weight.shape)} takes {C_weight}")
-    for s, p, pad in zip(size, patch, arguments.padding, strict=True):
-        if s + 2 * pad < p:
-            raise ValueError(
-                f"images of {'x'.join(map(str, size))} with padding {arguments.padding} are smaller than "
-                f"the patch {'x'.join(map(str, patch))}: {s + 2 * pad} < {p}"
-            )
-    for name, values in (("mean", arguments.mean), ("std", arguments.std)):
-        if values is not None and len(values) not in (1, C):
-            raise ValueError(f"{name} must have one value per channel: got {len(values)} for {C} channels")
-
+    D, _, *patch = weight.shape
     if bias is not None and bias.shape != (D,):
         raise ValueError(f"bias must be [D] = [{D}], got {list(bias.shape)}")
     T = 0 if prefix is None else _rows("prefix", prefix, B, D, "T")
@@ -290,6 +281,26 @@ def build(
             f"{'x'.join(map(str, problem.G if video else problem.G[1:]))} needs N = {N}, or T+N = {T + N} with T = {T}"
         )
     return problem
+
+
+def _check_patches(images: Meta, weight: Meta, arguments: Arguments) -> None:
+    """Patches of the weight's size fit the images, and everything there is by channel has as many."""
+    _, C, *size = images.shape
+    _, C_weight, *patch = weight.shape
+    for name, sizes in (("weight", weight.shape), ("images' channels, height or width", images.shape[1:])):
+        if any(s == 0 for s in sizes):
+            raise ValueError(f"{name} must not be empty, got {list(sizes)}")
+    if C != C_weight:
+        raise ValueError(f"images have {C} channels, weight {list(weight.shape)} takes {C_weight}")
+    for s, p, pad in zip(size, patch, arguments.padding, strict=True):
+        if s + 2 * pad < p:
+            raise ValueError(
+                f"images of {'x'.join(map(str, size))} with padding {arguments.padding} are smaller than "
+                f"the patch {'x'.join(map(str, patch))}: {s + 2 * pad} < {p}"
+            )
+    for name, values in (("mean", arguments.mean), ("std", arguments.std)):
+        if values is not None and len(values) not in (1, C):
+            raise ValueError(f"{name} must have one value per channel: got {len(values)} for {C} channels")
 
 
 _cached = lru_cache(maxsize=1024)(build)

@@ -1,10 +1,8 @@
-// The backward: what bindings.cpp plans and runs. Kernels: backward_weight.cuh (dW = dYᵀ·patches, without a matrix of
-// patches; hopper_weight.cuh on sm_90a), backward_images.cuh (dX = dY·W, every pixel written once), backward_sums.cuh
+// The backward, as bindings.cpp runs it. Kernels: weight_sm80.cuh (dW = dYᵀ·patches, without a matrix of
+// patches; weight_sm90.cuh on sm_90a), images.cuh (dX = dY·W, every pixel written once), reduce.cuh
 // (the sums of dY over images).
 // No atomics: sums that are split leave their parts in scratch memory, and finish_kernel adds them in order.
 #pragma once
-
-#include <string>
 
 #include "backward/plan.h"
 
@@ -21,26 +19,11 @@ struct BackwardTensors {  // data == nullptr: absent; a gradient that is absent 
     Tensor d_bias;    // [D]
     Tensor d_pos;     // [1, pos_rows, D]
     Tensor d_prefix;  // [1, T, D]
-    void* scratch;    // Backward::scratch_bytes, aligned to 256
+    void* scratch;    // what is planned, aligned to 256 bytes
 };
 
-struct Backward {
-    int64_t scratch_bytes;
-    bool indexed;                // whether kept patches are looked up by their place in the grid
-    bool has_weight, has_sums, has_images;
-    backward::WeightPlan weight;
-    backward::SumsPlan sums;
-    backward::ImagesPlan images;
-    // In scratch, bytes from its beginning:
-    int64_t weight_parts;        // [splits, D, K] of sums
-    int64_t table_parts;         // [splits, table_rows, D] of sums
-    int64_t bias_parts;          // [splits·blocks, D] of sums
-    int64_t packed;              // weight of images_kernel, of the product's type
-    int64_t heads, nexts;        // [B, N] and [B, rows], int32
-};
-
-std::string backward_refused(const Problem& p);  // why not, with the numbers; empty: it can be run
-Backward plan_backward(const Problem& p, const Gpu& gpu, const BackwardTensors& t);  // reads no data
-void run_backward(const Problem& p, const Backward& plan, const BackwardTensors& t, Stream stream);
+// Launches what was planned on `stream`. Throws std::runtime_error with the problem in its text where CUDA reports an
+// error.
+void run_backward(const Problem& p, const backward::BackwardPlan& plan, const BackwardTensors& t, Stream stream);
 
 }  // namespace vk

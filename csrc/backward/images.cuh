@@ -1,15 +1,15 @@
-// images_kernel: dX = dY·W. A block has a tile of cells (backward_plan.h) × pixels of one class, each summed over the
+// images_kernel: dX = dY·W. A block has a tile of cells (backward_plan.py) × pixels of one class, each summed over the
 // windows that saw it and over the channels; so every pixel is written once, and 0 where no patch saw it.
 // pack_kernel: the weight in the order in which that reads it.
 #pragma once
 
-#include "backward/tiles.cuh"
+#include "backward/common.cuh"
 #include "common/launch.h"
 
 namespace vk::backward {
 
 struct PackArguments {
-    Walk walk;             // of d_images
+    PatchLayout layout;             // of d_images
     PixelClass classes[8];
     int count;
     int64_t D, size;       // size: elements of `packed`
@@ -19,14 +19,14 @@ struct PackArguments {
 };
 
 struct ImagesArguments {
-    Walk walk;             // of d_images
+    PatchLayout layout;             // of d_images
     PixelClass classes[8];
     int count;
     int64_t M, D, C, N, rows;
     Divisor by_cell[3];    // cells of an image along (t, y, x)
     int G_t;
     Gradient grad;         // [B, T + rows, D]
-    Source copied;         // the same, where it is of the product's type
+    Operand copied;         // the same, where it is of the product's type
     const void* packed;
     const void* centred;   // [2, C] of sums; null: pixels as they are
     double scale;          // of the sum
@@ -65,10 +65,10 @@ VK_KERNEL(PACK_THREADS, 4) pack_kernel(VK_GRID_CONSTANT PackArguments a) {
         int channel, j[3];
         Element e = pixel_of(c, column, channel);
         window_of(c, static_cast<int>(window), j);
-        int t = e.t + j[0] * a.walk.S_t, y = e.y + j[1] * a.walk.S_h, x = e.x + j[2] * a.walk.S_w;
-        int k = ((channel * a.walk.P_t + t) * a.walk.P_h + y) * a.walk.P_w + x;
+        int t = e.t + j[0] * a.layout.S_t, y = e.y + j[1] * a.layout.S_h, x = e.x + j[2] * a.layout.S_w;
+        int k = ((channel * a.layout.P_t + t) * a.layout.P_h + y) * a.layout.P_w + x;
         value = load<Sum>(a.weight.data, a.weight.dtype,
-                          d * a.weight.strides[0] + weight_offset(a.walk, k, a.weight.strides));
+                          d * a.weight.strides[0] + weight_offset(a.layout, k, a.weight.strides));
     }
     store(a.packed, a.compute, at, value);
 }
@@ -84,7 +84,7 @@ struct PixelColumn {
     int t, y, x;    // t < 0: no pixel
     Sum factor;
 };
-static_assert(sizeof(CellRow) <= 32 && sizeof(PixelColumn<double>) <= 32, "as images_shared_bytes counts them");
+static_assert(sizeof(CellRow) <= 32 && sizeof(PixelColumn<double>) <= 32, "as backward_plan.py counts them");
 
 template <class T>
 struct ImagesBlock {
@@ -116,7 +116,7 @@ struct ImagesBlock {
     }
 
     VK_DEVICE void find() {
-        const Walk& w = a.walk;
+        const PatchLayout& w = a.layout;
         for (int i = thread_index(); i < BM; i += THREADS) {
             CellRow r{0, -1, {0, 0, 0}};
             if (m0 + i < a.M) {
@@ -153,11 +153,11 @@ struct ImagesBlock {
             int octet = thread_index() + i * THREADS, row = octet / ACROSS, column = octet % ACROSS * 8;
             const CellRow& r = cells[row];
             int t = r.q[0] - j[0], y = r.q[1] - j[1], x = r.q[2] - j[2];
-            bool seen = r.b >= 0 && t >= 0 && t < a.G_t && y >= 0 && y < a.walk.G_h && x >= 0 && x < a.walk.G_w;
-            int64_t n = (t * a.walk.G_h + y) * a.walk.G_w + x, d = d0 + column;
+            bool seen = r.b >= 0 && t >= 0 && t < a.G_t && y >= 0 && y < a.layout.G_h && x >= 0 && x < a.layout.G_w;
+            int64_t n = (t * a.layout.G_h + y) * a.layout.G_w + x, d = d0 + column;
             int count = seen ? clamp_eight(a.D - d) : 0;
             Value* to = left_at(step) + row * LEFT + column;
-            if (a.copied.road == Road::straight) {
+            if (a.copied.loader == LoaderKind::straight) {
                 int64_t at = r.b * a.grad.b + (a.grad.T + n) * a.grad.n + d;
                 copy_octet(reinterpret_cast<char*>(to), a.copied,
                            [&](int e) { return Run{at + e, e < count ? count - e : 0}; });
@@ -197,7 +197,7 @@ struct ImagesBlock {
 
     VK_DEVICE void write(int row, int column, const Sum (&sums)[8]) const {
         const CellRow& r = cells[row];
-        const Walk& w = a.walk;
+        const PatchLayout& w = a.layout;
         if (r.b < 0) return;
         const Column* first = columns + column;
         int f0 = r.q[0] * w.S_t - w.pad_t, h0 = r.q[1] * w.S_h - w.pad_h, w0 = r.q[2] * w.S_w - w.pad_w;

@@ -6,7 +6,7 @@
 // Included by backward.cu alone.
 #pragma once
 
-#include "backward/tiles.cuh"
+#include "backward/common.cuh"
 
 namespace vk::backward {
 
@@ -143,7 +143,7 @@ VK_KERNEL(SUMS_THREADS, 2) sums_kernel(VK_GRID_CONSTANT SumsArguments a) {
 }
 
 struct FinishArguments {
-    Walk walk;
+    PatchLayout layout;
     const void *weight_parts, *table_parts, *bias_parts;  // [parts, size] of sums
     int64_t weight_count, table_count, bias_count;        // parts
     int64_t weight_size, table_size, D, K;                // elements of a part
@@ -178,7 +178,7 @@ VK_DEVICE void finish_weight(const FinishArguments& a, int64_t at) {
     int64_t d = at / a.K;
     int k = static_cast<int>(at - d * a.K);
     store(a.d_weight.data, a.d_weight.dtype,
-          d * a.d_weight.strides[0] + weight_offset(a.walk, k, a.d_weight.strides), total);
+          d * a.d_weight.strides[0] + weight_offset(a.layout, k, a.d_weight.strides), total);
 }
 
 template <class Sum>

@@ -4,15 +4,16 @@
 // have the patch outermost, as they have it in global memory.
 #pragma once
 
-#include "backward/tiles.cuh"
+#include "backward/common.cuh"
+#include "common/errors.h"
 #include "common/launch.h"
 
 namespace vk::backward {
 
 struct WeightArguments {
-    Walk walk;
-    Source pixels;        // [B, C, F, H, W]
-    Source grad;          // [B, T + rows, D]
+    PatchLayout layout;
+    Operand pixels;        // [B, C, F, H, W]
+    Operand grad;          // [B, T + rows, D]
     int64_t grad_b, grad_n, grad_d;
     Tensor keep;          // [B, rows]
     const void* centred;  // [2, C] of sums; null: pixels as they are
@@ -23,7 +24,7 @@ struct WeightArguments {
     int64_t tiles_k, tiles;
 };
 
-// A step's patch: where its pixels and its dY begin. The size is in weight_table_bytes.
+// A step's patch: where its pixels and its dY begin.
 struct PatchRow {
     int64_t pixel, grad;
     int f, h, w;
@@ -34,7 +35,7 @@ struct PatchColumn {
     int t, y, x;
     bool real;
 };
-static_assert(sizeof(PatchRow) == 32 && sizeof(PatchColumn) == 24, "as weight_table_bytes counts them");
+static_assert(sizeof(PatchRow) == 32 && sizeof(PatchColumn) == 24, "as backward_plan.py counts them");
 
 template <class T, int SIZE>
 struct WeightBlock {
@@ -52,7 +53,7 @@ struct WeightBlock {
     int d0, k0, first, stop;  // channels, elements, patches
     bool padded;
 
-    VK_DEVICE explicit WeightBlock(const WeightArguments& a) : a(a), padded(is_padded(a.walk)) {
+    VK_DEVICE explicit WeightBlock(const WeightArguments& a) : a(a), padded(is_padded(a.layout)) {
         int64_t tile = block_index() % a.tiles, split = block_index() / a.tiles;
         d0 = static_cast<int>(tile / a.tiles_k) * BM, k0 = static_cast<int>(tile % a.tiles_k) * BN;
         first = static_cast<int>(split * a.chunk), stop = static_cast<int>(least(first + a.chunk, a.M));
@@ -64,7 +65,6 @@ struct WeightBlock {
     static constexpr int LEFT_AT = ROWS_AT + 2 * BATCH * sizeof(PatchRow);
     static constexpr int RIGHT_AT = LEFT_AT + STAGES * BK * LEFT * sizeof(Value);
     static constexpr int RAW_AT = RIGHT_AT + STAGES * BK * RIGHT * sizeof(Value);
-    static_assert(RAW_AT == weight_table_bytes(PRODUCT, SHAPE) + weight_operand_bytes(PRODUCT, SHAPE), "as planned");
 
     template <class X>
     VK_DEVICE static X* shared(int at) {
@@ -86,7 +86,7 @@ struct WeightBlock {
         return shared<char>(RAW_AT) + ((step % STAGES * (BK * BN) + 8 * octet) << a.pixels.shift);
     }
     VK_DEVICE char* raw_grad_at(int step, int octet) const {
-        int pixels = a.pixels.road == Road::raw ? (STAGES * BK * BN) << a.pixels.shift : 0;
+        int pixels = a.pixels.loader == LoaderKind::raw ? (STAGES * BK * BN) << a.pixels.shift : 0;
         return shared<char>(RAW_AT) + pixels + ((step % STAGES * (BK * BM) + 8 * octet) << a.grad.shift);
     }
 
@@ -94,12 +94,12 @@ struct WeightBlock {
         for (int i = thread_index(); i < BN; i += THREADS) {
             PatchColumn c{0, 0, 0, 0, k0 + i < a.K};
             int k = c.real ? k0 + i : 0;
-            Element e = element_of(a.walk, k);
+            Element e = element_of(a.layout, k);
             if (c.real) c.offset = e.offset, c.t = e.t, c.y = e.y, c.x = e.x;
             column_of(i) = c;
             if (a.centred) {
                 const Sum* centred = static_cast<const Sum*>(a.centred);
-                int channel = channel_of(a.walk, k);
+                int channel = channel_of(a.layout, k);
                 centre(0, i) = centred[channel], centre(1, i) = centred[a.C + channel];
             }
         }
@@ -114,7 +114,7 @@ struct WeightBlock {
                 if (a.keep.data)
                     n = load_index(a.keep.data, a.keep.dtype, b * a.keep.strides[0] + token * a.keep.strides[1]);
                 row.real = n >= 0 && n < a.N;
-                Corner corner = corner_of(a.walk, b, row.real ? n : 0);
+                Corner corner = corner_of(a.layout, b, row.real ? n : 0);
                 row.pixel = corner.offset, row.f = corner.f, row.h = corner.h, row.w = corner.w;
                 row.grad = b * a.grad_b + (a.T + token) * a.grad_n;
             }
@@ -125,7 +125,7 @@ struct WeightBlock {
     VK_DEVICE bool is_there(const PatchRow& r, const PatchColumn& c) const {
         int f = r.f + c.t, h = r.h + c.y, x = r.w + c.x;
         return r.real && c.real &&
-               (!padded || (f >= 0 && f < a.walk.F && h >= 0 && h < a.walk.H && x >= 0 && x < a.walk.W));
+               (!padded || (f >= 0 && f < a.layout.F && h >= 0 && h < a.layout.H && x >= 0 && x < a.layout.W));
     }
 
     // Each of the thread's octets of a step: `act(octet, row, column)`
@@ -171,7 +171,7 @@ struct WeightBlock {
     VK_DEVICE void start_pixels(int step) const {
         octets<BN>([&](int octet, int row, int column) {
             const PatchRow& r = row_of(step, row);
-            if (a.pixels.road == Road::each) {
+            if (a.pixels.loader == LoaderKind::each) {
 #pragma unroll 1
                 for (int j = 0; j < 8; j += 4) {  // as many addresses as there are registers for, beside the sums
                     Sum values[4];
@@ -179,7 +179,7 @@ struct WeightBlock {
                     put_pixels(step, row, column + j, values);
                 }
             } else {
-                bool straight = a.pixels.road == Road::straight;
+                bool straight = a.pixels.loader == LoaderKind::straight;
                 char* shared = straight ? reinterpret_cast<char*>(right_at(step, row, column))
                                         : raw_pixels_at(step, octet);
                 copy_octet(shared, a.pixels, [&](int j) {
@@ -195,13 +195,13 @@ struct WeightBlock {
             const PatchRow& r = row_of(step, row);
             int count = r.real ? clamp_eight(a.D - d0 - column) : 0;
             int64_t at = r.grad + int64_t{d0 + column} * a.grad_d;
-            if (a.grad.road == Road::each) {
+            if (a.grad.loader == LoaderKind::each) {
                 Sum values[8];
                 clear(values);
                 if (count > 0) load_eight(values, a.grad.data, a.grad.dtype, at, a.grad_d, count);
                 put(left_at(step, row, column), values);
             } else {
-                bool straight = a.grad.road == Road::straight;
+                bool straight = a.grad.loader == LoaderKind::straight;
                 char* shared = straight ? reinterpret_cast<char*>(left_at(step, row, column))
                                         : raw_grad_at(step, octet);
                 copy_octet(shared, a.grad, [&](int j) { return Run{at + j, j < count ? count - j : 0}; });
@@ -221,13 +221,13 @@ struct WeightBlock {
 
     // What the thread itself has copied, to what the product takes
     VK_DEVICE void convert(int step) const {
-        if (a.pixels.road == Road::raw)
+        if (a.pixels.loader == LoaderKind::raw)
             octets<BN>([&](int octet, int row, int column) {
                 Sum values[8];
                 read_octet(values, raw_pixels_at(step, octet), a.pixels.dtype);
                 put_pixels(step, row, column, values);
             });
-        if (a.grad.road == Road::raw)
+        if (a.grad.loader == LoaderKind::raw)
             octets<BM>([&](int octet, int row, int column) {
                 Sum values[8];
                 read_octet(values, raw_grad_at(step, octet), a.grad.dtype);
@@ -273,9 +273,13 @@ weight_kernel(VK_GRID_CONSTANT WeightArguments a) {
 
 template <class T>
 void launch_weight(const WeightArguments& a, const WeightPlan& plan, Stream stream) {
-    auto kernel = plan.size == 0 ? weight_kernel<T, 0> : weight_kernel<T, 1>;
-    launch(kernel, plan.splits * plan.tiles, threads_of(weight_shape(product_as<T>, plan.size)), plan.shared_bytes,
-           stream, a, "the gradient of the weight");
+    auto launch_size = [&](auto kernel, Shape s) {
+        launch(kernel, plan.blocks, threads_of(s), plan.shared_bytes, stream, a, "the gradient of the weight");
+    };
+    constexpr Shape large = weight_shape(product_as<T>, 0), small = weight_shape(product_as<T>, 1);
+    if (plan.tile.is(large)) return launch_size(weight_kernel<T, 0>, large);
+    if (plan.tile.is(small)) return launch_size(weight_kernel<T, 1>, small);
+    no_kernel(plan.tile.BM, plan.tile.BN);
 }
 
 }  // namespace vk::backward

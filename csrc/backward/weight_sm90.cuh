@@ -1,5 +1,5 @@
 // The gradient of the weight on sm_90a: parts of dW[d, k] = Σ_m dY[m, d]·x[m, k] by the copy engine and wgmma, where
-// backward_weight.cuh has any problem and every machine. Letters: problem.h.
+// weight_sm80.cuh has any problem and every machine. Letters: problem.h.
 //
 // wgmma's rows are elements of a patch, its columns channels. A block of three warpgroups stays on its multiprocessor
 // and takes one tile of one split after the other: 8 rows × 16 pixels of a channel of the patches (128 elements), by
@@ -17,103 +17,103 @@
 
 namespace vk::backward {
 
-struct HopperWeightArguments {
+struct WgmmaWeightArguments {
     TensorMap image;  // [C·H, B, G_h, G_w, P_w], blocks of [8, BB, BY, BX, 16]
     TensorMap grad;   // [1, B, G_h, G_w, D], blocks of [1, BB, BY, BX, 64]
-    Walk walk;
+    PatchLayout layout;
     const float* centred;  // [2, C]: m and a of y = (x − m)·a; null: pixels as they are
     float* parts;          // [splits, D, K]
     int64_t D, K, C;
     int block[3];             // BB images × BY lines × BX columns of the grid
     Divisor by_blocks[2];     // of patches: in x, in y
     int64_t steps, chunk;     // blocks of patches: all, and of one split
-    int64_t jobs;             // tiles of all splits
+    int64_t work_tiles;             // tiles of all splits
     Divisor by_tiles, by_tiles_d, by_across, by_down;  // of a split; in d; of a channel: in x, in y
     int stages;
 };
 
 // How pixels come to wgmma: DIRECT, from where they lie, or converted and normalised on their way through registers.
 template <class T_, class Pixel_, bool DIRECT_, int BN_>
-struct HopperWeightKernel {
+struct WgmmaWeightKernel {
     using T = T_;
     using Pixel = Pixel_;
     static constexpr bool DIRECT = DIRECT_;
     static constexpr int BN = BN_, THREADS = 384;
-    static constexpr int LINE = HOPPER_PIXELS * int(sizeof(Pixel));  // bytes of a patch in a row of pixels
-    static constexpr int ROW = HOPPER_STEP * LINE, PIXELS = HOPPER_ROWS * ROW;
-    static constexpr int CHANNELS = HOPPER_STEP * 128, STAGE = PIXELS + BN / 64 * CHANNELS;  // 64 channels; all
+    static constexpr int LINE = WGMMA_PIXELS * int(sizeof(Pixel));  // bytes of a patch in a row of pixels
+    static constexpr int ROW = WGMMA_STEP * LINE, PIXELS = WGMMA_ROWS * ROW;
+    static constexpr int CHANNELS = WGMMA_STEP * 128, STAGE = PIXELS + BN / 64 * CHANNELS;  // 64 channels; all
 };
 
 // A tile of a split. Where rows of pixels are no multiple of 8 the last tile begins within the one before it, as rows
 // past the patch may lie past the image; it leaves what that one has to it.
-struct WeightJob {
+struct WorkTile {
     int64_t split;
     int c, x, y, from, d0;  // elements: channel, first pixel, first row, and first row that is this tile's own
     int first, stop;        // blocks of patches
 };
 
-VK_DEVICE WeightJob weight_job(const HopperWeightArguments& h, uint32_t i) {
-    WeightJob job;
+VK_DEVICE WorkTile work_tile(const WgmmaWeightArguments& h, uint32_t i) {
+    WorkTile work;
     uint32_t split = h.by_tiles.div(i), tile = i - split * h.by_tiles.value;
     uint32_t tile_k = h.by_tiles_d.div(tile), line = h.by_down.div(tile_k), c = h.by_across.div(line);
-    job.split = split;
-    job.d0 = static_cast<int>(tile - tile_k * h.by_tiles_d.value);  // in tiles; the caller knows how wide they are
-    job.c = static_cast<int>(c), job.x = static_cast<int>(line - c * h.by_across.value) * HOPPER_PIXELS;
-    job.from = static_cast<int>(tile_k - line * h.by_down.value) * HOPPER_ROWS;
-    job.y = job.from < h.walk.P_h - HOPPER_ROWS ? job.from : h.walk.P_h - HOPPER_ROWS;
+    work.split = split;
+    work.d0 = static_cast<int>(tile - tile_k * h.by_tiles_d.value);  // in tiles; the caller knows how wide they are
+    work.c = static_cast<int>(c), work.x = static_cast<int>(line - c * h.by_across.value) * WGMMA_PIXELS;
+    work.from = static_cast<int>(tile_k - line * h.by_down.value) * WGMMA_ROWS;
+    work.y = work.from < h.layout.P_h - WGMMA_ROWS ? work.from : h.layout.P_h - WGMMA_ROWS;
     int64_t first = split * h.chunk, stop = first + h.chunk;
-    job.first = static_cast<int>(first), job.stop = static_cast<int>(stop < h.steps ? stop : h.steps);
-    return job;
+    work.first = static_cast<int>(first), work.stop = static_cast<int>(stop < h.steps ? stop : h.steps);
+    return work;
 }
 
-#if VK_HOPPER
+#if VK_SM90A
 
 template <class K>
-VK_DEVICE void bring(const HopperWeightArguments& h, char* stages, Barrier* full, Barrier* empty) {
-    Turn turn;
-    for (int64_t i = block_index(); i < h.jobs; i += block_count()) {
-        WeightJob job = weight_job(h, static_cast<uint32_t>(i));
-        for (int n = job.first; n < job.stop; ++n) {
+VK_DEVICE void produce(const WgmmaWeightArguments& h, char* stages, Barrier* full, Barrier* empty) {
+    PipelineState state;
+    for (int64_t i = block_index(); i < h.work_tiles; i += block_count()) {
+        WorkTile work = work_tile(h, static_cast<uint32_t>(i));
+        for (int n = work.first; n < work.stop; ++n) {
             uint32_t line = h.by_blocks[0].div(n), images = h.by_blocks[1].div(line);
             int b = static_cast<int>(images) * h.block[0];
             int y = static_cast<int>(line - images * h.by_blocks[1].value) * h.block[1];
             int x = static_cast<int>(n - line * h.by_blocks[0].value) * h.block[2];
-            char* stage = stages + turn.slot * K::STAGE;
-            barrier_wait(&empty[turn.slot], turn.phase ^ 1);
-            barrier_expect(&full[turn.slot], K::STAGE);
-            copy_tensor(stage, &h.image, &full[turn.slot], job.x, x, y, b, job.c * h.walk.H + job.y);
+            char* stage = stages + state.stage * K::STAGE;
+            barrier_wait(&empty[state.stage], state.phase ^ 1);
+            barrier_expect(&full[state.stage], K::STAGE);
+            copy_tensor(stage, &h.image, &full[state.stage], work.x, x, y, b, work.c * h.layout.H + work.y);
             for (int d = 0; d < K::BN; d += 64)
-                copy_tensor(stage + K::PIXELS + d / 64 * K::CHANNELS, &h.grad, &full[turn.slot], job.d0 * K::BN + d, x,
+                copy_tensor(stage + K::PIXELS + d / 64 * K::CHANNELS, &h.grad, &full[state.stage], work.d0 * K::BN + d, x,
                             y, b, 0);
-            turn.advance(h.stages);
+            state.advance(h.stages);
         }
     }
 }
 
 // 16 pixels × 16 patches as wgmma takes A from registers. A lane reads pixels 2g and 2g + 1 of its four patches. Those
 // of the copy engine's swizzle lie so that all lanes' bytes of one load are in different banks if half of the lanes
-// begin with the odd one of two patches; they turn their results round.
+// begin with the odd one of two patches; they rotate their results.
 template <class K>
 struct Elements16 {
     using Pixel = typename K::Pixel;
     static constexpr int SIZE = sizeof(Pixel), LINE = K::LINE;
     int one, other;  // bytes from the first patch: the patch that is read first, and its neighbour
-    int turn;        // bits
+    int rotation;    // bits
     float m[2], a[2];
 
-    VK_DEVICE Elements16(const HopperWeightArguments& h, int k) {  // from element k on
+    VK_DEVICE Elements16(const WgmmaWeightArguments& h, int k) {  // from element k on
         int g = lane_index() / 4, t = lane_index() % 4;
         bool odd = SIZE == 2 ? t >= 2 : SIZE == 4 && t % 2 == 1;
         // Of the swizzle: the 128 bytes that patches 2t and 2t + 1 are in, modulo the pattern
         int piece = SIZE == 1 ? 0 : (g * 2 * SIZE / 16) ^ (SIZE == 2 ? t / 2 : t);
         one = (2 * t + odd) * LINE + piece * 16 + g * 2 * SIZE % 16;
         other = one + (odd ? -LINE : LINE);
-        turn = odd ? 16 : 0;
+        rotation = odd ? 16 : 0;
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             m[i] = 0, a[i] = 1;
             if (h.centred) {
-                int c = channel_of(h.walk, k + 2 * g + i);
+                int c = channel_of(h.layout, k + 2 * g + i);
                 m[i] = read_once(h.centred + c), a[i] = read_once(h.centred + h.C + c);
             }
         }
@@ -131,7 +131,7 @@ struct Elements16 {
                 float low = to_float(first.x[i]), high = to_float(second.x[i]);
                 if (NORMALISED) low = (low - m[i]) * a[i], high = (high - m[i]) * a[i];
                 uint32_t pair = pack(low, high, typename K::T{});
-                if (SIZE > 1) pair = static_cast<uint32_t>((uint64_t{pair} << 32 | pair) >> turn);
+                if (SIZE > 1) pair = static_cast<uint32_t>((uint64_t{pair} << 32 | pair) >> rotation);
                 r[2 * half + i] = pair;
             }
         }
@@ -146,9 +146,9 @@ struct Elements16 {
 
 // Sums to the part: those of one row of pixels and BN channels
 template <class K>
-VK_DEVICE void write_part(const HopperWeightArguments& h, const WeightJob& job, int k, const float (&c)[K::BN / 2]) {
-    int g = lane_index() / 4, t = lane_index() % 4, d0 = job.d0 * K::BN + 2 * t;
-    float* part = h.parts + (job.split * h.D + d0) * h.K + k;
+VK_DEVICE void write_part(const WgmmaWeightArguments& h, const WorkTile& work, int k, const float (&c)[K::BN / 2]) {
+    int g = lane_index() / 4, t = lane_index() % 4, d0 = work.d0 * K::BN + 2 * t;
+    float* part = h.parts + (work.split * h.D + d0) * h.K + k;
 #pragma unroll
     for (int j = 0; j < K::BN / 8; ++j, part += 8 * h.K)
 #pragma unroll
@@ -163,13 +163,13 @@ VK_DEVICE void write_part(const HopperWeightArguments& h, const WeightJob& job, 
 }
 
 template <class K>
-VK_DEVICE void multiply(const HopperWeightArguments& h, const char* stages, Barrier* full, Barrier* empty) {
+VK_DEVICE void consume(const WgmmaWeightArguments& h, const char* stages, Barrier* full, Barrier* empty) {
     using T = typename K::T;
     int warp = warp_index() - 4;
-    Turn turn;
-    for (int64_t i = block_index(); i < h.jobs; i += block_count()) {
-        WeightJob job = weight_job(h, static_cast<uint32_t>(i));
-        int row = job.y + warp, k = (job.c * h.walk.P_h + row) * h.walk.P_w + job.x;
+    PipelineState state;
+    for (int64_t i = block_index(); i < h.work_tiles; i += block_count()) {
+        WorkTile work = work_tile(h, static_cast<uint32_t>(i));
+        int row = work.y + warp, k = (work.c * h.layout.P_h + row) * h.layout.P_w + work.x;
         float c[K::BN / 2];
 #pragma unroll
         for (int j = 0; j < K::BN / 2; ++j) c[j] = 0;
@@ -183,9 +183,9 @@ VK_DEVICE void multiply(const HopperWeightArguments& h, const char* stages, Barr
             if constexpr (K::DIRECT) return 0;
             else return Elements16<K>(h, k);
         }();
-        for (int n = job.first; n < job.stop; ++n) {
-            barrier_wait(&full[turn.slot], turn.phase);
-            const char* stage = stages + turn.slot * K::STAGE;
+        for (int n = work.first; n < work.stop; ++n) {
+            barrier_wait(&full[state.stage], state.phase);
+            const char* stage = stages + state.stage * K::STAGE;
             uint32_t pixels = shared_address(stage), grads = pixels + K::PIXELS;
             auto grad = [&](int m) {  // 16 patches of all BN channels
                 return matrix_descriptor_across<128>(grads + m * 128, K::CHANNELS);
@@ -193,7 +193,7 @@ VK_DEVICE void multiply(const HopperWeightArguments& h, const char* stages, Barr
             if constexpr (K::DIRECT) {
                 warpgroup_fence();
 #pragma unroll
-                for (int m = 0; m < HOPPER_STEP; m += 16) {
+                for (int m = 0; m < WGMMA_STEP; m += 16) {
                     uint32_t rows = pixels + warp / 4 * 4 * K::ROW + m * K::LINE;
                     warpgroup_multiply_add<true>(c, matrix_descriptor_across<32>(rows, K::ROW), grad(m), T{});
                 }
@@ -202,7 +202,7 @@ VK_DEVICE void multiply(const HopperWeightArguments& h, const char* stages, Barr
                 if (before >= 0) release(before);
             } else {
 #pragma unroll
-                for (int m = 0; m < HOPPER_STEP; m += 16) {
+                for (int m = 0; m < WGMMA_STEP; m += 16) {
                     elements(operands[m / 16 % 2], stage + warp * K::ROW + m * K::LINE, h.centred != nullptr);
                     warpgroup_fence();
                     warpgroup_multiply_add<true>(c, operands[m / 16 % 2], grad(m), T{});
@@ -211,20 +211,20 @@ VK_DEVICE void multiply(const HopperWeightArguments& h, const char* stages, Barr
                     if (m == 0 && before >= 0) release(before);
                 }
             }
-            before = turn.slot;
-            turn.advance(h.stages);
+            before = state.stage;
+            state.advance(h.stages);
         }
         warpgroup_wait<0>();
         release(before);  // no split is without patches
-        if (row >= job.from) write_part<K>(h, job, k, c);
+        if (row >= work.from) write_part<K>(h, work, k, c);
     }
 }
 
 #endif
 
 template <class K>
-VK_KERNEL(K::THREADS, 1) hopper_weight_kernel(VK_GRID_CONSTANT HopperWeightArguments h) {
-#if VK_HOPPER
+VK_KERNEL(K::THREADS, 1) wgmma_weight_kernel(VK_GRID_CONSTANT WgmmaWeightArguments h) {
+#if VK_SM90A
     char* stages = shared_memory();  // aligned to 1024 bytes, as the swizzles are
     Barrier *full = reinterpret_cast<Barrier*>(stages + h.stages * K::STAGE), *empty = full + h.stages;
     if (thread_index() == 0) {
@@ -239,10 +239,10 @@ VK_KERNEL(K::THREADS, 1) hopper_weight_kernel(VK_GRID_CONSTANT HopperWeightArgum
     sync_block();
     if (thread_index() < 128) {
         fewer_registers<40>();
-        if (thread_index() == 0) bring<K>(h, stages, full, empty);
+        if (thread_index() == 0) produce<K>(h, stages, full, empty);
     } else {
         more_registers<232>();
-        multiply<K>(h, stages, full, empty);
+        consume<K>(h, stages, full, empty);
     }
 #else
     stop_with_error();  // it is planned for sm_90 alone, and only where there is code of sm_90a
@@ -261,13 +261,13 @@ inline TensorBlock grad_block(const Problem& p, const Tensor& grad, const int (&
 }
 
 template <class K>
-void launch_hopper_weight(const HopperWeightLaunch& l) {
+void launch_wgmma_weight(const WgmmaWeightLaunch& l) {
     const Problem& p = l.p;
     const WeightPlan& plan = l.plan;
-    HopperWeightArguments h{};
-    h.walk = make_walk(within_image(p), p.strides);
-    constexpr int size = sizeof(typename K::Pixel), swizzle = size > 1 ? HOPPER_PIXELS * size : 0;
-    TensorBlock image = image_block(p, h.walk, plan.block, HOPPER_ROWS, HOPPER_PIXELS, swizzle);
+    WgmmaWeightArguments h{};
+    h.layout = layout_of(p, p.strides);
+    constexpr int size = sizeof(typename K::Pixel), swizzle = size > 1 ? WGMMA_PIXELS * size : 0;
+    TensorBlock image = image_block(p, h.layout, plan.block, WGMMA_ROWS, WGMMA_PIXELS, swizzle);
     h.image = make_tensor_map(image, l.images.data);
     const char* patches = static_cast<const char*>(l.grad.data) + p.T * l.grad.strides[1] * 2;
     h.grad = make_tensor_map(grad_block(p, l.grad, plan.block), patches);
@@ -276,26 +276,27 @@ void launch_hopper_weight(const HopperWeightLaunch& l) {
     for (int i = 0; i < 3; ++i) h.block[i] = plan.block[i];
     int64_t across = ceil_div(p.G[2], plan.block[2]), down = ceil_div(p.G[1], plan.block[1]);
     h.by_blocks[0] = Divisor(across), h.by_blocks[1] = Divisor(down);
-    h.steps = ceil_div(p.B, plan.block[0]) * down * across, h.chunk = plan.chunk / HOPPER_STEP;
-    h.jobs = plan.splits * plan.tiles;
+    h.steps = ceil_div(p.B, plan.block[0]) * down * across, h.chunk = plan.chunk / WGMMA_STEP;
+    h.work_tiles = plan.splits * plan.tiles;
     h.by_tiles = Divisor(plan.tiles), h.by_tiles_d = Divisor(plan.tiles / plan.tiles_k);
-    h.by_across = Divisor(h.walk.P_w / HOPPER_PIXELS), h.by_down = Divisor(ceil_div(p.P[1], HOPPER_ROWS));
+    h.by_across = Divisor(h.layout.P_w / WGMMA_PIXELS), h.by_down = Divisor(ceil_div(p.P[1], WGMMA_ROWS));
     h.stages = plan.stages;
-    launch(hopper_weight_kernel<K>, plan.blocks, K::THREADS, plan.shared_bytes, l.stream, h,
+    launch(wgmma_weight_kernel<K>, plan.blocks, K::THREADS, plan.shared_bytes, l.stream, h,
            "the gradient of the weight");
 }
 
 template <class T, class Pixel, bool DIRECT>
-void launch_hopper_tile(const HopperWeightLaunch& l) {
-    l.plan.size == 0 ? launch_hopper_weight<HopperWeightKernel<T, Pixel, DIRECT, HOPPER_CHANNELS[0]>>(l)
-                     : launch_hopper_weight<HopperWeightKernel<T, Pixel, DIRECT, HOPPER_CHANNELS[1]>>(l);
+void launch_weight_tile(const WgmmaWeightLaunch& l) {
+    if (l.plan.tile.BM == 256) return launch_wgmma_weight<WgmmaWeightKernel<T, Pixel, DIRECT, 256>>(l);
+    if (l.plan.tile.BM == 128) return launch_wgmma_weight<WgmmaWeightKernel<T, Pixel, DIRECT, 128>>(l);
+    no_kernel(l.plan.tile.BM, l.plan.tile.BN);
 }
 
 template <class T>
-void launch_hopper_pixels(const HopperWeightLaunch& l) {
-    if (l.p.image == Dtype::u8) return launch_hopper_tile<T, uint8_t, false>(l);
-    if (l.p.image == Dtype::f32) return launch_hopper_tile<T, float, false>(l);
-    l.centred ? launch_hopper_tile<T, T, false>(l) : launch_hopper_tile<T, T, true>(l);
+void launch_weight_sm90(const WgmmaWeightLaunch& l) {
+    if (l.p.image == Dtype::u8) return launch_weight_tile<T, uint8_t, false>(l);
+    if (l.p.image == Dtype::f32) return launch_weight_tile<T, float, false>(l);
+    l.centred ? launch_weight_tile<T, T, false>(l) : launch_weight_tile<T, T, true>(l);
 }
 
 }  // namespace vk::backward

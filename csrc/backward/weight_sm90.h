@@ -1,11 +1,11 @@
-// The road of sm_90a to the weight's gradient, launched: declared here, defined where its kernels are instantiated.
+// The weight's gradient on sm_90a, launched: declared here, defined where its kernels are instantiated.
 #pragma once
 
 #include "backward/plan.h"
 
 namespace vk::backward {
 
-struct HopperWeightLaunch {
+struct WgmmaWeightLaunch {
     const Problem& p;
     const WeightPlan& plan;
     const Tensor& images;  // [B, C, F, H, W]
@@ -15,7 +15,7 @@ struct HopperWeightLaunch {
     Stream stream;
 };
 
-void hopper_weight_f16(const HopperWeightLaunch&);
-void hopper_weight_bf16(const HopperWeightLaunch&);
+void weight_sm90_f16(const WgmmaWeightLaunch&);
+void weight_sm90_bf16(const WgmmaWeightLaunch&);
 
 }  // namespace vk::backward

@@ -1,4 +1,4 @@
-// The image as kernels walk it: where patch n of image b begins, where element k of a patch lies. All offsets are in
+// Where patches lie in an image: where patch n of image b begins, where element k of a patch lies. All offsets are in
 // elements and 64-bit. Host and kernels run the same functions; tests take them past 2³¹.
 #pragma once
 
@@ -6,9 +6,9 @@
 
 namespace vk {
 
-// A channels-last image is walked as one channel of rows W·C wide: (y, x, c) in memory order is (y, x') with
+// A channels-last image is read as one channel of rows W·C wide: (y, x, c) in memory order is (y, x') with
 // x' = x·C + c, so its pixels are read as wide as those of a planar image. Then k counts (t, y, x, c), not (c, t, y, x).
-struct Walk {
+struct PatchLayout {
     int F, H, W;
     int S_t, S_h, S_w, pad_t, pad_h, pad_w;
     int P_t, P_h, P_w, K;
@@ -34,10 +34,10 @@ inline bool is_channels_last(const Problem& p, const int64_t (&strides)[5]) {
     return p.C > 1 && strides[1] == 1 && strides[4] == p.C;
 }
 
-inline Walk make_walk(const Problem& p, const int64_t (&strides)[5]) {
+inline PatchLayout layout_of(const Problem& p, const int64_t (&strides)[5]) {
     bool last = is_channels_last(p, strides);
     int64_t wide = last ? p.C : 1;
-    Walk w{};
+    PatchLayout w{};
     w.F = static_cast<int>(p.F), w.H = static_cast<int>(p.H), w.W = static_cast<int>(p.W * wide);
     w.S_t = static_cast<int>(p.S[0]), w.S_h = static_cast<int>(p.S[1]), w.S_w = static_cast<int>(p.S[2] * wide);
     w.pad_t = static_cast<int>(p.pad[0]), w.pad_h = static_cast<int>(p.pad[1]);
@@ -53,7 +53,7 @@ inline Walk make_walk(const Problem& p, const int64_t (&strides)[5]) {
     return w;
 }
 
-VK_BOTH Corner corner_of(const Walk& w, int64_t b, int64_t n) {
+VK_BOTH Corner corner_of(const PatchLayout& w, int64_t b, int64_t n) {
     int64_t line = w.by_G_w.div(static_cast<uint32_t>(n)), frame = w.by_G_h.div(static_cast<uint32_t>(line));
     Corner c;
     c.f = static_cast<int>(frame * w.S_t - w.pad_t);
@@ -63,7 +63,7 @@ VK_BOTH Corner corner_of(const Walk& w, int64_t b, int64_t n) {
     return c;
 }
 
-VK_BOTH Element element_of(const Walk& w, int k) {
+VK_BOTH Element element_of(const PatchLayout& w, int k) {
     uint32_t row = w.by_P_w.div(k), frame = w.by_P_h.div(row), channel = w.by_P_t.div(frame);
     Element e;
     e.x = k - row * w.P_w;
@@ -73,19 +73,19 @@ VK_BOTH Element element_of(const Walk& w, int k) {
     return e;
 }
 
-VK_BOTH int channel_of(const Walk& w, int k) {
+VK_BOTH int channel_of(const PatchLayout& w, int k) {
     return static_cast<int>(w.channels_last ? w.by_channel.mod(k) : w.by_channel.div(k));
 }
 
-VK_BOTH bool is_padded(const Walk& w) { return w.pad_t > 0 || w.pad_h > 0 || w.pad_w > 0; }
+VK_BOTH bool is_padded(const PatchLayout& w) { return w.pad_t > 0 || w.pad_h > 0 || w.pad_w > 0; }
 
-VK_BOTH bool is_inside(const Walk& w, const Corner& c, const Element& e) {
+VK_BOTH bool is_inside(const PatchLayout& w, const Corner& c, const Element& e) {
     int f = c.f + e.t, h = c.h + e.y, x = c.w + e.x;
     return f >= 0 && f < w.F && h >= 0 && h < w.H && x >= 0 && x < w.W;
 }
 
-// The place of element k of the walk in a weight [D, C, P_t, P_h, P_w] with these strides.
-VK_BOTH int64_t weight_offset(const Walk& w, int k, const int64_t (&strides)[5]) {
+// The place of element k of a patch, in the order of the layout, in a weight [D, C, P_t, P_h, P_w] with these strides.
+VK_BOTH int64_t weight_offset(const PatchLayout& w, int k, const int64_t (&strides)[5]) {
     uint32_t row = w.by_P_w.div(k), frame = w.by_P_h.div(row), channel = w.by_P_t.div(frame);
     int64_t x = k - row * w.P_w, y = row - frame * w.P_h, t = frame - channel * w.P_t, c = channel;
     if (w.channels_last) {

@@ -10,6 +10,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 #if defined(__CUDACC__)
 #define VK_BOTH __host__ __device__ __forceinline__
@@ -37,16 +38,11 @@ struct Problem {
     bool keep;                  // whether patches are listed in `keep`
     int64_t pos_rows;           // 0, N or T + N
     int64_t strides[5];         // of images [B, C, F, H, W], in elements
-    bool normalised;            // whether channels differ: y = (x − m[c])·a[c]; otherwise y = x·scale
-    double scale;
+    bool normalised;            // whether pixels are normalised one by one: y = (x − m[c])·a[c]
+    double scale;               // otherwise, of the sum
     Dtype image, weight, compute, out;  // compute: of the product's operands, summed in f32 (f64 for f64)
     bool tf32;                  // f32 operands may be rounded to TF32
-};
-
-struct Gpu {
-    int arch;             // 90 for sm_90
-    int multiprocessors;
-    int shared_bytes;     // of one block, at most
+    std::string text;           // for people
 };
 
 // A tensor where it lies: absent where data is null. Tables have a batch stride of 0 where all images share one.

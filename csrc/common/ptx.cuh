@@ -21,9 +21,9 @@
 
 // wgmma and the copy engine's tensors: only where the code is compiled for sm_90a.
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-#define VK_HOPPER 1
+#define VK_SM90A 1
 #else
-#define VK_HOPPER 0
+#define VK_SM90A 0
 #endif
 
 namespace vk {
@@ -153,7 +153,7 @@ VK_DEVICE void multiply_add<float>(float (&c)[4], const uint32_t (&a)[4], uint32
 
 // Hopper (sm_90a)
 
-#if VK_HOPPER
+#if VK_SM90A
 
 // A barrier's phase ends when `count` arrivals have come and all bytes that were announced.
 VK_DEVICE void barrier_init(Barrier* barrier, int count) {
@@ -208,9 +208,9 @@ VK_DEVICE void warpgroup_commit() { asm volatile("wgmma.commit_group.sync.aligne
 template <int PENDING>
 VK_DEVICE void warpgroup_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory"); }
 
-#include "common/warpgroup_mma.inc"
+#include "common/wgmma.inc"
 
-#endif  // VK_HOPPER
+#endif  // VK_SM90A
 
 }  // namespace vk
 

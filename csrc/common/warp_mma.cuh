@@ -13,8 +13,8 @@ namespace vk {
 VK_DEVICE int lane_index() { return thread_index() % 32; }
 VK_DEVICE int warp_index() { return shuffle(thread_index() / 32, 0); }  // known to be the same in all of a warp
 
-// Slices of sums, of SLAB rows, go through shared memory so that a row is written by neighbouring threads.
-inline constexpr int SLAB = 16;
+// Slices of sums, of STAGED_ROWS rows, go through shared memory so that a row is written by neighbouring threads.
+inline constexpr int STAGED_ROWS = 16;
 
 struct alignas(8) Two {
     float value[2];
@@ -56,17 +56,17 @@ struct WarpTile<T, WM, WN, true> {
             }
     }
 
-    // Rows 16·slab … of the warp's tile
-    VK_DEVICE void put(int slab, float* slice, int pitch) const {
+    // Rows 16·part … of the warp's tile, to the epilogue's staging
+    VK_DEVICE void put(int part, float* staged, int pitch) const {
         int g = lane_index() / 4, t = lane_index() % 4;
 #pragma unroll
         for (int i = 0; i < WM / 16; ++i)
-            if (i == slab)
+            if (i == part)
 #pragma unroll
                 for (int j = 0; j < WN / 8; ++j)
 #pragma unroll
                     for (int h = 0; h < 2; ++h)
-                        *reinterpret_cast<Two*>(slice + (g + 8 * h) * pitch + 8 * j + 2 * t) = {c[i][j][2 * h],
+                        *reinterpret_cast<Two*>(staged + (g + 8 * h) * pitch + 8 * j + 2 * t) = {c[i][j][2 * h],
                                                                                                 c[i][j][2 * h + 1]};
     }
 };
@@ -97,13 +97,13 @@ struct WarpTile<T, WM, WN, false> {  // a thread has rows l/8 + 4i and columns l
             for (int j = 0; j < WN / 8; ++j) c[i][j] += left[i] * right[j];
     }
 
-    VK_DEVICE void put(int slab, Sum* slice, int pitch) const {
+    VK_DEVICE void put(int part, Sum* staged, int pitch) const {
 #pragma unroll
         for (int i = 0; i < WM / 4; ++i)
-            if (i / 4 == slab)
+            if (i / 4 == part)
 #pragma unroll
                 for (int j = 0; j < WN / 8; ++j)
-                    slice[(lane_index() / 8 + 4 * (i % 4)) * pitch + lane_index() % 8 + 8 * j] = c[i][j];
+                    staged[(lane_index() / 8 + 4 * (i % 4)) * pitch + lane_index() % 8 + 8 * j] = c[i][j];
     }
 };
 

@@ -1,4 +1,4 @@
-// The forward as the bindings call it, its arguments as every road takes them, and its roads: declared here, defined
+// The forward as the bindings call it, its arguments as every kernel takes them, and its kernels by product: declared here, defined
 // where their kernels are instantiated, a file for each kind of product so that they compile side by side.
 #pragma once
 
@@ -8,10 +8,10 @@
 namespace vk {
 
 struct ForwardArguments {
-    Walk walk;
-    const void* images;       // [B, C, F, H, W], read by walk
+    PatchLayout layout;
+    const void* images;       // [B, C, F, H, W], read by `layout`
     Dtype image;
-    const void* weight;       // [D, weight_row] in the walk's order, of the operands' type; from K on zeros or not read
+    const void* weight;       // [D, weight_row] in the layout's order, of the operands' type; from K on zeros or not read
     int64_t weight_row;
     int weight_chunk;         // bytes of one copy; they divide K and the rows
     const void* centred;      // [2, C] of the sum's type: m and a of y = (x − m)·a; null: pixels as they are
@@ -21,7 +21,7 @@ struct ForwardArguments {
     int64_t B, D, T, N, rows, M, pos_first;  // M = B·rows; pos_first: the table's row of patch 0
     Divisor by_rows;
 
-    // Of the plan (plan.h)
+    // Of the plan
     Divisor by_tiles_n, by_weight_chunks;
     int64_t tiles;            // of the product; what comes after them writes prefix tokens
     int step_k, steps, stages, chunk, a_bytes, b_pitch, stage_bytes, table_bytes;
@@ -31,30 +31,30 @@ struct ForwardArguments {
 
 struct ForwardTensors {       // data is null where a tensor is absent
     Tensor images, weight, bias, pos, prefix, keep, centred, out;
-    void* scratch;            // of Forward::scratch_bytes, aligned to 256 bytes
+    void* scratch;            // of what is planned, aligned to 256 bytes
 };
 
-// Launches what `plan_forward` planned on `stream`. Throws std::runtime_error with the problem in its text where CUDA
+// Launches what was planned on `stream`. Throws std::runtime_error with the problem in its text where CUDA
 // reports an error. The tokens must not be empty.
-void run_forward(const Problem& p, const Forward& f, const ForwardTensors& t, Stream stream);
+void run_forward(const Problem& p, const ForwardPlan& f, const ForwardTensors& t, Stream stream);
 
 // Where these kernels run, as PyTorch names devices: "cuda", or "cpu" where tests emulate them.
 const char* device_type();
 
 struct ForwardLaunch {
     const Problem& p;
-    const Forward& plan;
+    const ForwardPlan& plan;
     ForwardArguments arguments;
     int64_t prefixes;         // threads that write prefix tokens
     Stream stream;
 };
 
-void forward_f16(const ForwardLaunch&);
-void forward_bf16(const ForwardLaunch&);
-void forward_tf32(const ForwardLaunch&);
-void forward_f32(const ForwardLaunch&);
-void forward_f64(const ForwardLaunch&);
-void hopper_f16(const ForwardLaunch&);
-void hopper_bf16(const ForwardLaunch&);
+void forward_sm80_f16(const ForwardLaunch&);
+void forward_sm80_bf16(const ForwardLaunch&);
+void forward_sm80_tf32(const ForwardLaunch&);
+void forward_sm80_f32(const ForwardLaunch&);
+void forward_sm80_f64(const ForwardLaunch&);
+void forward_sm90_f16(const ForwardLaunch&);
+void forward_sm90_bf16(const ForwardLaunch&);
 
 }  // namespace vk

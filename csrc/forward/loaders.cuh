@@ -36,7 +36,7 @@ struct Normal {
     Normal() = default;
     VK_DEVICE Normal(const ForwardArguments& f, int k) {
         const Sum* centred = static_cast<const Sum*>(f.centred);
-        int c = channel_of(f.walk, k < f.walk.K ? k : f.walk.K - 1);
+        int c = channel_of(f.layout, k < f.layout.K ? k : f.layout.K - 1);
         m = read_once(centred + c), a = read_once(centred + f.C + c);
     }
     VK_DEVICE Sum operator()(Sum x) const { return (x - m) * a; }
@@ -80,7 +80,7 @@ struct Pixels {
             Normal<float> even, odd;  // of elements k and k + 1: alike within a row of one channel
             if constexpr (NORMALISED) {
                 even = odd = Normal<float>(a, at);
-                if (!same<T, tf32> && (a.walk.channels_last || a.walk.P_w % 2)) odd = Normal<float>(a, at + 1);
+                if (!same<T, tf32> && (a.layout.channels_last || a.layout.P_w % 2)) odd = Normal<float>(a, at + 1);
             }
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
@@ -124,7 +124,7 @@ struct Beside {
 VK_DEVICE void find_corners(const ForwardArguments& a, Corner* corners, int64_t m0, int BM, int threads) {
     for (int r = thread_index(); r < BM; r += threads) {  // rows past the end repeat the last, and are not written
         Token token = token_of(a, m0 + r < a.M ? m0 + r : a.M - 1);
-        corners[r] = corner_of(a.walk, token.b, token.n);
+        corners[r] = corner_of(a.layout, token.b, token.n);
     }
 }
 
@@ -145,14 +145,14 @@ struct Gather {
     VK_DEVICE int pitch() const { return a.step_k * static_cast<int>(sizeof(Stored)) + 16; }
 
     VK_DEVICE void issue(char* stage, int step) const {
-        bool padded = is_padded(a.walk);
+        bool padded = is_padded(a.layout);
         for (int at = thread_index(); at < BM * a.step_k; at += threads) {
             int r = at / a.step_k, k = step * a.step_k + at % a.step_k;
             Sum x = 0;
-            if (k < a.walk.K) {
-                Element e = element_of(a.walk, k);
+            if (k < a.layout.K) {
+                Element e = element_of(a.layout, k);
                 Corner c = corners[r];
-                if (!padded || is_inside(a.walk, c, e)) {
+                if (!padded || is_inside(a.layout, c, e)) {
                     x = load<Sum>(a.images, a.image, c.offset + e.offset);
                     if (a.centred) x = Normal<Sum>(a, k)(x);
                 }
@@ -178,13 +178,13 @@ struct Copy {
     VK_DEVICE int pitch() const { return a.step_k * static_cast<int>(sizeof(Pixel)) + 16; }
 
     VK_DEVICE void issue(char* stage, int step) const {
-        bool padded = is_padded(a.walk);
+        bool padded = is_padded(a.layout);
         int each = a.chunk / static_cast<int>(sizeof(Pixel)), across = a.step_k / each;  // a power of 2, ≤ threads
         int column = thread_index() % across * each, k = step * a.step_k + column;
-        Element e = element_of(a.walk, k < a.walk.K ? k : 0);
+        Element e = element_of(a.layout, k < a.layout.K ? k : 0);
         for (int r = thread_index() / across; r < BM; r += threads / across) {
             Corner c = corners[r];
-            bool real = k < a.walk.K && (!padded || is_inside(a.walk, c, e));
+            bool real = k < a.layout.K && (!padded || is_inside(a.layout, c, e));
             const Pixel* from = static_cast<const Pixel*>(a.images) + (real ? c.offset + e.offset : 0);
             copy_some(a.chunk, stage + r * pitch() + column * sizeof(Pixel), reinterpret_cast<const char*>(from),
                       real ? a.chunk : 0);
@@ -228,7 +228,7 @@ struct ImageRows {
         : a(a), table(reinterpret_cast<Segment*>(table)), BM(BM), threads(threads) {}
 
     VK_DEVICE InRows place(int64_t m0) const {
-        const Walk& w = a.walk;
+        const PatchLayout& w = a.layout;
         constexpr int size = sizeof(Pixel);
         return {w.by_P_w, w.by_G_w, w.P_w, size, a.slot_bytes, a.chunk, w.S_w * size, a.segment_bytes,
                 static_cast<int>(w.by_G_w.mod(static_cast<uint32_t>(m0)))};
@@ -236,19 +236,19 @@ struct ImageRows {
 
     VK_DEVICE void start(int64_t m0) {
         constexpr int size = sizeof(Pixel);
-        int64_t first = a.walk.by_G_w.mod(static_cast<uint32_t>(m0));
+        int64_t first = a.layout.by_G_w.mod(static_cast<uint32_t>(m0));
         for (int s = thread_index(); s < a.segments; s += threads) {
-            int64_t m = s == 0 ? m0 : m0 - first + s * a.walk.G_w;
-            int64_t stop = m0 - first + (s + 1) * a.walk.G_w;  // the next line
+            int64_t m = s == 0 ? m0 : m0 - first + s * a.layout.G_w;
+            int64_t stop = m0 - first + (s + 1) * a.layout.G_w;  // the next line
             stop = stop < m0 + BM ? stop : m0 + BM;
             stop = stop < a.M ? stop : a.M;
             Segment segment{0, 0, 0};
             if (m < stop) {
                 Token token = token_of(a, m);
-                int64_t begin = (s == 0 ? first : 0) * a.walk.S_w * size, ahead = begin % a.chunk;
-                segment.offset = corner_of(a.walk, token.b, token.n).offset * size - ahead;
-                segment.bytes = static_cast<int>(((stop - m - 1) * a.walk.S_w + a.walk.P_w) * size + ahead);
-                int64_t until = int64_t{a.walk.W} * size - begin + ahead;
+                int64_t begin = (s == 0 ? first : 0) * a.layout.S_w * size, ahead = begin % a.chunk;
+                segment.offset = corner_of(a.layout, token.b, token.n).offset * size - ahead;
+                segment.bytes = static_cast<int>(((stop - m - 1) * a.layout.S_w + a.layout.P_w) * size + ahead);
+                int64_t until = int64_t{a.layout.W} * size - begin + ahead;
                 segment.until = static_cast<int>(until < (1 << 30) ? until : 1 << 30);
             }
             table[s] = segment;
@@ -256,16 +256,16 @@ struct ImageRows {
     }
 
     VK_DEVICE void issue(char* stage, int step) const {
-        int k0 = step * a.step_k, q0 = a.walk.by_P_w.div(k0), chunks = a.by_row_chunks.value;
-        int rows = static_cast<int>(a.walk.by_P_w.div(k0 + a.step_k - 1)) - q0 + 1;
+        int k0 = step * a.step_k, q0 = a.layout.by_P_w.div(k0), chunks = a.by_row_chunks.value;
+        int rows = static_cast<int>(a.layout.by_P_w.div(k0 + a.step_k - 1)) - q0 + 1;
         for (int each = thread_index(); each < rows * chunks; each += threads) {
             int j = a.by_row_chunks.div(each), at = each - j * chunks;
             int s = a.by_segment_chunks.div(at), from = at * a.chunk - s * a.segment_bytes;
             Segment segment = table[s];
             if (from >= segment.bytes) continue;
-            int k = (q0 + j) * a.walk.P_w, left = segment.until - from;
-            bool real = k < a.walk.K;  // what is multiplied by no weight must be 0 all the same: it could be NaN
-            int64_t row = real ? element_of(a.walk, k).offset * static_cast<int>(sizeof(Pixel)) : 0;
+            int k = (q0 + j) * a.layout.P_w, left = segment.until - from;
+            bool real = k < a.layout.K;  // what is multiplied by no weight must be 0 all the same: it could be NaN
+            int64_t row = real ? element_of(a.layout, k).offset * static_cast<int>(sizeof(Pixel)) : 0;
             copy_some(a.chunk, stage + j * a.slot_bytes + s * a.segment_bytes + from,
                       static_cast<const char*>(a.images) + (real ? segment.offset + row + from : 0),
                       !real ? 0 : left < a.chunk ? left : a.chunk);

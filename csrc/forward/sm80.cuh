@@ -1,34 +1,37 @@
 // The forward by warps: tokens = patches·Wᵀ + bias + position, a block making BM patches × BN channels of them.
-// For sm_80 and later; hopper.cuh is the road of sm_90a. Letters: problem.h.
+// For sm_80 and later; sm90.cuh is for sm_90a. Letters: problem.h.
 //
 // A ring of stages in shared memory is filled by asynchronous copies, `step_k` of k at a time, while earlier stages are
-// multiplied. What a stage holds of the patches is the source's affair (gather, copy, rows); operands are put together,
-// converted and normalised as they are read from it (patches.cuh).
+// multiplied. What a stage holds of the patches is the loader's affair (gather, copy, rows); operands are put together,
+// converted and normalised as they are read from it (loaders.cuh).
 #pragma once
 
+#include <cmath>
+
+#include "common/errors.h"
 #include "common/launch.h"
 #include "forward/loaders.cuh"
 
 namespace vk {
 
-// A slice of sums [SLAB, COLUMNS] to tokens, each row by neighbouring lanes, eight channels a lane:
+// The epilogue: sums staged in shared memory, [STAGED_ROWS, COLUMNS], to tokens, each row by neighbouring lanes, eight channels a lane:
 //   out[b, T+i, d …] = sums·scale + bias[d …] + pos[b, first + n, d …]
 // row(r, token) says which token row r is, and whether it is one. What is added is loaded for all rows before the first
 // token is written: a load can't be moved before a store that might be to the same place.
 template <int COLUMNS, class Sum, class Row>
-VK_DEVICE void write_slice(const ForwardArguments& a, const Sum* slice, int pitch, int64_t d0, const Row& row) {
-    constexpr int ACROSS = COLUMNS / 8, TURNS = SLAB * ACROSS / 32;
+VK_DEVICE void write_staged(const ForwardArguments& a, const Sum* staged, int pitch, int64_t d0, const Row& row) {
+    constexpr int ACROSS = COLUMNS / 8, ROWS = STAGED_ROWS * ACROSS / 32;
     int c = lane_index() % ACROSS * 8, first = lane_index() / ACROSS;
     int64_t d = d0 + c;
     int count = static_cast<int>(a.D - d < 8 ? a.D - d : 8);
     if (count <= 0) return;
-    Sum bias[8] = {}, extra[TURNS][8];
+    Sum bias[8] = {}, extra[ROWS][8];
     if (a.bias.data)
         load_eight(bias, a.bias.data, a.bias.dtype, d * a.bias.strides[0], a.bias.strides[0], count);
-    Token tokens[TURNS];
-    bool there[TURNS];
+    Token tokens[ROWS];
+    bool there[ROWS];
 #pragma unroll
-    for (int i = 0; i < TURNS; ++i) {
+    for (int i = 0; i < ROWS; ++i) {
         there[i] = row(first + i * (32 / ACROSS), tokens[i]);
         Sum pos[8] = {};
         if (there[i] && a.pos.data) {
@@ -40,12 +43,12 @@ VK_DEVICE void write_slice(const ForwardArguments& a, const Sum* slice, int pitc
         for (int e = 0; e < 8; ++e) extra[i][e] = bias[e] + pos[e];
     }
 #pragma unroll
-    for (int i = 0; i < TURNS; ++i) {
+    for (int i = 0; i < ROWS; ++i) {
         if (!there[i]) continue;
         union { Words words[sizeof(Sum) / 2]; Sum values[8]; } sums;
 #pragma unroll
         for (int w = 0; w < int(sizeof(Sum)) / 2; ++w)
-            sums.words[w] = reinterpret_cast<const Words*>(slice + (first + i * (32 / ACROSS)) * pitch + c)[w];
+            sums.words[w] = reinterpret_cast<const Words*>(staged + (first + i * (32 / ACROSS)) * pitch + c)[w];
 #pragma unroll
         for (int e = 0; e < 8; ++e) {
             sums.values[e] = sums.values[e] * static_cast<Sum>(a.scale) + extra[i][e];
@@ -84,7 +87,7 @@ VK_DEVICE void copy_weight(const ForwardArguments& a, char* stage, int64_t d0, i
     int k0 = step * a.step_k;
     for (int at = thread_index(); at < BN * across; at += threads) {
         int n = a.by_weight_chunks.div(at), k = (at - n * across) * each;
-        bool real = d0 + n < a.D && k0 + k < a.walk.K;
+        bool real = d0 + n < a.D && k0 + k < a.layout.K;
         const Value* from = static_cast<const Value*>(a.weight) + (real ? (d0 + n) * a.weight_row + k0 + k : 0);
         copy_some(a.weight_chunk, stage + (n * a.b_pitch + k) * sizeof(Value), reinterpret_cast<const char*>(from),
                   real ? a.weight_chunk : 0);
@@ -99,10 +102,10 @@ VK_DEVICE void copies_wait(int pending) {
     }
 }
 
-template <class T, class Source, int BM_, int BN_, int WM_, int WN_>
+template <class T, class Loader, int BM_, int BN_, int WM_, int WN_>
 struct ForwardKernel {
     using Kind_ = T;
-    using Source_ = Source;
+    using Loader_ = Loader;
     static constexpr int BM = BM_, BN = BN_, WM = WM_, WN = WN_, THREADS = BM / WM * (BN / WN) * 32;
     // Blocks that a multiprocessor has registers for, 128 a thread: one multiplies while another writes tokens.
     static constexpr int RESIDENT = 512 / THREADS;
@@ -111,10 +114,10 @@ struct ForwardKernel {
 template <class K>
 VK_KERNEL(K::THREADS, K::RESIDENT) forward_kernel(VK_GRID_CONSTANT ForwardArguments a) {
     using T = typename K::Kind_;
-    using Source = typename K::Source_;
+    using Loader = typename K::Loader_;
     using Value = typename Kind<T>::Value;
     using Sum = typename Kind<T>::Sum;
-    using Stored = typename Source::Stored;
+    using Stored = typename Loader::Stored;
     constexpr int BM = K::BM, BN = K::BN, WM = K::WM, WN = K::WN, THREADS = K::THREADS;
     int64_t block = block_index();
     if (block >= a.tiles) {
@@ -126,16 +129,16 @@ VK_KERNEL(K::THREADS, K::RESIDENT) forward_kernel(VK_GRID_CONSTANT ForwardArgume
     m0 *= BM;
     int row = warp_index() / (BN / WN) * WM, column = warp_index() % (BN / WN) * WN;
     char* stages = shared_memory() + a.table_bytes;
-    Source source(a, shared_memory(), BM, THREADS);
-    source.start(m0);
+    Loader loader(a, shared_memory(), BM, THREADS);
+    loader.start(m0);
     sync_block();
-    auto place = source.place(m0);
+    auto place = loader.place(m0);
 
 
     auto issue = [&](int step) {
         if (step < a.steps) {
             char* stage = stages + step % a.stages * a.stage_bytes;
-            source.issue(stage, step);
+            loader.issue(stage, step);
             copy_weight<Value>(a, stage + a.a_bytes, d0, step, BN, THREADS);
         }
         copy_commit();  // an empty group, too: groups are counted
@@ -150,7 +153,7 @@ VK_KERNEL(K::THREADS, K::RESIDENT) forward_kernel(VK_GRID_CONSTANT ForwardArgume
         issue(step + a.stages - 1);
         char* stage = stages + step % a.stages * a.stage_bytes;
         const Value* weights = reinterpret_cast<const Value*>(stage + a.a_bytes);
-        int left = a.walk.K - step * a.step_k, stop = left < a.step_k ? left : a.step_k;
+        int left = a.layout.K - step * a.step_k, stop = left < a.step_k ? left : a.step_k;
         auto multiply = [&](const auto& patches) {
 #pragma unroll(same<T, float> ? 2 : 1)  // with more the others run out of registers
             for (int k = 0; k < stop; k += K_STEP) {
@@ -160,27 +163,27 @@ VK_KERNEL(K::THREADS, K::RESIDENT) forward_kernel(VK_GRID_CONSTANT ForwardArgume
                     tile.step(patches, row, Elements<Value>{weights, a.b_pitch, 1}, column, k);
             }
         };
-        if constexpr (!Source::OPERANDS) {
+        if constexpr (!Loader::OPERANDS) {
             Pixels<T, Stored, decltype(place), WM> pixels(a, place, row);
             pixels.enter(stage, step * a.step_k);
             multiply(pixels);
         } else if constexpr (K_STEP == 16) {
-            multiply(AlongK<Value>{reinterpret_cast<const Value*>(stage), source.pitch() / 2});
+            multiply(AlongK<Value>{reinterpret_cast<const Value*>(stage), loader.pitch() / 2});
         } else {
-            multiply(Elements<Value>{reinterpret_cast<const Value*>(stage), source.pitch() / int(sizeof(Value)), 1});
+            multiply(Elements<Value>{reinterpret_cast<const Value*>(stage), loader.pitch() / int(sizeof(Value)), 1});
         }
     }
     copy_wait<0>();
-    sync_block();  // the stages have been read by all: slices of sums take their place
+    sync_block();  // the stages have been read by all: the epilogue's staging takes their place
 
-    constexpr int PITCH = WN + SLICE_PAD;
-    Sum* slice = reinterpret_cast<Sum*>(stages) + warp_index() * SLAB * PITCH;
+    constexpr int PITCH = WN + STAGING_PAD;
+    Sum* staged = reinterpret_cast<Sum*>(stages) + warp_index() * STAGED_ROWS * PITCH;
 #pragma unroll
-    for (int slab = 0; slab < WM / SLAB; ++slab) {
-        tile.put(slab, slice, PITCH);
+    for (int part = 0; part < WM / STAGED_ROWS; ++part) {
+        tile.put(part, staged, PITCH);
         sync_warp();
-        write_slice<WN>(a, slice, PITCH, d0 + column, [&](int r, Token& token) {
-            int64_t m = m0 + row + slab * SLAB + r;
+        write_staged<WN>(a, staged, PITCH, d0 + column, [&](int r, Token& token) {
+            int64_t m = m0 + row + part * STAGED_ROWS + r;
             if (m >= a.M) return false;
             token = token_of(a, m);
             return true;
@@ -197,46 +200,45 @@ void launch_forward(const ForwardLaunch& l) {
            l.stream, l.arguments, "the forward");
 }
 
-// On tensor cores: the tiles are plan.h's MMA_TILES.
-template <class T, class Source>
+// On tensor cores: the tiles are forward_plan.py's MMA_TILES.
+template <class T, class Loader>
 void launch_tile(const ForwardLaunch& l) {
-    if (l.plan.tile.BM == 128)
-        launch_forward<ForwardKernel<T, Source, 128, 128, 64, 32>>(l);
-    else
-        launch_forward<ForwardKernel<T, Source, 32, 64, 16, 32>>(l);
+    if (l.plan.BM == 128 && l.plan.BN == 128) return launch_forward<ForwardKernel<T, Loader, 128, 128, 64, 32>>(l);
+    if (l.plan.BM == 32 && l.plan.BN == 64) return launch_forward<ForwardKernel<T, Loader, 32, 64, 16, 32>>(l);
+    no_kernel(l.plan.BM, l.plan.BN);
 }
 
 template <class Pixel>
 using CopyPixels = Copy<Pixel, false>;
 
-template <class T, template <class> class Source>
+template <class T, template <class> class Loader>
 void launch_pixels(const ForwardLaunch& l) {
     using Value = typename Kind<T>::Value;
     if (l.p.image == Dtype::u8)
-        launch_tile<T, Source<uint8_t>>(l);
+        launch_tile<T, Loader<uint8_t>>(l);
     else if (l.p.image == l.p.compute)
-        launch_tile<T, Source<Value>>(l);
+        launch_tile<T, Loader<Value>>(l);
     else if constexpr (!same<Value, float>)
-        launch_tile<T, Source<float>>(l);
+        launch_tile<T, Loader<float>>(l);
 }
 
 template <class T>
-void launch_road(const ForwardLaunch& l) {
-    switch (l.plan.road) {
-        case Road::copy:
+void launch_loader(const ForwardLaunch& l) {
+    switch (l.plan.loader) {
+        case LoaderKind::copy:
             if constexpr (Kind<T>::K_STEP == 16)
                 if (l.p.image == l.p.compute && !l.arguments.centred) return launch_tile<T, Copy<T, true>>(l);
             return launch_pixels<T, CopyPixels>(l);
-        case Road::rows: return launch_pixels<T, ImageRows>(l);
+        case LoaderKind::rows: return launch_pixels<T, ImageRows>(l);
         default: return launch_forward<ForwardKernel<T, Gather<T>, 32, 64, 16, 32>>(l);
     }
 }
 
-// Without tensor cores: plan.h's PLAIN_TILES
+// Without tensor cores: forward_plan.py's PLAIN_TILES
 template <class T>
 void launch_plain(const ForwardLaunch& l) {
     if constexpr (same<T, float>)
-        if (l.plan.road == Road::copy) {
+        if (l.plan.loader == LoaderKind::copy) {
             bool bytes = l.p.image == Dtype::u8;
             return bytes ? launch_forward<ForwardKernel<T, CopyPixels<uint8_t>, 64, 64, 32, 32>>(l)
                          : launch_forward<ForwardKernel<T, CopyPixels<float>, 64, 64, 32, 32>>(l);

@@ -3,7 +3,7 @@
 // 64 patches × BN channels each with wgmma and write tokens while the next tile is on its way. Letters: problem.h.
 //
 // Weights lie in shared memory as wgmma reads them. Patches do too where pixels are the operands themselves; otherwise
-// the operands are put together in registers, as in forward.cuh: converted, normalised, or begun at any even pixel.
+// the operands are put together in registers, as in sm80.cuh: converted, normalised, or begun at any even pixel.
 #pragma once
 
 #include "common/driver.h"
@@ -11,7 +11,7 @@
 
 namespace vk {
 
-struct HopperArguments {
+struct WgmmaArguments {
     TensorMap image;   // patches: [C·H, B, G_h, G_w, P_w], blocks of [stage_rows, BB, BY, BX, BOX]
     TensorMap weight;  // [K / span, D, span], blocks of [step_k / span, BN, span]; span: 16 or 64 elements
     ForwardArguments a;
@@ -36,20 +36,20 @@ struct PatchesOf {
     static constexpr int BOX = DIRECT || sizeof(Pixel) == 1 ? 16 : 8;
 };
 
-template <class T_, class Source_, int BN_>
-struct HopperKernel {
+template <class T_, class Loader_, int BN_>
+struct WgmmaKernel {
     using T = T_;
-    using Source = Source_;
+    using Loader = Loader_;
     static constexpr int BM = 128, BN = BN_, THREADS = 384;
 };
 
-// The stage of the ring that comes next, and the parity of its turn
-struct Turn {
-    int slot = 0;
+// The stage of the pipeline that comes next, and the phase (parity) of its barriers
+struct PipelineState {
+    int stage = 0;
     uint32_t phase = 0;
 
     VK_DEVICE void advance(int stages) {
-        if (++slot == stages) slot = 0, phase ^= 1;
+        if (++stage == stages) stage = 0, phase ^= 1;
     }
 };
 
@@ -68,34 +68,34 @@ struct InBoxes {
 };
 
 // Tile row r of the tile that begins at image b0, line y0, column x0
-VK_DEVICE bool block_token(const HopperArguments& h, const int64_t (&origin)[3], int r, Token& token) {
+VK_DEVICE bool block_token(const WgmmaArguments& h, const int64_t (&origin)[3], int r, Token& token) {
     const int(&bits)[3] = h.block_bits;
     int64_t x = origin[2] + (r & ((1 << bits[2]) - 1)), y = origin[1] + (r >> bits[2] & ((1 << bits[1]) - 1));
     int64_t b = origin[0] + (r >> (bits[1] + bits[2]));
-    token = {b, y * h.a.walk.G_w + x, y * h.a.walk.G_w + x, true};
-    return b < h.a.B && y < h.a.walk.G_h && x < h.a.walk.G_w;
+    token = {b, y * h.a.layout.G_w + x, y * h.a.layout.G_w + x, true};
+    return b < h.a.B && y < h.a.layout.G_h && x < h.a.layout.G_w;
 }
 
-VK_DEVICE void block_origin(const HopperArguments& h, uint32_t tile, int64_t (&origin)[3]) {
+VK_DEVICE void block_origin(const WgmmaArguments& h, uint32_t tile, int64_t (&origin)[3]) {
     uint32_t line = h.by_blocks[0].div(tile), images = h.by_blocks[1].div(line);
     origin[0] = int64_t{images} << h.block_bits[0];
     origin[1] = int64_t{line - images * h.by_blocks[1].value} << h.block_bits[1];
     origin[2] = int64_t{tile - line * h.by_blocks[0].value} << h.block_bits[2];
 }
 
-#if VK_HOPPER
+#if VK_SM90A
 
 template <class K>
-VK_DEVICE void produce(const HopperArguments& h, char* stages, char* table, Barrier* full, Barrier* empty) {
-    using Pixel = typename K::Source::Stored;
-    constexpr bool ENGINE = K::Source::ENGINE;
+VK_DEVICE void produce(const WgmmaArguments& h, char* stages, char* table, Barrier* full, Barrier* empty) {
+    using Pixel = typename K::Loader::Stored;
+    constexpr bool ENGINE = K::Loader::ENGINE;
     const ForwardArguments& a = h.a;
     bool leader = thread_index() == 0;
     if (ENGINE && !leader) return;
     int span = a.step_k % 64 == 0 ? 64 : 16;
     int weight_bytes = K::BN * a.step_k * 2, image_bytes = ENGINE ? K::BM * a.step_k * int(sizeof(Pixel)) : 0;
     ImageRows<Pixel> rows(a, table, K::BM, 128);
-    Turn turn;
+    PipelineState state;
     for (int64_t tile = block_index(); tile < a.tiles; tile += block_count()) {
         uint32_t tile_m = a.by_tiles_n.div(static_cast<uint32_t>(tile));
         int d0 = static_cast<int>(tile - int64_t{tile_m} * a.by_tiles_n.value) * K::BN;
@@ -108,57 +108,57 @@ VK_DEVICE void produce(const HopperArguments& h, char* stages, char* table, Barr
             sync_some(1, 128);
         }
         for (int step = 0; step < a.steps; ++step) {
-            barrier_wait(&empty[turn.slot], turn.phase ^ 1);
-            char* stage = stages + turn.slot * a.stage_bytes;
+            barrier_wait(&empty[state.stage], state.phase ^ 1);
+            char* stage = stages + state.stage * a.stage_bytes;
             if (leader) {
-                barrier_expect(&full[turn.slot], weight_bytes + image_bytes);
-                copy_tensor(stage + a.a_bytes, &h.weight, &full[turn.slot], 0, d0, step * (a.step_k / span));
+                barrier_expect(&full[state.stage], weight_bytes + image_bytes);
+                copy_tensor(stage + a.a_bytes, &h.weight, &full[state.stage], 0, d0, step * (a.step_k / span));
             }
             if constexpr (ENGINE) {
                 int row = step * a.stage_rows, c = h.by_P_h.div(row), y = row - c * h.by_P_h.value;
-                for (int x = 0; x < a.walk.P_w; x += K::Source::BOX)
-                    copy_tensor(stage + x * a.stage_rows * K::BM * int(sizeof(Pixel)), &h.image, &full[turn.slot], x,
+                for (int x = 0; x < a.layout.P_w; x += K::Loader::BOX)
+                    copy_tensor(stage + x * a.stage_rows * K::BM * int(sizeof(Pixel)), &h.image, &full[state.stage], x,
                                 static_cast<int>(origin[2]), static_cast<int>(origin[1]), static_cast<int>(origin[0]),
-                                c * a.walk.H + y);
+                                c * a.layout.H + y);
             } else {
                 rows.issue(stage, step);
-                barrier_arrive_after_copies(&full[turn.slot]);
+                barrier_arrive_after_copies(&full[state.stage]);
             }
-            turn.advance(a.stages);
+            state.advance(a.stages);
         }
     }
 }
 
-// Registers of a warp's sums, columns 64·part … of the tile, as a slice [SLAB, 64]
+// Registers of a warp's sums, columns 64·part … of the tile, staged as [STAGED_ROWS, 64]
 template <int N>
-VK_DEVICE void put_sums(const float (&c)[N], int part, float* slice, int pitch) {
+VK_DEVICE void put_sums(const float (&c)[N], int part, float* staged, int pitch) {
     int g = lane_index() / 4, t = lane_index() % 4;
 #pragma unroll
     for (int j = 0; j < N / 4; ++j)
         if (j / 8 == part)
 #pragma unroll
             for (int h = 0; h < 2; ++h)
-                *reinterpret_cast<Two*>(slice + (g + 8 * h) * pitch + j % 8 * 8 + 2 * t) = {c[4 * j + 2 * h],
+                *reinterpret_cast<Two*>(staged + (g + 8 * h) * pitch + j % 8 * 8 + 2 * t) = {c[4 * j + 2 * h],
                                                                                             c[4 * j + 2 * h + 1]};
 }
 
 template <class K>
-VK_DEVICE void consume(const HopperArguments& h, const char* stages, float* slices, Barrier* full, Barrier* empty) {
+VK_DEVICE void consume(const WgmmaArguments& h, const char* stages, float* staging, Barrier* full, Barrier* empty) {
     using T = typename K::T;
-    using Source = typename K::Source;
-    using Pixel = typename Source::Stored;
+    using Loader = typename K::Loader;
+    using Pixel = typename Loader::Stored;
     const ForwardArguments& a = h.a;
     int warp = warp_index() - 4, row = warp * 16;  // of the tile, the warp's 16
     bool wide = a.step_k % 64 == 0;
     auto offset_of = [&](int i) {  // DIRECT: of 16 elements of k in a stage of patches
-        int across = a.walk.P_w / 16;
+        int across = a.layout.P_w / 16;
         return (i % across * a.stage_rows + i / across) * (K::BM * 32);
     };
     int part_offset[4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) part_offset[i] = Source::DIRECT ? offset_of(i) : 0;
-    float* slice = slices + warp * SLAB * (64 + 4);
-    Turn turn;
+    for (int i = 0; i < 4; ++i) part_offset[i] = Loader::DIRECT ? offset_of(i) : 0;
+    float* staged = staging + warp * STAGED_ROWS * (64 + 4);
+    PipelineState state;
     for (int64_t tile = block_index(); tile < a.tiles; tile += block_count()) {
         uint32_t tile_m = a.by_tiles_n.div(static_cast<uint32_t>(tile));
         int64_t d0 = (tile - int64_t{tile_m} * a.by_tiles_n.value) * K::BN, m0 = int64_t{tile_m} * K::BM;
@@ -170,8 +170,8 @@ VK_DEVICE void consume(const HopperArguments& h, const char* stages, float* slic
             if (lane_index() == 0) barrier_arrive(&empty[slot]);
         };
         auto place = [&] {
-            if constexpr (Source::ENGINE)
-                return InBoxes<K::BM, Source::BOX>{a.walk.by_P_w, a.walk.P_w, int(sizeof(Pixel)), a.stage_rows};
+            if constexpr (Loader::ENGINE)
+                return InBoxes<K::BM, Loader::BOX>{a.layout.by_P_w, a.layout.P_w, int(sizeof(Pixel)), a.stage_rows};
             else
                 return ImageRows<Pixel>(a, nullptr, K::BM, 128).place(m0);
         }();
@@ -179,15 +179,15 @@ VK_DEVICE void consume(const HopperArguments& h, const char* stages, float* slic
         int before = -1;          // the stage that the group under way may still read
         uint32_t operands[2][4];  // two, as one is being read by the tensor cores
         for (int step = 0; step < a.steps; ++step) {
-            barrier_wait(&full[turn.slot], turn.phase);
-            const char* stage = stages + turn.slot * a.stage_bytes;
+            barrier_wait(&full[state.stage], state.phase);
+            const char* stage = stages + state.stage * a.stage_bytes;
             uint32_t patches = shared_address(stage) + row / 64 * (64 * 32), at = shared_address(stage) + a.a_bytes;
-            int left = a.walk.K - step * a.step_k, parts = ((left < a.step_k ? left : a.step_k) + 15) / 16;
+            int left = a.layout.K - step * a.step_k, parts = ((left < a.step_k ? left : a.step_k) + 15) / 16;
             auto weight = [&](int i) {  // 16 elements of k of all BN channels
                 return wide ? matrix_descriptor<128>(at + i / 4 * (K::BN * 128) + i % 4 * 32)
                             : matrix_descriptor<32>(at + i * (K::BN * 32));
             };
-            if constexpr (Source::DIRECT) {
+            if constexpr (Loader::DIRECT) {
                 if (wide && parts == 4) {  // a group without a branch in it: else the compiler waits for each part
                     uint64_t weights = matrix_descriptor<128>(at);
                     warpgroup_fence();
@@ -220,24 +220,24 @@ VK_DEVICE void consume(const HopperArguments& h, const char* stages, float* slic
             }
             // The last group goes on while the next stage is awaited: then the stage before is free. But of two stages
             // the producer waits for this very one.
-            bool drained = !Source::DIRECT && a.stages == 2;
+            bool drained = !Loader::DIRECT && a.stages == 2;
             if (drained) warpgroup_wait<0>();
             if (before >= 0) release(before);
-            before = turn.slot;
+            before = state.stage;
             if (drained) release(before), before = -1;
-            turn.advance(a.stages);
+            state.advance(a.stages);
         }
         warpgroup_wait<0>();
         if (before >= 0) release(before);
 
         int64_t origin[3];
-        if constexpr (Source::ENGINE) block_origin(h, tile_m, origin);
+        if constexpr (Loader::ENGINE) block_origin(h, tile_m, origin);
 #pragma unroll
         for (int part = 0; part < K::BN / 64; ++part) {
-            put_sums(c, part, slice, 64 + 4);
+            put_sums(c, part, staged, 64 + 4);
             sync_warp();
-            write_slice<64>(a, slice, 64 + 4, d0 + part * 64, [&](int r, Token& token) {
-                if constexpr (Source::ENGINE) return block_token(h, origin, row + r, token);
+            write_staged<64>(a, staged, 64 + 4, d0 + part * 64, [&](int r, Token& token) {
+                if constexpr (Loader::ENGINE) return block_token(h, origin, row + r, token);
                 int64_t m = m0 + row + r;
                 if (m >= a.M) return false;
                 token = token_of(a, m);
@@ -253,19 +253,19 @@ VK_DEVICE void consume(const HopperArguments& h, const char* stages, float* slic
 #endif
 
 template <class K>
-VK_KERNEL(K::THREADS, 1) hopper_kernel(VK_GRID_CONSTANT HopperArguments h) {
-#if VK_HOPPER
+VK_KERNEL(K::THREADS, 1) wgmma_kernel(VK_GRID_CONSTANT WgmmaArguments h) {
+#if VK_SM90A
     const ForwardArguments& a = h.a;
     char* stages = shared_memory();  // aligned to 1024 bytes, as the swizzles are
-    float* slices = reinterpret_cast<float*>(stages + a.stages * a.stage_bytes);
-    char* table = reinterpret_cast<char*>(slices + 8 * SLAB * (64 + 4));
+    float* staging = reinterpret_cast<float*>(stages + a.stages * a.stage_bytes);
+    char* table = reinterpret_cast<char*>(staging + 8 * STAGED_ROWS * (64 + 4));
     Barrier* full = reinterpret_cast<Barrier*>(table + a.table_bytes);
     Barrier* empty = full + a.stages;
     if (thread_index() == 0) {
         prefetch_map(&h.weight);
-        if (K::Source::ENGINE) prefetch_map(&h.image);
+        if (K::Loader::ENGINE) prefetch_map(&h.image);
         for (int i = 0; i < a.stages; ++i) {
-            barrier_init(&full[i], K::Source::ENGINE ? 1 : 129);  // the announcement of bytes, the producer's copies
+            barrier_init(&full[i], K::Loader::ENGINE ? 1 : 129);  // the announcement of bytes, the producer's copies
             barrier_init(&empty[i], 8);                           // the consumers' warps
         }
         barrier_init_done();
@@ -276,7 +276,7 @@ VK_KERNEL(K::THREADS, 1) hopper_kernel(VK_GRID_CONSTANT HopperArguments h) {
         produce<K>(h, stages, table, full, empty);
     } else {
         more_registers<232>();
-        consume<K>(h, stages, slices, full, empty);
+        consume<K>(h, stages, staging, full, empty);
     }
 #else
     stop_with_error();  // it is planned for sm_90 alone, and only where there is code of sm_90a
@@ -286,7 +286,7 @@ VK_KERNEL(K::THREADS, 1) hopper_kernel(VK_GRID_CONSTANT HopperArguments h) {
 // From a plan to an instantiated kernel, with its tensor maps
 
 // [C·H, B, G_h, G_w, P_w], a channels-last image being one channel; the innermost first
-inline TensorBlock image_block(const Problem& p, const Walk& w, const int (&block)[3], int rows, int box, int swizzle) {
+inline TensorBlock image_block(const Problem& p, const PatchLayout& w, const int (&block)[3], int rows, int box, int swizzle) {
     uint64_t size = size_of(p.image), lines = (w.channels_last ? 1 : p.C) * p.H;
     auto bytes = [&](int64_t elements) { return static_cast<uint64_t>(elements) * size; };
     // One image, line or row has no next: any stride that the driver takes.
@@ -299,25 +299,25 @@ inline TensorBlock image_block(const Problem& p, const Walk& w, const int (&bloc
 }
 
 // [K / span, D, span]
-inline TensorBlock weight_block(const Problem& p, const Forward& f) {
+inline TensorBlock weight_block(const Problem& p, const ForwardPlan& f) {
     uint64_t size = size_of(p.compute), span = f.step_k % 64 == 0 ? 64 : 16;
     return {p.compute, 3,
             {span, uint64_t(p.D), uint64_t(ceil_div(p.K, int64_t(span)))},
             {size, uint64_t(f.weight_row) * size, span * size},
-            {uint32_t(span), uint32_t(f.tile.BN), uint32_t(f.step_k / span)},
+            {uint32_t(span), uint32_t(f.BN), uint32_t(f.step_k / span)},
             static_cast<int>(span * size)};
 }
 
-template <class T, class Source, int BN>
-void launch_hopper(const ForwardLaunch& l) {
-    using K = HopperKernel<T, Source, BN>;
+template <class T, class Loader, int BN>
+void launch_wgmma(const ForwardLaunch& l) {
+    using K = WgmmaKernel<T, Loader, BN>;
     const Problem& p = l.p;
-    HopperArguments h{};
+    WgmmaArguments h{};
     h.a = l.arguments;
     h.weight = make_tensor_map(weight_block(p, l.plan), l.arguments.weight);
-    if constexpr (Source::ENGINE) {
-        TensorBlock image = image_block(p, l.arguments.walk, l.plan.block, l.plan.stage_rows, Source::BOX,
-                                        Source::DIRECT ? 32 : 0);
+    if constexpr (Loader::ENGINE) {
+        TensorBlock image = image_block(p, l.arguments.layout, l.plan.block, l.plan.stage_rows, Loader::BOX,
+                                        Loader::DIRECT ? 32 : 0);
         h.image = make_tensor_map(image, l.arguments.images);
         for (int i = 0; i < 3; ++i)
             while (1 << h.block_bits[i] < l.plan.block[i]) ++h.block_bits[i];
@@ -326,19 +326,21 @@ void launch_hopper(const ForwardLaunch& l) {
         h.by_P_h = Divisor(p.P[1]);
     }
     h.prefixes = l.prefixes;
-    launch(hopper_kernel<K>, l.plan.blocks, K::THREADS, l.plan.shared_bytes, l.stream, h, "the forward");
+    launch(wgmma_kernel<K>, l.plan.blocks, K::THREADS, l.plan.shared_bytes, l.stream, h, "the forward");
 }
 
-template <class T, class Source>
-void launch_hopper_channels(const ForwardLaunch& l) {
-    l.plan.tile.BN == 256 ? launch_hopper<T, Source, 256>(l) : launch_hopper<T, Source, 128>(l);
+template <class T, class Loader>
+void launch_wgmma_tile(const ForwardLaunch& l) {
+    if (l.plan.BM == 128 && l.plan.BN == 256) return launch_wgmma<T, Loader, 256>(l);
+    if (l.plan.BM == 128 && l.plan.BN == 128) return launch_wgmma<T, Loader, 128>(l);
+    no_kernel(l.plan.BM, l.plan.BN);
 }
 
 template <class T>
-void launch_hopper_road(const ForwardLaunch& l) {
-    bool patches = l.plan.road == Road::patches;
+void launch_sm90(const ForwardLaunch& l) {
+    bool patches = l.plan.loader == LoaderKind::patches;
     auto of = [&](auto as_patches, auto as_rows) {
-        patches ? launch_hopper_channels<T, decltype(as_patches)>(l) : launch_hopper_channels<T, decltype(as_rows)>(l);
+        patches ? launch_wgmma_tile<T, decltype(as_patches)>(l) : launch_wgmma_tile<T, decltype(as_rows)>(l);
     };
     if (l.p.image == Dtype::u8) return of(PatchesOf<uint8_t, false>{}, RowsOf<uint8_t>{});
     if (l.p.image == Dtype::f32) return of(PatchesOf<float, false>{}, RowsOf<float>{});

@@ -101,7 +101,7 @@ def compiled(name: str, sources: list[Path], include: list[Path], flags: tuple[s
     """The sources' objects, compiled where no earlier call has done so."""
     program = compiler()
     common = [*FLAGS, *flags, f"-DVITKERNELS_MODULE={name}", *include_flags(include)]
-    headers = sorted(h for d in [*include, HERE] for h in d.rglob("*") if h.suffix in HEADERS)
+    headers = sorted(h for d in [*include[:-1], HERE] for h in d.rglob("*") if h.suffix in HEADERS)
     # Directories don't count, or a copy of csrc/ with one kernel changed would compile all of them again.
     options = [version_of(program), *(f for f in common if f not in {f"-I{d}" for d in include})]
     shared = key_of(*options, *(part for h in headers for part in (h.name, h)))

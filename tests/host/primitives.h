@@ -1,4 +1,4 @@
-// The names of csrc/primitives.cuh for a CPU: the same signatures, on threads that are fibers (emulator.h).
+// The names of csrc/common/ptx.cuh for a CPU: the same signatures, on threads that are fibers (emulator.h).
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,7 @@
 #define VK_DEVICE inline
 #define VK_KERNEL(threads, resident) void
 #define VK_GRID_CONSTANT const
-#define VK_HOPPER 1
+#define VK_SM90A 1
 
 namespace vk {
 

@@ -1,4 +1,4 @@
-// Small kernels that prove the primitives, and mistakes that the emulator must see (tests/test_host.py).
+// Small kernels that prove the primitives, and mistakes that the emulator must see (tests/csrc/test_primitives.py).
 //
 // All but the mistakes are kernels like any other: nvcc -x cu takes this file as well, and a GPU must agree.
 #include <cstring>
@@ -10,7 +10,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "common/driver.h"  // those of csrc/, not the ones beside this file
+#include "common/driver.h"
 #include "common/launch.h"
 #include "common/ptx.cuh"
 
@@ -164,7 +164,7 @@ struct Fetch {
     int rank, bytes, at[5];
 };
 VK_KERNEL(32, 1) fetch_kernel(VK_GRID_CONSTANT Fetch p) {
-#if VK_HOPPER
+#if VK_SM90A
     Barrier* barrier = reinterpret_cast<Barrier*>(shared_memory() + round_up(p.bytes, 8));
     if (thread_index() == 0) {
         prefetch_map(&p.map);
@@ -216,7 +216,7 @@ struct GroupProduct {
 };
 template <class T, int N, int SPAN, bool FROM_REGISTERS>
 VK_KERNEL(128, 1) group_product_kernel(VK_GRID_CONSTANT GroupProduct p) {
-#if VK_HOPPER
+#if VK_SM90A
     constexpr int WIDTH = SPAN / 2;  // of a block, in elements
     int blocks = p.k / WIDTH, thread = thread_index();
     char *a = shared_memory(), *b = a + blocks * 64 * SPAN;
@@ -294,7 +294,7 @@ void group_product(int dtype, Address a, Address b, Address c, int n, int k, int
 // c = aᵀ·b, k×64 and k×n, on a warpgroup: both lie with k outermost, in blocks of SPAN bytes across and all of k
 template <class T, int N, int SPAN, bool FROM_REGISTERS>
 VK_KERNEL(128, 1) group_across_kernel(VK_GRID_CONSTANT GroupProduct p) {
-#if VK_HOPPER
+#if VK_SM90A
     constexpr int WIDTH = SPAN / 2;
     int thread = thread_index(), next = p.k * SPAN;
     char *a = shared_memory(), *b = a + p.k * 128;
@@ -370,7 +370,7 @@ struct Pipeline {
     Mistake mistake;
 };
 VK_KERNEL(96, 1) pipeline_kernel(VK_GRID_CONSTANT Pipeline p) {
-#if VK_HOPPER
+#if VK_SM90A
     constexpr int STAGES = 2, ROW = 128, BYTES = 4 * ROW;
     float* stages = reinterpret_cast<float*>(shared_memory());
     Barrier *full = reinterpret_cast<Barrier*>(shared_memory() + STAGES * 2 * BYTES), *empty = full + STAGES;
@@ -462,6 +462,35 @@ struct Out {
 
 Barrier* a_barrier() { return reinterpret_cast<Barrier*>(shared_memory() + 32768); }
 
+// c = zeros·bᵀ with the operand at b: [columns, k], or ACROSS [k, columns] with `next` bytes between blocks of columns
+template <int COLUMNS, bool ACROSS>
+void multiply_zeros(const char* b, bool fenced = true, bool waits = true, int next = 0) {
+    float c[COLUMNS] = {};
+    uint32_t a[4] = {};
+    if (fenced) warpgroup_fence();
+    uint32_t at = shared_address(b);
+    warpgroup_multiply_add<ACROSS>(
+        c, a, ACROSS ? matrix_descriptor_across<128>(at, next) : matrix_descriptor<128>(at), half());
+    if (fenced) warpgroup_commit();
+    if (waits) warpgroup_wait<0>();
+}
+
+void multiply_stores(Out p, bool visible) {
+    if (thread_index() == 0) {
+        std::memset(shared_memory(), 0, 8192);
+        if (visible) barrier_init_done();
+    }
+    sync_block();
+    float c[32] = {};
+    uint32_t a[4] = {};
+    warpgroup_fence();
+    warpgroup_multiply_add(c, a, matrix_descriptor<128>(shared_address(shared_memory())), half());
+    warpgroup_commit();
+    p.out[2 * thread_index()] = c[0];
+    warpgroup_wait<0>();
+    p.out[2 * thread_index() + 1] = c[0];
+}
+
 // 128 threads with 32 KB and a barrier; c is that of mmas on 8 KB of zeros in front
 struct Sample {
     const char* name;
@@ -520,89 +549,16 @@ const Sample SAMPLES[] = {
          barrier_expect(a_barrier(), 16);
          barrier_arrive(a_barrier());
      }},
-    {"no_fence",
-     [](Out) {
-         float c[32] = {};
-         uint32_t a[4] = {};
-         warpgroup_multiply_add(c, a, matrix_descriptor<128>(shared_address(shared_memory())), half());
-     }},
-    {"product_never_waited_for",
-     [](Out) {
-         float c[32] = {};
-         uint32_t a[4] = {};
-         warpgroup_fence();
-         warpgroup_multiply_add(c, a, matrix_descriptor<128>(shared_address(shared_memory())), half());
-         warpgroup_commit();
-     }},
+    {"no_fence", [](Out) { multiply_zeros<32, false>(shared_memory(), false, false); }},
+    {"product_never_waited_for", [](Out) { multiply_zeros<32, false>(shared_memory(), true, false); }},
     {"warps_of_a_group_differ",
-     [](Out) {
-         float c[32] = {};
-         uint32_t a[4] = {};
-         warpgroup_fence();
-         char* b = shared_memory() + (thread_index() >= 96 ? 8192 : 0);
-         warpgroup_multiply_add(c, a, matrix_descriptor<128>(shared_address(b)), half());
-         warpgroup_commit();
-         warpgroup_wait<0>();
-     }},
-    {"operand_outside",
-     [](Out) {
-         float c[128] = {};
-         uint32_t a[4] = {};
-         warpgroup_fence();
-         warpgroup_multiply_add(c, a, matrix_descriptor<128>(shared_address(shared_memory() + 8192)), half());
-         warpgroup_commit();
-         warpgroup_wait<0>();
-     }},
-    {"operand_across_outside",
-     [](Out) {
-         float c[128] = {};
-         uint32_t a[4] = {};
-         warpgroup_fence();
-         warpgroup_multiply_add<true>(c, a, matrix_descriptor_across<128>(shared_address(shared_memory()), 14336),
-                                      half());
-         warpgroup_commit();
-         warpgroup_wait<0>();
-     }},
-    {"operand_across_inside_a_pattern",
-     [](Out) {
-         float c[32] = {};
-         uint32_t a[4] = {};
-         warpgroup_fence();
-         warpgroup_multiply_add<true>(c, a, matrix_descriptor_across<128>(shared_address(shared_memory() + 512), 8192),
-                                      half());
-         warpgroup_commit();
-         warpgroup_wait<0>();
-     }},
+     [](Out) { multiply_zeros<32, false>(shared_memory() + (thread_index() >= 96 ? 8192 : 0)); }},
+    {"operand_outside", [](Out) { multiply_zeros<128, false>(shared_memory() + 8192); }},
+    {"operand_across_outside", [](Out) { multiply_zeros<128, true>(shared_memory(), true, true, 14336); }},
+    {"operand_across_inside_a_pattern", [](Out) { multiply_zeros<32, true>(shared_memory() + 512, true, true, 8192); }},
     // Their output shows them: c before and after the wait, of operands that the copy engine did not write, or did
-    {"products_of_stores",
-     [](Out p) {
-         if (thread_index() == 0) std::memset(shared_memory(), 0, 8192);
-         sync_block();
-         float c[32] = {};
-         uint32_t a[4] = {};
-         warpgroup_fence();
-         warpgroup_multiply_add(c, a, matrix_descriptor<128>(shared_address(shared_memory())), half());
-         warpgroup_commit();
-         p.out[2 * thread_index()] = c[0];
-         warpgroup_wait<0>();
-         p.out[2 * thread_index() + 1] = c[0];
-     }},
-    {"products_of_stores_behind_a_fence",
-     [](Out p) {
-         if (thread_index() == 0) {
-             std::memset(shared_memory(), 0, 8192);
-             barrier_init_done();
-         }
-         sync_block();
-         float c[32] = {};
-         uint32_t a[4] = {};
-         warpgroup_fence();
-         warpgroup_multiply_add(c, a, matrix_descriptor<128>(shared_address(shared_memory())), half());
-         warpgroup_commit();
-         p.out[2 * thread_index()] = c[0];
-         warpgroup_wait<0>();
-         p.out[2 * thread_index() + 1] = c[0];
-     }},
+    {"products_of_stores", [](Out p) { multiply_stores(p, false); }},
+    {"products_of_stores_behind_a_fence", [](Out p) { multiply_stores(p, true); }},
 };
 
 void sample(const std::string& name, Address out) {

@@ -1,4 +1,4 @@
-"""What the driver refused in this process: the problem then takes another road, and the driver is not asked again."""
+"""What the driver refused in this process: the problem is then done in another way, and the driver not asked again."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def happened(backend: str, p: PatchProblem) -> bool:
 
 
 def of(p: PatchProblem) -> dict[str, str]:
-    """Backend -> why it left the road that it would have taken."""
+    """Backend -> why it does the problem in another way than it would."""
     return {backend: reason for (backend, problem), reason in _reasons.items() if problem == p}
 
 

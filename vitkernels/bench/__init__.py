@@ -1,1 +1,1 @@
-"""Timing the operation and whole models beside their baselines."""
+"""Times of the operation and of models, beside what they replace and what the device can do."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from importlib import resources
 from io import BytesIO
 from itertools import cycle, islice
 from typing import Any
@@ -20,12 +19,14 @@ import torch
 from ..functional import patch_embed
 from .baselines import conv
 from .cases import DTYPES, IMAGENET, Case
+from .gate import judged
 from .model_zoo import MODELS, load_model
-from .op import judged, settings
+from .op import settings
+from .sample_images import jpegs
 from .timing import quantiles, rounded, rounds
 
 STAGES = ("batch", "copy", "front_end")
-ROADS = {
+PIPELINES = {
     "float": "floats, normalised image by image on the CPU, as in torchvision's ToTensor and Normalize",
     "normalise_on_device": "uint8 to the device, normalised there, convolved",
     "uint8": "uint8 to the device and into one call",
@@ -43,16 +44,16 @@ def bench_pipeline(
     keep_samples: bool = False,
     progress: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """JPEG photographs to the tokens of a model's front end, by each of ROADS, in turns.
+    """JPEG photographs to the tokens of a model's front end, by each of PIPELINES, in turns.
 
-    Args as in `bench_model.bench_model`; of the model only its projection is used, with random positions and a class
+    Args as in `model.bench_model`; of the model only its projection is used, with random positions and a class
     token.
 
     Returns:
-        "rows", one a road: "ms" and "images_per_s" from decoded images [H,W,3] to tokens; "stages", the medians of
+        "rows", one a pipeline: "ms" and "images_per_s" from decoded images [H,W,3] to tokens; "stages", the medians of
         "batch" (to one tensor in memory that the device can copy), "copy" (to the device) and "front_end", ms;
         "bus_bytes", what "copy" moves; "ms_with_decode". "decode", ms; "gain", of "uint8" over "float" without and
-        "gain_with_decode" with the decode; "verdict". A road whose tokens break the accuracy rule has no time.
+        "gain_with_decode" with the decode; "verdict". One whose tokens break the accuracy rule has no time.
 
     Raises:
         ValueError: the model has no projection of images of three channels by a Conv2d.
@@ -66,23 +67,6 @@ def bench_pipeline(
             {"case": MODELS.get(spec, spec), "mode": "pipeline", "dtype": dtype, "batch": batch, "timing": "eager"},
             seconds, keep_samples, progress,
         )  # fmt: skip
-
-
-def jpegs() -> list[bytes]:
-    """The photographs that scikit-image and scikit-learn ship, as JPEG files."""
-    from PIL import Image
-
-    from ..demo.run import PHOTOGRAPHS
-
-    files = []
-    for room, name in PHOTOGRAPHS:
-        data = (resources.files(room) / name).read_bytes()
-        if not name.endswith(".jpg"):
-            stored = BytesIO()
-            Image.open(BytesIO(data)).convert("RGB").save(stored, "JPEG", quality=90)
-            data = stored.getvalue()
-        files.append(data)
-    return files
 
 
 def decoded(file: bytes, size: tuple[int, int]) -> np.ndarray:
@@ -150,7 +134,7 @@ class _Pipeline:
         pixels: dict[str, Any] = {"images": images.permute(0, 3, 1, 2), **IMAGENET}
         return patch_embed(**pixels, **self.learnt, backend=self.backend)
 
-    def road(self, name: str) -> list[Callable[[Any], Any]]:
+    def pipeline(self, name: str) -> list[Callable[[Any], Any]]:
         return {
             "float": [self.floats, self.copy, self.convolve],
             "normalise_on_device": [self.bytes, self.copy, self.normalise_and_convolve],
@@ -159,7 +143,7 @@ class _Pipeline:
 
     def why_wrong(self, name: str) -> str | None:
         x: Any = self.arrays
-        for stage in self.road(name):
+        for stage in self.pipeline(name):
             x = stage(x)
         images = torch.from_numpy(np.stack(self.arrays)).to(self.device).permute(0, 3, 1, 2)
         return judged({"images": images, **self.learnt, **IMAGENET}, x, ())
@@ -180,26 +164,26 @@ class _Pipeline:
     def run(self, head, seconds, keep_samples, progress) -> dict[str, Any]:
         rows: list[dict[str, Any]] = []
         laps: dict[str, list[list[float]]] = {}
-        for name in ROADS:
+        for name in PIPELINES:
             progress(f"{head['case']}: check {name}")
             row = head | {"impl": name, "ms": None, "bytes": None, "flops": None, "roofline_share": None}
             rows.append(row)
             if error := self.why_wrong(name):  # which warms up, too
                 row["error"] = error
                 continue
-            row["bus_bytes"] = self.road(name)[0](self.arrays).nbytes
+            row["bus_bytes"] = self.pipeline(name)[0](self.arrays).nbytes
             laps[name] = []
 
-        def lane(name: str) -> Callable[[], float]:
+        def sampler(name: str) -> Callable[[], float]:
             def sample() -> float:
-                laps[name].append(self.laps(self.road(name), self.arrays))
+                laps[name].append(self.laps(self.pipeline(name), self.arrays))
                 return sum(laps[name][-1])
 
             return sample
 
         progress(f"{head['case']}: time")
         decode, *samples = rounds(
-            [lambda: self.laps([lambda _: self.decode()], None)[0], *map(lane, laps)], seconds, least=5
+            [lambda: self.laps([lambda _: self.decode()], None)[0], *map(sampler, laps)], seconds, least=5
         )
         times = dict(zip(laps, samples, strict=True))
         for row in rows:
@@ -232,7 +216,9 @@ def _report(rows: list[dict[str, Any]], decode: list[float]) -> str:
     for row in rows:
         if row["ms"]:
             stages = ", ".join(f"{stage.replace('_', ' ')} {ms:.4g}" for stage, ms in row["stages"].items())
-            lines.append(f"{row['impl']} ({ROADS[row['impl']]}): {stages} ms; {row['bus_bytes'] / 1e6:.4g} MB to copy")
+            lines.append(
+                f"{row['impl']} ({PIPELINES[row['impl']]}): {stages} ms; {row['bus_bytes'] / 1e6:.4g} MB to copy"
+            )
     return "\n".join(lines)
 
 

@@ -86,7 +86,7 @@ def bench_model(
     finally:
         gc.collect()
         if device.type == "cuda":
-            with suppress(RuntimeError):  # clock.graph says when
+            with suppress(RuntimeError):  # timing.graph says when
                 torch.cuda.empty_cache()
 
 
@@ -166,7 +166,7 @@ class _Bench:
         finally:
             unfuse(self.model)
 
-    def lane(self, step: Step, fused: bool, stop: bool) -> Callable[[], float]:
+    def timer(self, step: Step, fused: bool, stop: bool) -> Callable[[], float]:
         """Samples of 20 ms on a CPU, 100 on a GPU, or of ten steps, each behind a step to warm what rewiring cooled."""
         with self.wired(fused), self.stopped() if stop else nullcontext():
             step()
@@ -227,25 +227,25 @@ class _Bench:
             verdict = f"Not timed: {error}."
             return result | {"rows": [row | {"error": error} for row in rows], "verdict": verdict, "ok": False}
 
-        lanes = []
+        timers = []
         fronts: dict[str, dict[str, Any]] = {}
         for row in rows:
             fused = row["impl"] == "fused"
             progress(f"{self.spec} {row['impl']}: warm")
-            lanes.append(self.lane(self.whole, fused, False))
+            timers.append(self.timer(self.whole, fused, False))
             with self.wired(fused):
                 row["peak_mb"] = rounded(peak_bytes(self.whole, self.device) / 1e6)
         if self.block is not None:
             self.leaves = self._leaves()
             for impl in ("before", "fused"):
-                lanes.append(self.lane(self.front, impl == "fused", True))
+                timers.append(self.timer(self.front, impl == "fused", True))
                 with self.wired(impl == "fused"), self.stopped():
                     fronts[impl] = {"peak_mb": rounded(peak_bytes(self.front, self.device) / 1e6)}
         if self.device.type == "cuda" and not self.training:
-            rows += self._graphs(rows, lanes)
+            rows += self._graphs(rows, timers)
 
         progress(f"{self.spec}: time")
-        samples = iter(rounds(lanes, seconds, least=5))
+        samples = iter(rounds(timers, seconds, least=5))
         times = {(row["impl"], "eager"): next(samples) for row in rows[:2]}
         for front in fronts.values():
             front["ms"] = quantiles(next(samples))
@@ -280,7 +280,7 @@ class _Bench:
         gradients = torch.autograd.grad(tokens, parameters, tokens.detach(), allow_unused=True)
         return [p for p, g in zip(parameters, gradients, strict=True) if g is not None]
 
-    def _graphs(self, rows: list[dict[str, Any]], lanes: list[Callable[[], float]]) -> list[dict[str, Any]]:
+    def _graphs(self, rows: list[dict[str, Any]], timers: list[Callable[[], float]]) -> list[dict[str, Any]]:
         """Rows of the same steps replayed from CUDA graphs; what can't be captured says why."""
         found = []
         for row in rows:
@@ -290,7 +290,7 @@ class _Bench:
                 with self.wired(row["impl"] == "fused"):
                     replay = graph([self.whole], hold=False)
                 replay()
-                lanes.append(sampler(self.device, [replay] * 10, 10))
+                timers.append(sampler(self.device, [replay] * 10, 10))
             except Exception as error:
                 captured["error"] = f"capture: {short(error)}"
                 alive(self.device)

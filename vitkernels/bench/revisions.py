@@ -119,7 +119,7 @@ def main(folder: str, work: dict[str, Any]) -> None:
     import vitkernels as vk
 
     assert Path(vk.__file__).is_relative_to(folder), f"{vk.__file__} is not in {folder}"
-    cases, clock = _beside("cases"), _beside("timing")
+    cases, timing = _beside("cases"), _beside("timing")
     torch.set_num_threads(work["threads"])
     device, mode = torch.device(work["device"]), work["mode"]
     grad, probe = torch.load(work["file"], map_location=device)
@@ -137,10 +137,10 @@ def main(folder: str, work: dict[str, Any]) -> None:
                 tokens = step()
                 grads = torch.autograd.grad(tokens, leaves, probe) if mode != "forward" else ()
                 torch.save([tokens.detach(), *grads], work["file"])
-            todo.append(clock.modal(mode, step, leaves, grad))
+            todo.append(timing.modal(mode, step, leaves, grad))
         for step in todo[:2]:
             step()
-        sample = clock.sampler_of(device, todo)
+        sample = timing.sampler_of(device, todo)
         print("ready", flush=True)
         for _ in sys.stdin:
             print(sample(), flush=True)

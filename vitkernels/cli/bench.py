@@ -34,9 +34,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    from .. import report
-    from ..bench import environment, model, op, revisions
-    from ..report import compare
+    from ..bench import environment, implementations, model, op, revisions
+    from ..report import compare, results
 
     device = device_of(args)
     result: dict[str, Any] = {"header": environment.header(device, "vitkernels " + " ".join(sys.argv[1:]))}
@@ -54,9 +53,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                     seconds=args.seconds, compiled=args.compile, against=against, progress=tick,
                 )  # fmt: skip
     # A peer that breaks the rule is worth seeing; one of ours is a failure.
-    result["ok"] = not any(row.get("error") for row in result["rows"] if row["impl"] in op.OURS)
+    result["ok"] = not any(row.get("error") for row in result["rows"] if row["impl"] in implementations.OURS)
     if args.against:
-        result["against"] = compare.regressions(report.read(result).rows)
+        result["against"] = compare.regressions(results.read(result).rows)
         result["ok"] &= not any(line["verdict"] in compare.FAILED for line in result["against"])
     return result
 

@@ -5,12 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-import shutil
-import subprocess
-import sys
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 HELP = "machine, versions, and which backend would run here"
@@ -91,8 +87,10 @@ def machine() -> dict[str, Any]:
     """Processor and GPUs; the latter from the driver's own tool, which creates no CUDA context."""
     import torch
 
+    from ..bench.environment import cpu_name
+
     return {
-        "cpu": _cpu(),
+        "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
@@ -108,6 +106,7 @@ def versions() -> dict[str, str | None]:
     """
     from .. import __version__
     from ..backends.cuda import extension
+    from ..bench.environment import output
 
     found: dict[str, str | None] = {"python": platform.python_version(), "vitkernels": __version__}
     for package in PACKAGES:
@@ -115,7 +114,7 @@ def versions() -> dict[str, str | None]:
             found[package] = version(package)
         except PackageNotFoundError:
             found[package] = None
-    release = next((line for line in _output("nvcc", "--version") if "release" in line), None)
+    release = next((line for line in (output("nvcc", "--version") or "").splitlines() if "release" in line), None)
     return found | {"nvcc": release and release.rpartition("V")[2], "cuda extension": extension.about()}
 
 
@@ -181,23 +180,10 @@ def _backend(name: str, problems: dict[str, Any]) -> dict[str, Any]:
     return {"name": name, "available": available, "reasons": reasons, "problems": each}
 
 
-def _cpu() -> str:
-    if sys.platform == "linux":
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    if sys.platform == "darwin" and (brand := _output("sysctl", "-n", "machdep.cpu.brand_string")):
-        return brand[0]
-    return platform.processor() or platform.machine()
-
-
 def _gpus() -> list[dict[str, str]]:
     keys = ("name", "compute capability", "driver", "memory")
-    lines = _output("nvidia-smi", "--query-gpu=name,compute_cap,driver_version,memory.total", "--format=csv,noheader")
+    from ..bench.environment import output
+
+    query = "--query-gpu=name,compute_cap,driver_version,memory.total"
+    lines = (output("nvidia-smi", query, "--format=csv,noheader") or "").splitlines()
     return [dict(zip(keys, map(str.strip, line.split(",")), strict=True)) for line in lines if line.count(",") == 3]
-
-
-def _output(*command: str) -> list[str]:
-    if shutil.which(command[0]) is None:
-        return []
-    return subprocess.run(command, capture_output=True, text=True, timeout=30, check=False).stdout.splitlines()

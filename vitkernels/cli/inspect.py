@@ -35,10 +35,15 @@ def run(args) -> dict[str, Any]:
     if args.extension is not None:
         return _extension(args)
     os.environ["TRITON_INTERPRET"] = "0"  # for the workers: the interpreter's kernels can't be compiled
-    from ..gpu import NOMINAL
+    from .. import gpu
+    from ..backends.triton.config_cache import compiled_from
     from ..profiling import compile_triton
 
-    known = {f"sm_{n}": n for n in NOMINAL}
+    # A cache for each version: the lines of a function's callees, which are read here, are not in Triton's key.
+    cache = os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache"
+    os.environ["TRITON_CACHE_DIR"] = str(Path(cache, f"vitkernels-{compiled_from()['source']}"))
+
+    known = {f"sm_{n}": n for n in gpu.NOMINAL}
     archs, patches, dtypes = (getattr(args, n).split(",") for n in ("arch", "patch", "dtype"))
     for values, choices in (
         (archs, known),
@@ -67,15 +72,15 @@ def run(args) -> dict[str, Any]:
 def _choices(arch: int, patch: int, dtype: str):
     from ..profiling import compile_triton
 
-    return [((p, road, c), default) for p, road, c, default in compile_triton.shipped(arch, patch, dtype)]
+    return [((p, kernel, c), default) for p, kernel, c, default in compile_triton.shipped(arch, patch, dtype)]
 
 
 def _row(arch: int, patch: int, dtype: str, choice, default: bool) -> dict[str, Any]:
-    from ..gpu import NOMINAL
+    from .. import gpu
     from ..profiling import compile_triton
 
-    p, road, c = choice
-    counted = compile_triton.measure(p, NOMINAL[arch], compile_triton.DTYPES[dtype][2], (road, c))
+    p, kernel, c = choice
+    counted = compile_triton.measure(p, gpu.NOMINAL[arch], compile_triton.DTYPES[dtype][2], (kernel, c))
     config = {name: getattr(c, name) for name in ("BM", "BN", "BK", "warps", "stages")}
     kernel = counted.pop("kernel")
     return {"kernel": kernel, "arch": f"sm_{arch}", "patch": patch, "dtype": dtype, "config": config,
@@ -84,13 +89,13 @@ def _row(arch: int, patch: int, dtype: str, choice, default: bool) -> dict[str, 
 
 def _faults(row: dict[str, Any]) -> list[str]:
     """What no configuration, and what a default one, must not have."""
-    from ..gpu import NOMINAL
+    from .. import gpu
 
     hazard = [f"{row['hazards']} hazards, the first: {row['first_hazard']}"] * (row["hazards"] > 0)
     if not row["default"]:
         return hazard
     arch = int(row["arch"].removeprefix("sm_"))
-    limit = NOMINAL[arch].shared_bytes
+    limit = gpu.NOMINAL[arch].shared_bytes
     product = row["dtype"] != "fp32" and row["kernel"] not in ("sums", "kept", "finish")
     needed = None if not product else "wgmma" if arch == 90 else "mma"
     checks = (
@@ -120,7 +125,7 @@ def _extension(args) -> dict[str, Any]:
         embedded = sass.ptx(file)
     names = sass.demangled(row["kernel"] for row in rows)
     kernels = [{**row, "kernel": names[row["kernel"]]} for row in rows]
-    kernels = [row for row in kernels if "hopper" not in row["kernel"] or row["arch"] in HOPPER]  # elsewhere empty
+    kernels = [row for row in kernels if "wgmma_" not in row["kernel"] or row["arch"] in HOPPER]  # elsewhere empty
     kernels.sort(key=lambda row: (row["kernel"], int("".join(filter(str.isdigit, row["arch"])))))
     sound = bool(kernels) and not any(_extension_faults(row) for row in kernels)
     return {"ok": sound, "file": str(file), "ptx": embedded, "extension": kernels}
@@ -145,13 +150,13 @@ def _built(arch: str, cubin: Path) -> list[dict[str, Any]]:
 
 
 def _extension_faults(row: dict[str, Any]) -> list[str]:
-    hopper = "hopper" in row["kernel"]
+    by_wgmma = "wgmma_" in row["kernel"]
     checks = (
         (row["stack_bytes"] > 0, f"{row['stack_bytes']} bytes of stack"),
         (row["spills"] > 0, f"{row['spills']} spills"),
         (row["hazards"] > 0, f"{row['hazards']} hazards, the first: {row['first_hazard']}"),
-        (hopper and not row["wgmma"], "no wgmma"),
-        (hopper and not row["tma_loads"], "no TMA load"),
+        (by_wgmma and not row["wgmma"], "no wgmma"),
+        (by_wgmma and not row["tma_loads"], "no TMA load"),
     )
     return [text for wrong, text in checks if wrong]
 

@@ -36,17 +36,18 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from .. import cost_model
-    from ..bench import environment, op
-    from ..bench import peaks as ceilings
-    from ..profiling import trace as profiling
+    from ..bench import baselines, environment, implementations, op, peaks
+    from ..profiling import trace
 
     device = torch.device(device_of(args))
     case = case_of(args, str(device))
     impls = args.impl.split(",")
-    if unknown := [name for name in impls if name not in (*op.OURS, *op.PEERS)]:
-        raise ValueError(f"no implementation {unknown}; there are {', '.join((*op.OURS, *op.PEERS))}")
+    if unknown := [name for name in impls if name not in (*implementations.OURS, *baselines.PEERS)]:
+        raise ValueError(
+            f"no implementation {unknown}; there are {', '.join((*implementations.OURS, *baselines.PEERS))}"
+        )
     if args.launch:
-        profiling.launch(case, impls[0], mode=args.mode, device=device, calls=args.launch)
+        trace.launch(case, impls[0], mode=args.mode, device=device, calls=args.launch)
         return {"launched": args.launch}
     result: dict[str, Any] = {
         "header": environment.header(device, "vitkernels " + " ".join(sys.argv[1:])),
@@ -57,26 +58,26 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         for impl in impls:
             tick(f"{case.name} {args.mode} {impl}: trace")
             try:
-                found = profiling.trace(
+                found = trace.trace(
                     case, impl, mode=args.mode, device=device, out=args.out, calls=args.calls
                 )  # fmt: skip
             except (NotImplementedError, RuntimeError) as error:
                 found = {"impl": impl, "error": " ".join(str(error).split())}
             result["traces"].append(found)
-        p = op.problem(case.call(device))
+        p = implementations.problem(case.call(device))
         flops, bytes_ = cost_model.work(p, args.mode)
         with op.settings(case):
-            peaks = ceilings.peaks(device, p.compute_dtype, case.dtype == "tf32")
+            rates = peaks.peaks(device, p.compute_dtype, case.dtype == "tf32")
         result["roofline"] = {
-            "flops": flops, "bytes": bytes_, "peak_gb_per_s": peaks.bytes / 1e9, "peak_tflops": peaks.flops / 1e12,
-            "attainable_us": 1e3 * peaks.ms(flops, bytes_),
-            "bound": "memory" if bytes_ / peaks.bytes > flops / peaks.flops else "arithmetic",
+            "flops": flops, "bytes": bytes_, "peak_gb_per_s": rates.bytes / 1e9, "peak_tflops": rates.flops / 1e12,
+            "attainable_us": 1e3 * rates.ms(flops, bytes_),
+            "bound": "memory" if bytes_ / rates.bytes > flops / rates.flops else "arithmetic",
         }  # fmt: skip
-        ours = next((name for name in impls if name in op.OURS), "auto")
+        ours = next((name for name in impls if name in implementations.OURS), "auto")
         result["nsight"] = _nsight(args, case, ours, device, result, tick)
     files = [row["file"] for row in result["traces"] if "file" in row]
     result["files"] = files + [f for found in result["nsight"].values() for f in found.get("files", ())]
-    result["ok"] = not any("error" in row for row in result["traces"] if row["impl"] in op.OURS)
+    result["ok"] = not any("error" in row for row in result["traces"] if row["impl"] in implementations.OURS)
     return result
 
 

@@ -27,12 +27,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    from .. import report
-    from ..report import compare
+    from ..report import compare, summary
+    from ..report.results import load
 
     with ticking(args.json or args.markdown) as tick:
-        results = report.load(args.paths, tick)
-        old = report.load([args.compare], tick) if args.compare else None
+        results = load(args.paths, tick)
+        old = load([args.compare], tick) if args.compare else None
         comparison = compare.compare(results, old, args.noise) if old else None
         paired = compare.regressions(results.rows, args.noise)
         failed = [line for line in (*(comparison or ()), *paired) if line["verdict"] in compare.FAILED]
@@ -41,27 +41,27 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             "made_of": [run["file"] for run in results.runs],
             "skipped": [{"file": file, "why": why} for file, why in results.skipped],
             "rows": len(results.rows),
-            "summary": report.summary(results),
+            "summary": summary.summary(results),
             "worst": [
                 {name: getattr(entry, name) for name in ("device", "case", "mode", "timing", "title")}
                 | {"best_peer": entry.best[0]["impl"], "ratio": entry.best[1], "spread": entry.best[2]}
-                for entry in report.worst(results)
+                for entry in summary.worst(results)
                 if entry.best
             ],
-            "errors": [{name: row[name] for name in (*KEYS, "error")} for row in report.errors(results)],
+            "errors": [{name: row[name] for name in (*KEYS, "error")} for row in summary.errors(results)],
             "noise": args.noise,
             "comparison": comparison,
             "paired": paired,
         }
         if args.markdown:
-            return result | {"files": [], "markdown": report.markdown(results)}
+            return result | {"files": [], "markdown": summary.markdown(results)}
         figures = []
         if not args.no_figures:
             from ..report import figures as drawings
 
             args.out.mkdir(parents=True, exist_ok=True)
             figures = drawings.draw(results, args.out, tick)
-        from ..report.html import page
+        from ..report.page import page
 
         args.out.mkdir(parents=True, exist_ok=True)
         tick(PAGE)

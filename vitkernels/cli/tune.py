@@ -14,7 +14,7 @@ from typing import Any
 from .options import case_of, device_of, dtype_of, shape_arguments
 
 HELP = "search the fastest tiles for your shapes on this GPU and remember them"
-ROADS = {"forward": ("forward",), "backward": ("weight", "images"), "both": ("forward", "weight", "images")}
+DIRECTIONS = {"forward": ("forward",), "backward": ("weight", "images"), "both": ("forward", "weight", "images")}
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,9 +34,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         return _forgotten(args.forget)
     import torch
 
-    from ..backends.triton import configs
     from ..bench import op
     from ..bench.timing import alive, short
+    from ..tuning.tune import tune
 
     device = device_of(args)
     if torch.device(device).type != "cuda":
@@ -46,16 +46,16 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     with _progress(args.json) as bar:
         for batch in args.batch:
             case = case_of(args, device, batch)
-            for road in ROADS[args.mode]:
-                if road == "images" and args.pixels == "uint8":
+            for direction in DIRECTIONS[args.mode]:
+                if direction == "images" and args.pixels == "uint8":
                     continue  # bytes have no gradient
-                row: dict[str, Any] = {"batch": batch, "road": road}
+                row: dict[str, Any] = {"batch": batch, "direction": direction}
                 found.append(row)
                 try:
                     with op.settings(case):
                         call = make(batch, device) if make else case.call(device)
-                        progress = bar(f"B={batch} {road}")
-                        row |= configs.tune(call, road=road, seconds=args.seconds, progress=progress, ship=args.ship)
+                        progress = bar(f"B={batch} {direction}")
+                        row |= tune(call, direction=direction, seconds=args.seconds, progress=progress, ship=args.ship)
                 except RuntimeError as error:  # torch's of memory and of the device; another batch may do
                     row["error"] = short(error)
                     try:
@@ -113,10 +113,10 @@ def _front_end(spec: str, dtype: str, pixels: str | None) -> Callable[[int, str]
 
 
 def _listed() -> dict[str, Any]:
-    from ..backends.triton import config_cache, configs
+    from ..backends.triton import config_cache
 
-    entries = [{**entry, "stale": configs.is_stale(entry)} for entry in config_cache.listed()]
-    return {**configs.compiled_from(), "folder": str(config_cache.folder()), "entries": entries}
+    entries = [{**entry, "stale": config_cache.is_stale(entry)} for entry in config_cache.listed()]
+    return {**config_cache.compiled_from(), "folder": str(config_cache.folder()), "entries": entries}
 
 
 def _forgotten(gpu: str) -> dict[str, Any]:
@@ -187,7 +187,7 @@ def show(result: dict[str, Any]) -> None:
     console.print(table)
     for row in result["tuned"]:
         if "error" in row:
-            text = f"B={row['batch']} {row['road']}: {row['error']}"
+            text = f"B={row['batch']} {row['direction']}: {row['error']}"
             console.print(text, style="red", markup=False, highlight=False)
 
 
@@ -196,7 +196,7 @@ def _cells(entry: dict[str, Any]) -> tuple[str, str, str]:
     BM, BN, BK, warps, stages, *_ = entry["config"]
     ms, default = entry.get("ms"), entry.get("default_ms")
     return (
-        f"{entry['road']} {BM}×{BN}×{BK} {warps}w {stages}s",
+        f"{entry['kernel']} {BM}×{BN}×{BK} {warps}w {stages}s",
         f"{ms * 1e3:.1f}" if ms else "?",
         f"{default / ms:.2f}" if ms and default else "?",
     )

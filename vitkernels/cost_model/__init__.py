@@ -1,5 +1,5 @@
-"""What a problem costs: its least time on a GPU by the GPU's data sheet, and what each way to do it moves (roads/).
-Rates that were measured: ceilings.py."""
+"""What a problem costs: its least time on a GPU by the GPU's data sheet, and what each algorithm moves.
+Rates that were measured: bench/peaks.py."""
 
 from __future__ import annotations
 
@@ -7,15 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from ..backends.triton.forward_plan import product_of
+from ..backends.patch_layout import product_of
 from ..dispatch import Explanation
 from ..gpu import tf32
 from ..problem import PatchProblem
-from . import baselines, reference
-from . import cuda as cuda_roads
-from . import triton as triton_roads
+from . import baselines, cuda, reference, triton
 from .data_sheets import DataSheet, named
-from .traffic import Road, Sizes
+from .traffic import Algorithm, Sizes
 
 MODES = ("forward", "backward", "both", "images")
 
@@ -52,8 +50,8 @@ class Roofline:
     works: tuple[Work, ...]
     sheets: dict[str, DataSheet]
     gpus: dict[str, Attainable]
-    roads: dict[str, dict[str, Road]]  # GPU -> way -> what it moves
-    refused: dict[str, dict[str, str]]  # GPU -> way -> why it can't
+    roads: dict[str, dict[str, Algorithm]]  # GPU -> algorithm -> what it moves; the name that 0.1.0 gave it
+    refused: dict[str, dict[str, str]]  # GPU -> algorithm -> why it can't
 
     @property
     def flops(self) -> int:
@@ -70,7 +68,7 @@ class Roofline:
         return self.flops / max(1, self.bytes)
 
     def road_ms(self, gpu: str, road: str) -> float | None:
-        """The least time of a way on a GPU; None for the reference, which is the CPU's."""
+        """The least time of an algorithm on a GPU; None for the reference, which is the CPU's."""
         if road.startswith("reference"):
             return None
         return self.roads[gpu][road].ms(self.sheets[gpu], self.product)
@@ -133,9 +131,9 @@ def roofline(
 
     Returns:
         A `Roofline`: ``flops``, compulsory ``bytes`` (by tensor in ``works``), ``intensity`` in FLOP a byte, ``gpus``
-        with the attainable milliseconds, and ``roads``, GPU -> way -> passes in bytes. The rule by which memory is
-        counted, and what is left out: roads/__init__.py. Peak rates: gpus.py; TF32 where PyTorch's flags allow it. The
-        roofline is that of Williams et al. (2009), https://doi.org/10.1145/1498765.1498785.
+        with the attainable milliseconds, and ``roads``, GPU -> algorithm -> passes in bytes. The rule by which memory
+        is counted, and what is left out: cost_model/traffic.py. Peak rates: data_sheets.py; TF32 where PyTorch's flags
+        allow it. The roofline is that of Williams et al. (2009), https://doi.org/10.1145/1498765.1498785.
 
     Raises:
         TypeError: `problem` is neither.
@@ -150,7 +148,7 @@ def roofline(
         raise ValueError(f"pixels of {p.image_dtype} have no gradient")
     sheets = {sheet.name: sheet for sheet in named(gpus)}
     product, works = product_of(p, tf32()), works_of(p, mode)
-    found = {name: _roads(p, mode, sheet) for name, sheet in sheets.items()}
+    found = {name: _algorithms(p, mode, sheet) for name, sheet in sheets.items()}
     return Roofline(
         p, mode, product, works, sheets,
         gpus={name: attainable(works, sheet, product) for name, sheet in sheets.items()},
@@ -186,28 +184,28 @@ def attainable(works: Sequence[Work], sheet: DataSheet, product: str) -> Attaina
     return Attainable(ms, bound, sheet.ridge(product), sum(memory), sum(arithmetic))
 
 
-def _roads(p: PatchProblem, mode: str, sheet: DataSheet) -> tuple[dict[str, Road], dict[str, str]]:
-    """Every way on this GPU, ours first; and those that can't, with their reasons. "both" is one after the other."""
+def _algorithms(p: PatchProblem, mode: str, sheet: DataSheet) -> tuple[dict[str, Algorithm], dict[str, str]]:
+    """Every algorithm on this GPU, ours first; those that can't, with reasons. "both" is one after the other."""
     if mode == "both":
-        (forward, no), (backward, nor) = (_roads(p, part, sheet) for part in ("forward", "backward"))
+        (forward, no), (backward, nor) = (_algorithms(p, part, sheet) for part in ("forward", "backward"))
         both = {
-            name: road + backward[after]
-            for name, road in forward.items()
+            name: one + backward[after]
+            for name, one in forward.items()
             if (after := name if name in backward else name.partition(" ")[0]) in backward
         }
         return both, {**no, **{name: reason for name, reason in nor.items() if name not in both}}
     gpu, rounded = sheet.planned, tf32()
-    roads: dict[str, Road] = {}
+    found: dict[str, Algorithm] = {}
     refused: dict[str, str] = {}
     for more, reasons in (
-        triton_roads.roads(p, mode, gpu, rounded),
-        cuda_roads.roads(p, mode, gpu, rounded),
+        triton.algorithms(p, mode, gpu, rounded),
+        cuda.algorithms(p, mode, gpu, rounded),
         ({"reference (CPU)": reference.forward(p)} if mode == "forward" else {}, {}),
-        baselines.roads(p, mode),
+        baselines.algorithms(p, mode),
     ):
-        roads |= more
+        found |= more
         refused |= reasons
-    return roads, refused
+    return found, refused
 
 
 def work(p: PatchProblem, mode: str) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""The passes of peers.py's ways, operator by operator, forward and backward.
+"""The passes of bench/baselines.py's ways, operator by operator, forward and backward.
 
 `inside`: what PyTorch's convolution does on a GPU beside cuDNN's kernel. cuDNN adds no bias ("Bias is handled outside",
 aten/src/ATen/native/cudnn/ConvShared.cpp), so tokens are read and written once more; and its tensor-core kernels take
@@ -11,11 +11,11 @@ from __future__ import annotations
 from math import prod
 
 from ..problem import PatchProblem
-from .traffic import INDEX, Pass, Road
+from .traffic import INDEX, Algorithm, Pass
 
 
 def why_not(p: PatchProblem, name: str) -> str:
-    """Why peers.py's function does not cover the problem."""
+    """Why bench/baselines.py's function does not cover the problem."""
     if p.compute_dtype != p.weight_dtype or p.out_dtype != p.weight_dtype:
         return "autocast, or tokens of another dtype than the weight"
     if p.pos_rows != p.T + p.N or p.pos_per_image:
@@ -25,14 +25,14 @@ def why_not(p: PatchProblem, name: str) -> str:
     return ""
 
 
-def roads(p: PatchProblem, mode: str) -> tuple[dict[str, Road], dict[str, str]]:
-    """Name -> road, and name -> why there is none. Under a keep list convolutions embed every patch, then gather."""
+def algorithms(p: PatchProblem, mode: str) -> tuple[dict[str, Algorithm], dict[str, str]]:
+    """Name -> algorithm, and name -> why there is none. Under a keep list convolutions embed all, then gather."""
     eager = "timm_eager" if p.n_keep is None else "embed_all_then_gather"
     names = {eager: _convolution, "conv_channels_last": _convolution, "reshape_linear": _linear}
     refused = {name: reason for name in names if (reason := why_not(p, name))}
     if mode == "images":
         refused = dict.fromkeys(names, "only the gradients of what is learnt are modelled")
-    return {name: road(p, mode, name) for name, road in names.items() if name not in refused}, refused
+    return {name: modelled(p, mode, name) for name, modelled in names.items() if name not in refused}, refused
 
 
 def _layout(p: PatchProblem) -> bool:
@@ -50,7 +50,7 @@ def _pixels(p: PatchProblem, elements: int) -> list[Pass]:
     return passes
 
 
-def _convolution(p: PatchProblem, mode: str, name: str) -> Road:
+def _convolution(p: PatchProblem, mode: str, name: str) -> Algorithm:
     c, pixels, M = p.weight_dtype.itemsize, p.B * p.C * p.F * p.H * p.W, p.B * p.N
     flops, tokens, weight = 2 * M * p.K * p.D, M * p.D * c, p.D * p.K * c
     last, tensor_cores = _layout(p), p.compute_dtype.itemsize == 2
@@ -70,7 +70,7 @@ def _convolution(p: PatchProblem, mode: str, name: str) -> Road:
         if p.n_keep is not None:
             taken = p.B * p.rows
             passes.append(Pass("gather", min(M, taken) * p.D * c + taken * INDEX, taken * p.D * c))
-        return Road((*passes, *_assembled(p)), kept)
+        return Algorithm((*passes, *_assembled(p)), kept)
     passes = _disassembled(p)
     if p.n_keep is not None:
         taken = p.B * p.rows
@@ -87,10 +87,10 @@ def _convolution(p: PatchProblem, mode: str, name: str) -> Road:
         Pass("convolution_backward", pixels * c + tokens, weight + p.D * c * p.has_bias, flops),
         *[summed] * p.has_bias,
     ]
-    return Road(tuple(passes), kept)
+    return Algorithm(tuple(passes), kept)
 
 
-def _linear(p: PatchProblem, mode: str, name: str) -> Road:
+def _linear(p: PatchProblem, mode: str, name: str) -> Algorithm:
     s, c, M = p.image_dtype.itemsize, p.weight_dtype.itemsize, p.B * p.rows
     elements, weight, tokens, flops = M * p.K, p.D * p.K * c, M * p.D * c, 2 * M * p.K * p.D
     kept = elements * c
@@ -101,7 +101,7 @@ def _linear(p: PatchProblem, mode: str, name: str) -> Road:
             Pass("product", tokens + elements * c, weight, flops),
             *[Pass("bias gradient", tokens, p.D * c)] * p.has_bias,
         ]
-        return Road(tuple(passes), kept)
+        return Algorithm(tuple(passes), kept)
     axes = 3 if p.video else 2
     passes = [Pass("patches", elements * s, elements * s)]
     if p.n_keep is not None:
@@ -115,7 +115,7 @@ def _linear(p: PatchProblem, mode: str, name: str) -> Road:
         *_pixels(p, elements),
         Pass("product", elements * c + weight + p.D * c * p.has_bias, tokens, flops),
     ]
-    return Road((*passes, *_assembled(p)), kept)
+    return Algorithm((*passes, *_assembled(p)), kept)
 
 
 def pixels_of(p: PatchProblem) -> int:

@@ -14,7 +14,7 @@ from ..gpu import NOMINAL, Gpu
 
 
 class DataSheet(NamedTuple):
-    """One GPU. TFLOP/s by product, as triton/plan.py names products; GB = 1e9 bytes, MB of L2 as the sheets say."""
+    """One GPU. TFLOP/s by product, as `product_of` names products; GB = 1e9 bytes, MB of L2 as the sheets say."""
 
     name: str
     arch: int  # 90 for sm_90

@@ -10,10 +10,10 @@ import torch
 from ..backends import reference
 from ..backends.reference import unfold
 from ..problem import PatchProblem
-from .traffic import INDEX, Pass, Road, Sizes
+from .traffic import INDEX, Algorithm, Pass, Sizes
 
 
-def forward(p: PatchProblem) -> Road:
+def forward(p: PatchProblem) -> Algorithm:
     """Memory as ever; `requested` is what the operators of all pieces read and write, most of it from the caches."""
     p = replace(p, device=torch.device("cpu"))
     sizes, dtype = Sizes.of(p), reference.product_dtype(p)
@@ -33,7 +33,7 @@ def forward(p: PatchProblem) -> Road:
     passes.append(Pass("pieces", read, sizes.tokens - prefix, p.flops, 0, requests))
     largest = min(step, p.B) * max(n.stop - n.start for n in spans) * p.K * size
     name = str(dtype).removeprefix("torch.")
-    return Road(tuple(passes), 0, f"{batches * len(spans)} pieces of {largest / 1e6:.2f} MB at most, in {name}")
+    return Algorithm(tuple(passes), 0, f"{batches * len(spans)} pieces of {largest / 1e6:.2f} MB at most, in {name}")
 
 
 def _requests(p: PatchProblem, dtype, step: int, spans: list[slice], batches: int, operands: int) -> dict[str, int]:
@@ -43,7 +43,7 @@ def _requests(p: PatchProblem, dtype, step: int, spans: list[slice], batches: in
     whole = p.B * p.C * p.F * p.H * p.W
     padded = p.B * p.C * prod(n + 2 * pad for n, pad in zip((p.F, p.H, p.W), p.pad, strict=True)) * size
     # In place: x − m and ·a with a value of each channel, or ·scale
-    turns, constants = (2, p.C * unfold.sum_dtype(p).itemsize) if p.normalised else (int(p.scale != 1), 0)
+    turns, constants = (2, p.C * p.sum_dtype.itemsize) if p.normalised else (int(p.scale != 1), 0)
     moved = elements * size if staged else elements * s
     requests = {
         "images": whole * (s + size) * staged + (whole * size + padded) * any(p.pad),

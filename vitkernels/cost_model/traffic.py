@@ -40,7 +40,7 @@ class Pass(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Road:
+class Algorithm:
     """The passes of one way, in order. `kept`: bytes saved for the backward that are neither inputs nor parameters."""
 
     passes: tuple[Pass, ...]
@@ -77,9 +77,9 @@ class Road:
         """The least time: of each pass the longer of its memory and its arithmetic, one after the other."""
         return 1e3 * sum(max(p.bytes / sheet.bytes, p.flops / sheet.flops(product)) for p in self.passes)
 
-    def __add__(self, other: Road) -> Road:
+    def __add__(self, other: Algorithm) -> Algorithm:
         note = "; ".join(dict.fromkeys(filter(None, (self.note, other.note))))
-        return Road(self.passes + other.passes, max(self.kept, other.kept), note)
+        return Algorithm(self.passes + other.passes, max(self.kept, other.kept), note)
 
     def as_dict(self) -> dict[str, Any]:
         return {

@@ -1,28 +1,28 @@
-"""The passes of the Triton kernels, from the very plans that run (triton/plan.py, backward_plan.py)."""
+"""The passes of the Triton kernels, from the very plans that run (backends/triton/*_plan.py)."""
 
 from __future__ import annotations
 
 from math import prod
 from typing import Any
 
-from ..backends.reference import unfold
+from ..backends.patch_layout import product_of
 from ..backends.triton import configs
 from ..backends.triton.backward_plan import KEPT, Wanted, cells_of, image_launch, reduction
-from ..backends.triton.forward_plan import Order, Plan, make_plan, no_descriptor, product_of, roads_of
+from ..backends.triton.forward_plan import Order, Plan, kernels_of, make_plan, no_descriptor
 from ..gpu import Gpu
 from ..problem import PatchProblem
-from .traffic import INDEX, Pass, Road, Sizes, gathered
+from .traffic import INDEX, Algorithm, Pass, Sizes, gathered
 
 
-def roads(p: PatchProblem, mode: str, gpu: Gpu, tf32: bool) -> tuple[dict[str, Road], dict[str, str]]:
-    """Name -> road on this GPU, and name -> why there is none. The backward has one road, which gathers."""
+def algorithms(p: PatchProblem, mode: str, gpu: Gpu, tf32: bool) -> tuple[dict[str, Algorithm], dict[str, str]]:
+    """Name -> algorithm on this GPU, and name -> why there is none. The backward has one, which gathers."""
     if mode != "forward":
         return {"triton": backward(p, gpu, tf32) if mode == "backward" else images(p, gpu, tf32)}, {}
     product = product_of(p, tf32)
-    reasons, names = no_descriptor(p, gpu, product, True), roads_of(p, gpu, product, True)
+    reasons, names = no_descriptor(p, gpu, product, True), kernels_of(p, gpu, product, True)
     taken = make_plan(p, gpu, True, tf32)  # with the tile that was measured, where one was
     plans = {
-        name: taken if name == taken.road
+        name: taken if name == taken.kernel
         else make_plan(p, gpu, True, tf32, choice=(name, configs.default(p, name, product, gpu)))
         for name in names
     }  # fmt: skip
@@ -31,9 +31,9 @@ def roads(p: PatchProblem, mode: str, gpu: Gpu, tf32: bool) -> tuple[dict[str, R
     return found, refused
 
 
-def forward(p: PatchProblem, plan: Plan) -> Road:
+def forward(p: PatchProblem, plan: Plan) -> Algorithm:
     sizes, c = Sizes.of(p), plan.config
-    centred = 2 * plan.padded_K * unfold.sum_dtype(p).itemsize * bool(plan.constants["NORMALISED"])
+    centred = 2 * plan.padded_K * p.sum_dtype.itemsize * bool(plan.constants["NORMALISED"])
     weight = p.D * plan.weight_columns * p.compute_dtype.itemsize
     main = Pass(
         "patch embedding",
@@ -43,13 +43,13 @@ def forward(p: PatchProblem, plan: Plan) -> Road:
     packing = pack(p, plan.order, plan.weight_columns)
     temporary = ", the weight packed first" if packing else ""
     tile = f"tiles of {c.BM}×{c.BN}×{c.BK}, {plan.grid} programs{temporary}"
-    return Road((*packing, main), note=tile)
+    return Algorithm((*packing, main), note=tile)
 
 
 def _forward_requests(p: PatchProblem, plan: Plan, centred: int) -> dict[str, int]:
     c, M, size, learnt = plan.config, p.B * p.rows, p.compute_dtype.itemsize, p.weight_dtype.itemsize
     tiles_n = -(-p.D // c.BN)
-    if plan.road == "descriptor":
+    if plan.kernel == "descriptor":
         block = [int(plan.constants[side]) for side in ("BB", "BY", "BX")]  # type: ignore[call-overload]
         tiles_m = prod(-(-n // s) for n, s in zip((p.B, *p.G[1:]), block, strict=True))
         pixels, columns = M * p.K, plan.weight_columns
@@ -72,7 +72,7 @@ def _forward_requests(p: PatchProblem, plan: Plan, centred: int) -> dict[str, in
 
 
 def pack(p: PatchProblem, order: Order, columns: int) -> list[Pass]:
-    """launching.packed: the weight in the kernel's dtype, order and width; nothing where it is that already."""
+    """launch.packed: the weight in the kernel's dtype, order and width; nothing where it is that already."""
     size, passes = p.compute_dtype.itemsize, []
     weight = p.D * p.K * size
     if p.compute_dtype != p.weight_dtype:
@@ -84,12 +84,12 @@ def pack(p: PatchProblem, order: Order, columns: int) -> list[Pass]:
     return passes
 
 
-def backward(p: PatchProblem, gpu: Gpu, tf32: bool) -> Road:
+def backward(p: PatchProblem, gpu: Gpu, tf32: bool) -> Algorithm:
     """The gradients of all that is learnt: parts of them from one read of images and dY, and their sum in order."""
     sizes = Sizes.of(p)
     wanted = Wanted(True, p.has_bias, p.pos_rows > 0 and not p.pos_per_image, p.T > 0)
     plan = reduction(p, gpu, p.out_dtype, wanted, tf32)
-    size, w = unfold.sum_dtype(p).itemsize, p.weight_dtype.itemsize
+    size, w = p.sum_dtype.itemsize, p.weight_dtype.itemsize
     parts = {name: prod(shape) * size for name, shape in plan.parts.items()}
     centred = 2 * plan.padded_K * size * bool(plan.reduce.constants["NORMALISED"])
     dY = sizes.tokens
@@ -115,7 +115,8 @@ def backward(p: PatchProblem, gpu: Gpu, tf32: bool) -> Road:
     )
     splits = plan.parts["weight_parts"][0]
     c = plan.reduce.config
-    return Road(tuple(passes), note=f"tiles of {c.BM}×{c.BN}×{c.BK} in {splits} parts, {plan.reduce.grid} programs")
+    note = f"tiles of {c.BM}×{c.BN}×{c.BK} in {splits} parts, {plan.reduce.grid} programs"
+    return Algorithm(tuple(passes), note=note)
 
 
 def _table_rows(p: PatchProblem, wanted: Wanted) -> int:
@@ -124,7 +125,7 @@ def _table_rows(p: PatchProblem, wanted: Wanted) -> int:
 
 def _backward_requests(p: PatchProblem, plan: Any, wanted: Wanted) -> dict[str, dict[str, int]]:
     c, scalars, kept = plan.reduce.config, plan.reduce.scalars, p.n_keep is not None
-    size, g, M = unfold.sum_dtype(p).itemsize, p.out_dtype.itemsize, p.B * p.rows
+    size, g, M = p.sum_dtype.itemsize, p.out_dtype.itemsize, p.B * p.rows
     steps, tiles_d, tiles_k = -(-M // c.BK), -(-p.D // c.BM), -(-p.K // c.BN)
     weight_parts, table_parts, bias_parts = (
         prod(plan.parts[name]) * size for name in ("weight_parts", "table_parts", "bias_parts")
@@ -151,12 +152,12 @@ def _backward_requests(p: PatchProblem, plan: Any, wanted: Wanted) -> dict[str, 
     return {"reduce": {name: n for name, n in reduce.items() if n}, "kept": of_kept, "finish": finish}
 
 
-def images(p: PatchProblem, gpu: Gpu, tf32: bool) -> Road:
+def images(p: PatchProblem, gpu: Gpu, tf32: bool) -> Algorithm:
     """The images' gradient. A keep list's dY is put back to its place among all patches first, in fp32."""
     sizes, strides = Sizes.of(p), p.image_strides
     dY, g, passes = p.B * p.rows * p.D * p.out_dtype.itemsize, p.out_dtype, []
     if p.n_keep is not None:
-        g = unfold.sum_dtype(p)
+        g = p.sum_dtype
         table, kept = p.B * p.N * p.D * g.itemsize, p.B * p.rows * p.D * g.itemsize
         passes = [
             Pass("dY without what is out of the grid", sizes.tokens + sizes.keep, sizes.tokens),
@@ -175,4 +176,4 @@ def images(p: PatchProblem, gpu: Gpu, tf32: bool) -> Road:
     written = p.B * p.C * p.F * p.H * p.W * p.image_dtype.itemsize
     tile = f"tiles of {c.BM}×{c.BN}×{c.BK}, {launch.grid} programs over {M} cells of {columns} pixels"
     passes.append(Pass("images' gradient", dY + weight, written, 2 * p.B * p.N * p.K * p.D))
-    return Road(tuple(passes), note=tile)
+    return Algorithm(tuple(passes), note=tile)

@@ -1,1 +1,1 @@
-"""`vitkernels demo`."""
+"""The demonstration: photographs through a model before and after `fuse`, and a picture of it."""

@@ -6,10 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
-from importlib import resources
-from io import BytesIO
-from itertools import cycle, islice, pairwise
-from pathlib import Path
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,16 +15,9 @@ from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from .. import explain, fuse, patch_embed
+from ..bench.sample_images import photographs
+from ..testing.accuracy import judge
 
-# Files inside the wheels of scikit-image and scikit-learn, so that nothing is downloaded, with who is to be thanked.
-PHOTOGRAPHS = {
-    ("skimage.data", "astronaut.png"): "Eileen Collins by NASA (public domain)",
-    ("skimage.data", "chelsea.png"): "Chelsea by Stéfan van der Walt (CC0)",
-    ("skimage.data", "coffee.png"): "coffee by Rachel Michetti (CC0)",
-    ("skimage.data", "rocket.jpg"): "Falcon 9 by SpaceX (public domain)",
-    ("sklearn.datasets", "images/china.jpg"): "Summer Palace by danielbuechele (CC BY 2.0)",
-    ("sklearn.datasets", "images/flower.jpg"): "dahlia by vultilion (CC BY 2.0)",
-}
 # Largest difference of logits allowed, of the largest logit: the tokens' rounding after all blocks of a model.
 LOGITS_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 
@@ -91,7 +81,7 @@ def demonstrate(
     """Run the model before and after; `track(loop, what)` may show progress."""
     model, mean, std = _model(model_name)
     size = model.patch_embed.img_size
-    images, credits = _photographs(size, files, batch)
+    images, credits = photographs(size, files, batch)
     share = _share(model)
     model = model.to(device, dtype)
     fused_model = deepcopy(model)
@@ -110,12 +100,12 @@ def demonstrate(
 
     options = {"pos_embed": pos_embed, "prefix": prefix, "mean": mean, "std": std}
     chain = EagerChain(mean, std, *parameters)
-    exact = EagerChain(mean, std, *(t if t is None else t.double() for t in parameters))(pixels)
     before, after = chain(pixels), call(pixels)
     normalised = chain.normalise(chain.convert(pixels))
     if not torch.allclose(before, model._pos_embed(model.patch_embed(normalised)), rtol=1e-2, atol=1e-2):
         raise ValueError(f"the front end of {model_name} does more than the demo knows")
-    errors = [(tokens.double() - exact).abs().max().item() for tokens in (before, after)]
+    arguments = {"images": pixels, "weight": projection.weight, "bias": projection.bias, **options}
+    [judged] = judge(arguments, {"tokens": after})
     logits, fused_logits = model(normalised), fused_model(normalised)  # which warms up, too
 
     laps, calls, models, fused_models = [], [], [], []
@@ -143,8 +133,8 @@ def demonstrate(
         front_end=(Spread.of([sum(times) for times in laps]), Spread.of(calls)),
         whole_model=(Spread.of(models), Spread.of(fused_models)),
         token_difference=(after - before).abs().max().item(),
-        token_errors=(errors[0], errors[1]),
-        token_error_allowed=2 * errors[0] + torch.finfo(dtype).eps * exact.abs().max().item(),
+        token_errors=(judged["eager_error"], judged["error"]),
+        token_error_allowed=judged["bound"],
         logit_difference=(fused_logits - logits).abs().max().item(),
         logit_difference_allowed=LOGITS_TOLERANCE[dtype] * logits.abs().max().item(),
     )
@@ -203,22 +193,6 @@ def _model(name: str) -> tuple[Any, tuple[float, ...], tuple[float, ...]]:
         if token is not None:
             token.normal_()
     return model, tuple(model.pretrained_cfg["mean"]), tuple(model.pretrained_cfg["std"])
-
-
-def _photographs(size: tuple[int, int], files: Sequence[str], batch: int | None) -> tuple[np.ndarray, list[str]]:
-    """Photographs cut to `size` around their middle, repeated up to `batch`; and their credits."""
-    from PIL import Image, ImageOps
-
-    def cut(stream: Any) -> np.ndarray:
-        with Image.open(stream) as image:
-            return np.asarray(ImageOps.fit(image.convert("RGB"), (size[1], size[0]), Image.Resampling.LANCZOS))
-
-    if files:
-        pictures, credits = [cut(file) for file in files], [Path(file).name for file in files]
-    else:
-        pictures = [cut(BytesIO((resources.files(room) / name).read_bytes())) for room, name in PHOTOGRAPHS]
-        credits = list(PHOTOGRAPHS.values())
-    return np.stack(list(islice(cycle(pictures), batch or len(pictures)))), credits[:batch]
 
 
 def _share(model: Any) -> float:

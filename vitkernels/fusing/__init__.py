@@ -8,8 +8,8 @@ from importlib import import_module
 from torch import nn
 
 from ..dispatch import check_name
-from .class_swap import Row, full_name, fused_class, overridden, restore
 from .report import FrontEnd, Report
+from .swapping import Row, full_name, fused_class, overridden, restore
 
 # Each has an adapter here of its own name, imported when a class of that library was found and not before.
 ADAPTERS = ("timm", "torchvision", "transformers", "vit_pytorch")

@@ -13,7 +13,7 @@ from timm.layers import resample_abs_pos_embed
 from torch import nn
 
 from ..layers import in_layout, touched, why_not_plain
-from .class_swap import Fused, Row, embed, grid_of, takes
+from .swapping import Fused, Row, embed, grid_of, takes
 
 
 class PatchEmbed(Fused):

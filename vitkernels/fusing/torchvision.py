@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..layers import touched, why_not_plain
-from .class_swap import Fused, Row, embed, takes
+from .swapping import Fused, Row, embed, takes
 
 VIT = "torchvision.models.vision_transformer."
 

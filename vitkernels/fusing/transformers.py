@@ -10,7 +10,7 @@ from torch import nn
 
 from ..functional import patch_embed
 from ..layers import eager_dtype, touched, why_not_plain
-from .class_swap import Fused, Row, embed, full_name, takes
+from .swapping import Fused, Row, embed, full_name, takes
 
 VIT = "transformers.models.vit.modeling_vit."
 MAE = "transformers.models.vit_mae.modeling_vit_mae."

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from ..layers import normed_patch_embed, touched
-from .class_swap import Fused, Row
+from .swapping import Fused, Row
 
 PATTERN = "b c (h p1) (w p2) -> b (h w) (p1 p2 c)"
 

@@ -1,1 +1,1 @@
-"""What a kernel is made of and where its time goes: traces, Nsight Compute, machine code."""
+"""What a launch does: traces, hardware counters, and the machine code of the kernels."""

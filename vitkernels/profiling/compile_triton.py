@@ -1,7 +1,7 @@
 """Kernels compiled for a GPU that need not be there, and what their machine code says: registers, spills, shared
 memory, tensor-core and copy-engine instructions, width of the image loads, hazards.
 
-The SASS is read by `machine_code` and `hazards`.
+The SASS is read by `sass` and `hazards`.
 """
 
 from __future__ import annotations
@@ -15,16 +15,17 @@ from typing import Any
 
 import torch
 
-from ..backends.triton import configs as tuning
+from ..backends.patch_layout import product_of
+from ..backends.triton import configs, primitives
 from ..backends.triton.backward_plan import Launch, Wanted, image_launch, reduction, weight_tiles
 from ..backends.triton.configs import Config, rows
-from ..backends.triton.forward_plan import Plan, make_plan, product_of, roads_of
+from ..backends.triton.forward_plan import Plan, kernels_of, make_plan
 from ..gpu import NOMINAL, Gpu
 from ..problem import Arguments, Meta, PatchProblem, build
-from . import sass as machine_code
+from . import sass
 from .hazards import hazards
 
-# Roads of the backward: dW and sums in one launch, sums alone, sums where patches are kept, second pass; dX.
+# Kernels of the backward: dW and sums in one launch, sums alone, sums where patches are kept, second pass; dX.
 GRADIENTS = ("weight", "sums", "kept", "finish", "images")
 ARCHS = (80, 90, 100)
 PATCHES = (14, 16, 32)
@@ -64,60 +65,63 @@ def problem(patch: int, dtype: str, *, B: int = 256, D: int = 768, keep: bool = 
 
 
 def shipped(arch: int, patch: int, dtype: str) -> list[tuple[PatchProblem, str, Config, bool]]:
-    """Every (problem, road, tile, default) of the tables for this patch and dtype on this architecture."""
+    """Every (problem, kernel, tile, default) of the tables for this patch and dtype on this architecture."""
     gpu, tf32 = NOMINAL[arch], DTYPES[dtype][2]
     found: dict[tuple[str, Config, bool], tuple[PatchProblem, bool]] = {}
     for keep, D, B in product((False, True), WIDTHS, BATCHES):
         p = problem(patch, dtype, B=B, D=D, keep=keep)
-        for road, picked, others in _roads(p, gpu, tf32):
-            apart = keep and road in ("weight", "sums")  # there it is a kernel of its own
+        for kernel, picked, others in _kernels(p, gpu, tf32):
+            apart = keep and kernel in ("weight", "sums")  # there it is a kernel of its own
             if picked is not None:
-                found[road, picked, apart] = p, True
+                found[kernel, picked, apart] = p, True
             for c in others:
-                found.setdefault((road, c, apart), (p, False))
-    return [(p, road, c, default) for (road, c, _), (p, default) in found.items()]
+                found.setdefault((kernel, c, apart), (p, False))
+    return [(p, kernel, c, default) for (kernel, c, _), (p, default) in found.items()]
 
 
-def _roads(p: PatchProblem, gpu: Gpu, tf32: bool) -> Iterator[tuple[str, Config | None, list[Config]]]:
-    """(road, the tile that its table picks, all its tiles) of the forward and of the backward. Of the forward's second
-    road no tile is picked: it is there to be tuned."""
+def _kernels(p: PatchProblem, gpu: Gpu, tf32: bool) -> Iterator[tuple[str, Config | None, list[Config]]]:
+    """(kernel, the tile that its table picks, all its tiles) of forward and backward. Of the forward's second kernel no
+    tile is picked: it is there to be tuned."""
     kind = product_of(p, tf32)
-    first, *others = roads_of(p, gpu, kind, True)
-    yield first, tuning.default(p, first, kind, gpu), []
-    for road in (first, *others):
-        yield road, None, [tuning.fitted(p, c, gpu) for c in rows(gpu.arch, road, kind)]
+    first, *others = kernels_of(p, gpu, kind, True)
+    yield first, configs.default(p, first, kind, gpu), []
+    for kernel in (first, *others):
+        yield kernel, None, [configs.fitted(p, c, gpu) for c in rows(gpu.arch, kernel, kind)]
     tiles = {"weight": weight_tiles(p, gpu, p.out_dtype, kind), "sums": (), "kept" if p.n_keep else "finish": ()}
     if p.image_dtype.is_floating_point and p.n_keep is None:
         tiles["images"] = rows(gpu.arch, "images", kind)
-    for road, configs in tiles.items():
-        yield road, _gradient(p, gpu, tf32, road).config, [_gradient(p, gpu, tf32, road, c).config for c in configs]
+    for kernel, some in tiles.items():
+        yield kernel, _gradient(p, gpu, tf32, kernel).config, [_gradient(p, gpu, tf32, kernel, c).config for c in some]
 
 
 def measure(p: PatchProblem, gpu: Gpu, tf32: bool, choice: tuple[str, Config] | None = None) -> dict[str, Any]:
     """Compile a kernel of this problem for `gpu` and count what is in its machine code.
 
-    The forward's, unless `choice` names a road of the backward.
+    The forward's, unless `choice` names a kernel of the backward.
 
     Returns:
         {"kernel", "registers", "spill_bytes" (stack), "shared_bytes", "wgmma", "mma" (mma.sync and tcgen05), "tma",
         "load_bytes" (of one image load; of one row of a copy-engine block; 0 where no image is read), "hazards" (how
         many instructions break the rules of hazards.py), "first_hazard"}.
     """
-    road = choice[0] if choice else "forward"
-    if road in GRADIENTS:
-        kernel, load = _compile_gradient(p, gpu, tf32, *choice), None  # type: ignore[misc]
-    else:
-        plan = make_plan(p, gpu, True, tf32, False, choice)
-        road, kernel = plan.road, compile_plan(p, plan, gpu.arch)
-        load = plan.constants["XK"] * p.image_dtype.itemsize if road == "descriptor" else None
-    usage, sass = machine_code.read(kernel.asm["cubin"])
-    count, found = machine_code.counts(sass), hazards(sass, kernel.metadata.num_warps)
+    name, compiled, load = compile_kernel(p, gpu, tf32, choice)
+    usage, text = sass.read(compiled.asm["cubin"])
+    count, found = sass.counts(text), hazards(text, compiled.metadata.num_warps)
     return {
-        "kernel": road, "registers": usage.registers, "spill_bytes": usage.stack,
-        "shared_bytes": kernel.metadata.shared, "wgmma": count["wgmma"], "mma": count["mma"],
-        "tma": count["tma_loads"] + count["tma_stores"], "load_bytes": _load_bytes(sass) if load is None else load,
+        "kernel": name, "registers": usage.registers, "spill_bytes": usage.stack,
+        "shared_bytes": compiled.metadata.shared, "wgmma": count["wgmma"], "mma": count["mma"],
+        "tma": count["tma_loads"] + count["tma_stores"], "load_bytes": _load_bytes(text) if load is None else load,
         "hazards": len(found), "first_hazard": next(iter(found), ""),
     }  # fmt: skip
+
+
+def compile_kernel(p: PatchProblem, gpu: Gpu, tf32: bool, choice: tuple[str, Config | None] | None = None):
+    """Its name, what Triton makes of it, and the bytes of a row of the copy engine's blocks, where it has them."""
+    if choice and choice[0] in GRADIENTS:
+        return choice[0], _compile_gradient(p, gpu, tf32, *choice), None
+    plan = make_plan(p, gpu, True, tf32, False, choice)  # type: ignore[arg-type]
+    load = plan.constants["XK"] * p.image_dtype.itemsize if plan.kernel == "descriptor" else None
+    return plan.kernel, compile_plan(p, plan, gpu.arch), load
 
 
 def compile_plan(p: PatchProblem, plan: Plan, arch: int):
@@ -136,21 +140,21 @@ def compile_plan(p: PatchProblem, plan: Plan, arch: int):
         ("pos", p.pos_rows), ("prefix", p.T),
     ) if not there]  # fmt: skip
     scalars = {**plan.scalars, "pos_b": 0, "pos_n": p.D, "prefix_b": 0, "prefix_t": p.D}
-    return _compile(f"{plan.road}_kernel", plan.config, scalars, plan.constants, types, absent, arch)
+    return _compile(f"{plan.kernel}_kernel", plan.config, scalars, plan.constants, types, absent, arch)
 
 
-def _gradient(p: PatchProblem, gpu: Gpu, tf32: bool, road: str, config: Config | None = None) -> Launch:
-    """The launch of one road of the backward, every gradient asked for and dY in the tokens' dtype."""
-    if road == "images":
+def _gradient(p: PatchProblem, gpu: Gpu, tf32: bool, kernel: str, config: Config | None = None) -> Launch:
+    """The launch of one kernel of the backward, every gradient asked for and dY in the tokens' dtype."""
+    if kernel == "images":
         return image_launch(p, p.image_strides, gpu, p.out_dtype, tf32, choice=config)[0]
-    wanted = Wanted(road != "sums", p.has_bias, p.pos_rows > 0 and not p.pos_per_image, p.T > 0)
-    plan = reduction(p, gpu, p.out_dtype, wanted, tf32, choice=config if road == "weight" else None)
-    return {"kept": plan.kept, "finish": plan.finish}.get(road, plan.reduce)
+    wanted = Wanted(kernel != "sums", p.has_bias, p.pos_rows > 0 and not p.pos_per_image, p.T > 0)
+    plan = reduction(p, gpu, p.out_dtype, wanted, tf32, choice=config if kernel == "weight" else None)
+    return {"kept": plan.kept, "finish": plan.finish}.get(kernel, plan.reduce)
 
 
-def _compile_gradient(p: PatchProblem, gpu: Gpu, tf32: bool, road: str, config: Config | None = None):
+def _compile_gradient(p: PatchProblem, gpu: Gpu, tf32: bool, kernel: str, config: Config | None = None):
     """A kernel of the backward as Triton compiles it, dY contiguous."""
-    launch = _gradient(p, gpu, tf32, road, config)
+    launch = _gradient(p, gpu, tf32, kernel, config)
     constants = launch.constants
     weights, images, total = NAMES[p.weight_dtype], NAMES[p.image_dtype], NAMES[constants["SUM"]]
     types = {
@@ -162,7 +166,7 @@ def _compile_gradient(p: PatchProblem, gpu: Gpu, tf32: bool, road: str, config: 
     absent = [name for name, there in (
         ("keep", p.n_keep is not None), ("centred", normalised), ("factor", normalised), ("d_bias", p.has_bias),
         ("bias_parts", p.has_bias), ("d_pos", p.pos_rows), ("d_prefix", p.T), ("table_parts", p.pos_rows or p.T),
-        ("weight_parts", road != "sums"), ("images", road == "weight"),
+        ("weight_parts", kernel != "sums"), ("images", kernel == "weight"),
     ) if not there]  # fmt: skip
     element = [p.K, p.K // p.C, p.P[1] * p.P[2], p.P[2], 1]
     scalars = {
@@ -205,17 +209,15 @@ def _compile(name: str, config: Config, scalars, constants, types, absent: list[
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options(config))
 
 
-def _load_bytes(sass: str) -> int:
+def _load_bytes(code: str) -> int:
     """Bytes of the narrowest load on the source line that reads pixels; 0 where none is."""
-    from ..backends.triton import kernel_utils as tiles
-
-    lines = Path(inspect.getsourcefile(tiles)).read_text().splitlines()  # type: ignore[arg-type]
+    lines = Path(inspect.getsourcefile(primitives)).read_text().splitlines()  # type: ignore[arg-type]
     pixel_lines = {i for i, text in enumerate(lines, 1) if "tl.load(pixel" in text}
     widths: set[int] = set()
     here = False
-    for text in sass.splitlines():
+    for text in code.splitlines():
         if at := re.search(r'File ".*?(\w+\.py)", line (\d+)', text):
-            here = at[1] == "kernel_utils.py" and int(at[2]) in pixel_lines
+            here = at[1] == "primitives.py" and int(at[2]) in pixel_lines
         elif here:
-            widths |= machine_code.widths(text, r"(?:LDG|LDGSTS)")
+            widths |= sass.widths(text, r"(?:LDG|LDGSTS)")
     return min(widths, default=0)

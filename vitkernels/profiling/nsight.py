@@ -1,8 +1,8 @@
 """Nsight Compute (`ncu`) and Nsight Systems (`nsys`): the commands, what their output says, in words what it means.
 
-What is read is ncu's CSV: the raw page (a row a kernel, a column a metric, units in a row of their own) and the details
-page (a row a metric, by its label). Names and pages: NVIDIA's documents of Nsight Compute, "Nsight Compute CLI" and
-"Profiling Guide". Metrics differ by architecture and by version; what is not there is None, never an error.
+What is read is the raw page of ncu's CSV: a row a kernel, a column a metric, units in a row of their own. Names:
+NVIDIA's documents of Nsight Compute, "Nsight Compute CLI" and "Profiling Guide". Metrics differ by architecture and by
+version; what is not there is None, never an error.
 """
 
 from __future__ import annotations
@@ -45,21 +45,6 @@ NEEDED: dict[str, tuple[str, ...]] = {
 }
 TENSOR = re.compile(r"sm__(?:inst_executed_)?pipe_tensor\w*\.avg\.pct_of_peak_sustained_(?:active|elapsed)")
 STALL = re.compile(r"smsp__average_warps?(?:_latency)?_issue_stalled_(\w+?)(?:_per_issue_active)?\.ratio")
-# Labels of the details page, with the kind of unit where a label has two.
-LABELS = {
-    ("Duration", "s"): "gpu__time_duration.sum",
-    ("DRAM Throughput", "%"): "gpu__dram_throughput" + PERCENT,
-    ("Memory Throughput", "byte/s"): "dram__bytes.sum.per_second",
-    ("L2 Cache Throughput", "%"): "lts__throughput" + PERCENT,
-    ("L2 Hit Rate", "%"): "lts__t_sector_hit_rate.pct",
-    ("Compute (SM) Throughput", "%"): "sm__throughput" + PERCENT,
-    ("Registers Per Thread", "register"): "launch__registers_per_thread",
-    ("Dynamic Shared Memory Per Block", "byte"): "launch__shared_mem_per_block_dynamic",
-    ("Static Shared Memory Per Block", "byte"): "launch__shared_mem_per_block_static",
-    ("Waves Per SM", ""): "launch__waves_per_multiprocessor",
-    ("Achieved Occupancy", "%"): "sm__warps_active.avg.pct_of_peak_sustained_active",
-    ("Theoretical Occupancy", "%"): "sm__maximum_warps_per_active_cycle_pct",
-}
 WHY = {
     "barrier": "other warps at a barrier", "branch_resolving": "a branch", "dispatch_stall": "the dispatcher",
     "drain": "stores to leave", "gmma": "the tensor cores' products (wgmma)", "imc_miss": "constants",
@@ -175,29 +160,11 @@ UNITS = {
 
 
 def parse(text: str) -> list[dict[str, Any]]:
-    """Kernels in ncu's CSV, either page, whatever stands around it: {"kernel", "grid", "block", "metrics"}; metrics in
-    seconds, bytes, bytes a second, percent. What is no number ("n/a", a policy's name) is left out."""
+    """Kernels in ncu's CSV, whatever stands around it: {"kernel", "grid", "block", "metrics"}; metrics in seconds,
+    bytes, bytes a second, percent. What is no number ("n/a", a policy's name) is left out."""
     lines = text.splitlines()
     start = next((i for i, line in enumerate(lines) if line.startswith('"ID","')), len(lines))
-    cells = list(csv.reader(line for line in lines[start:] if line.startswith('"')))
-    if not cells:
-        return []
-    return (_long if "Metric Name" in cells[0] else _wide)(cells[0], cells[1:])
-
-
-def _long(head: list[str], cells: list[list[str]]) -> list[dict[str, Any]]:
-    found: dict[str, dict[str, Any]] = {}
-    for cell in cells:
-        line = dict(zip(head, cell, strict=False))  # lines of rules have more fields, and metrics may have fewer
-        kernel = found.setdefault(line["ID"], _kernel(line))
-        value = _number(line.get("Metric Value", ""), line.get("Metric Unit", ""))
-        if value is not None:
-            kind = _kind(line["Metric Unit"])
-            kernel["metrics"][LABELS.get((line["Metric Name"], kind), line["Metric Name"])] = value
-    return list(found.values())
-
-
-def _wide(head: list[str], cells: list[list[str]]) -> list[dict[str, Any]]:
+    head, *cells = list(csv.reader(line for line in lines[start:] if line.startswith('"'))) or [[]]
     units: dict[str, str] = {}
     found = []
     for cell in cells:
@@ -205,18 +172,14 @@ def _wide(head: list[str], cells: list[list[str]]) -> list[dict[str, Any]]:
         if not line.get("ID"):
             units = line
             continue
-        kernel = _kernel(line)
-        for name, text in line.items():
-            value = _number(text, units.get(name, "")) if "__" in name else None
-            if value is not None:
-                kernel["metrics"][name] = value
-        found.append(kernel)
+        numbers = ((name, _number(text, units.get(name, ""))) for name, text in line.items() if "__" in name)
+        found.append({**_kernel(line), "metrics": {name: n for name, n in numbers if n is not None}})
     return found
 
 
 def _kernel(line: Mapping[str, str]) -> dict[str, Any]:
     sizes = ([int(n) for n in re.findall(r"\d+", line.get(name, ""))] for name in ("Grid Size", "Block Size"))
-    return {"kernel": line.get("Kernel Name", "?"), **dict(zip(("grid", "block"), sizes, strict=True)), "metrics": {}}
+    return {"kernel": line.get("Kernel Name", "?"), **dict(zip(("grid", "block"), sizes, strict=True))}
 
 
 def _number(text: str, unit: str) -> float | None:
@@ -224,14 +187,6 @@ def _number(text: str, unit: str) -> float | None:
         return float(text.replace(",", "")) * UNITS.get(unit.partition("/")[0], 1.0)
     except ValueError:
         return None
-
-
-def _kind(unit: str) -> str:
-    base, _, per = unit.partition("/")
-    base = re.sub(r"^[KMGT](?=byte)", "", base)
-    if base in UNITS and base != "byte":
-        return "s"
-    return "byte/s" if base == "byte" and per in ("s", "second") else base
 
 
 # --- What it means.

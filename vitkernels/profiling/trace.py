@@ -16,8 +16,7 @@ from typing import Any
 import torch
 
 from .. import cost_model
-from ..bench import memory, op
-from ..bench import peaks as ceilings
+from ..bench import gate, implementations, memory, op, peaks
 from ..bench.cases import Case
 from ..functional import explain
 
@@ -47,10 +46,10 @@ def calls_of(case: Case, impl: str, mode: str, device: torch.device) -> tuple[st
     """The name of what runs (of "auto", the backend it takes) and one call of the mode, ready to be made."""
     call = case.call(device)
     name = explain(**call).chosen if impl == "auto" else impl
-    [(step, leaves)] = op.steps(impl, [call], mode != "forward")
+    [(step, leaves)] = implementations.steps(impl, [call], mode != "forward")
     if mode == "forward":
         return name, step
-    p = op.problem(call)
+    p = implementations.problem(call)
     dY = torch.randn(p.out_shape, device=device).to(p.out_dtype)
     if mode == "both":
         return name, lambda: torch.autograd.grad(step(), leaves, dY)
@@ -68,7 +67,7 @@ def trace(
         its operations on a CPU), "peak_mb" (temporary memory of one call), "roofline_share"}; or {"impl", "error"}.
     """
     with op.settings(case), torch.set_grad_enabled(mode != "forward"):
-        if error := op.gate(impl, case.call(device), mode):
+        if error := gate.gate(impl, case.call(device), mode):
             return {"impl": impl, "error": error}
         name, step = calls_of(case, impl, mode, device)
         for _ in range(3):
@@ -93,9 +92,9 @@ def trace(
             return {"impl": impl, "error": "the profiler saw no kernel: CUPTI can't be used here"}
         rows = table(traced, calls)
         us = sum(row["us"] for row in rows)
-        p = op.problem(case.call(device))
-        peaks = ceilings.peaks(device, p.compute_dtype, case.dtype == "tf32")
-    least = 1e3 * peaks.ms(*cost_model.work(p, mode))
+        p = implementations.problem(case.call(device))
+        rates = peaks.peaks(device, p.compute_dtype, case.dtype == "tf32")
+    least = 1e3 * rates.ms(*cost_model.work(p, mode))
     return {
         "impl": impl, "backend": name, "label": text, "file": str(file), "kernels": rows, "us": us,
         "peak_mb": round(peak / 1e6, 3), "roofline_share": least / us if us else None,

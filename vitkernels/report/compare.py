@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from . import Entry, Results, Row, times
+from .results import Entry, Results, Row, times
 
 FLOOR = 0.05
 FAILED = ("slower", "lost")

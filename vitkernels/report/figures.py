@@ -21,13 +21,14 @@ try:
 except ImportError as error:
     raise ImportError("figures need matplotlib: pip install matplotlib, or leave them out by --no-figures") from error
 
-from . import Entry, Results, Row, order, rank, times
 from .labels import MODES, TIMINGS, case_words, dtype_words, how_words, impl_words, small_print
+from .results import Entry, Results, Row, times
+from .summary import order, rank
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-INK, GREY, ACCENT = "#1f2430", "#667080", "#e4572e"  # as in pictures.py, whose imports a table need not have
+INK, GREY, ACCENT = "#1f2430", "#667080", "#e4572e"  # as in demo/figure.py, whose imports a table need not have
 OURS_TOO, BEST, PEER, LINE = "#f2a48f", "#3f6797", "#93b1d1", "#c9d8e8"
 MARKERS = "sD^vP<>Xphd*"
 WIDTH, SMALL, PANELS = 11.0, 9, 12  # inches; points; cases of a figure

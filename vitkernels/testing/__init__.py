@@ -1,1 +1,1 @@
-"""What says whether a result is right: the fp64 oracle, the accuracy rule, random problems, races."""
+"""What tests, benchmarks and `vitkernels verify` share: oracle, rule of accuracy, random problems, hunt for races."""

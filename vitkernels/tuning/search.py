@@ -67,7 +67,7 @@ class Journal:
             return
         self._out.truncate(lines[-1][1])  # a line that was being written when the process ended
         for line, _ in lines[1:]:
-            choice = (line["road"], Config(*line["config"]))
+            choice = (line["kernel"], Config(*line["config"]))
             if line["event"] == "withdrawn":
                 self.times.pop(choice, None)
             else:
@@ -91,7 +91,7 @@ class Journal:
             self.file.unlink(missing_ok=True)
 
     def _note(self, event: str, choice: Choice, **result: float | str) -> None:
-        self._write({"event": event, "road": choice[0], "config": list(choice[1]), **result})
+        self._write({"event": event, "kernel": choice[0], "config": list(choice[1]), **result})
 
     def _write(self, line: dict[str, Any]) -> None:
         self._out.write(json.dumps(line).encode() + b"\n")
@@ -190,6 +190,15 @@ def search(
     if best == INF:
         raise RuntimeError(f"none of {tried} candidates ran")
 
+    winner, final = _finals(candidates, times, best, timer, progress)
+    return Found(winner, final[winner], final.get(candidates[0]), tried, dropped, resumed)
+
+
+def _finals(
+    candidates: Sequence[Choice], times: dict[Choice, float], best: float, timer: Timer,
+    progress: Callable[[Progress], object],
+) -> tuple[Choice, dict[Choice, float]]:  # fmt: skip
+    """The winner among the default and those that come near the best, timed longer, and what each of them took."""
     default = candidates[0]
     near = sorted((c for c in candidates if times.get(c, INF) <= SLOWER * best), key=lambda c: times[c])[:FINALISTS]
     samples: dict[Choice, list[float]] = {c: [] for c in near}
@@ -205,7 +214,7 @@ def search(
     winner = min(final, key=lambda c: final[c])
     if default in final and final[winner] > TIE * final[default]:
         winner = default
-    return Found(winner, final[winner], final.get(default), tried, dropped, resumed)
+    return winner, final
 
 
 def _tile(choice: Choice) -> tuple[object, ...]:
@@ -213,5 +222,5 @@ def _tile(choice: Choice) -> tuple[object, ...]:
 
 
 def named(choice: Choice) -> str:
-    road, c = choice
-    return f"{road} {c.BM}×{c.BN}×{c.BK} {c.warps}w {c.stages}s"
+    kernel, c = choice
+    return f"{kernel} {c.BM}×{c.BN}×{c.BK} {c.warps}w {c.stages}s"

@@ -1,26 +1,31 @@
-"""The CUDA C++ backend: csrc/, built as `vitkernels._cuda`. Everything is allocated here; C++ gets raw pointers, sizes,
-strides and the current stream, plans the launch (csrc/forward/plan.h, backward_plan.h) and makes it."""
+"""The CUDA C++ backend: csrc/, built as `vitkernels._cuda`. Everything is planned here
+(forward_plan.py, backward_plan.py) and allocated; C++ gets the plan, raw pointers, sizes, strides and the current
+stream, and launches."""
 
 from __future__ import annotations
 
-import math
 from functools import lru_cache
+from math import prod
 from typing import Any
 
 import torch
 
-from ...gpu import gpu_of, tf32
+from ...gpu import Gpu, gpu_of, tf32
 from ...problem import PatchProblem
-from .. import fallbacks
-from ..reference import gradients, unfold
-from . import extension
+from .. import fallbacks, reference
+from ..common import Grads, centred, own_tables
+from ..patch_layout import product_of, scaling, within_image
+from . import backward_plan, extension, forward_plan
+from .backward_plan import Grad
+from .forward_plan import LOADERS, Plan
 
-# As csrc/common/problem.h numbers them
+# As csrc/problem.h numbers them
 DTYPES = (
     torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64,
     torch.int8, torch.int16, torch.int32, torch.int64,
 )  # fmt: skip
 BACKEND = "cuda"
+LIMIT = 2**31 - 2**16
 _NUMBER = {dtype: i for i, dtype in enumerate(DTYPES)}
 
 
@@ -34,10 +39,28 @@ def why_not(p: PatchProblem) -> list[str]:
     if device_type == "cuda" and not any(covers(built, arch) for built in _built()):
         built = ", ".join(_built()) or "nobody knows which"
         return [f"the GPU is sm_{arch}; the extension was built for {built} (TORCH_CUDA_ARCH_LIST)"]
-    problem, figures = _problem(p, tf32()), _gpu(p.device)
-    reasons = extension.load().why_not(problem, figures)
-    refused = extension.load().backward_refused(problem)
-    return reasons + [refused] * bool(refused)
+    return [f"the GPU is sm_{arch}; the kernels need sm_80 or later"] * (arch < 80) + too_large(p)
+
+
+def too_large(p: PatchProblem) -> list[str]:
+    """What kernels of either direction count in 32 bits: along an axis, and in a grid. Offsets are 64."""
+    t, y, x = S = within_image(p)
+    sizes = (p.F + 2 * p.pad[0], p.H + 2 * p.pad[1], p.W + 2 * p.pad[2])
+    cells, of_a_cell = p.B * prod(-(-n // s) for n, s in zip(sizes, S, strict=True)), p.C * t * y * x
+    windows = prod(-(-n // s) for n, s in zip(p.P, S, strict=True))
+    counts = {
+        "F + 2·padding + stride": sizes[0] + t, "H + 2·padding + stride": sizes[1] + y,
+        "C·(W + 2·padding + stride)": (sizes[2] + x) * p.C,
+        "B·N": p.B * p.rows, "B·T": p.B * p.T, "N": p.N, "K": p.K, "D": p.D, "T": p.T,
+        "cells of B·image": cells,
+        "channels of a cell": of_a_cell,
+        "pixels, in tiles of 64 × 64,": -(-cells // 64) * -(-(of_a_cell + 8 * 64) // 64),
+        "windows × steps of channels": windows * -(-p.D // 16),
+        "tiles of dW": -(-p.D // 32) * -(-p.K // 32),
+        "parts of dW": -(-p.D * p.K // backward_plan.FINISH_THREADS),
+        "elements of the table": (p.T + p.N) * p.D // backward_plan.FINISH_THREADS,
+    }  # fmt: skip
+    return [f"{name} = {n} does not fit 32 bits" for name, n in counts.items() if n >= LIMIT]
 
 
 def _built() -> list[str]:
@@ -56,25 +79,20 @@ def covers(built: str, arch: int) -> bool:
 
 
 def how(p: PatchProblem) -> str:
-    """The forward's road, for tensors that begin on 16 bytes and a dense weight."""
-    weight = _dense((p.D, p.C, *p.P))
-    plan = _plan(p, tf32(), fallbacks.happened(BACKEND, p), 0, 0, _NUMBER[p.weight_dtype], weight)
-    return extension.load().how(_problem(p, tf32()), plan)
+    """The forward, for tensors that begin on 16 bytes and a dense weight."""
+    return forward_plan.make_plan(p, _gpu(p.device, fallbacks.happened(BACKEND, p)), tf32()).how
 
 
 @lru_cache(maxsize=1024)
 def no_wgmma(p: PatchProblem) -> str:
     """Why the weight's gradient is not multiplied by wgmma, for dense gradients of the tokens; "": it is."""
-    images = (0, _NUMBER[p.image_dtype], *p.image_strides)
-    grad = (0, _NUMBER[p.out_dtype], *_dense(p.out_shape))
-    return extension.load().no_hopper_weight(_problem(p, tf32()), _gpu(p.device), images, grad)
+    return backward_plan.no_wgmma(p, _gpu(p.device), 0, Grad(0, ((p.T + p.rows) * p.D, p.D, 1)))
 
 
-def candidates(p: PatchProblem, images: torch.Tensor, weight: torch.Tensor) -> dict[str, Any]:
+def candidates(p: PatchProblem, images: torch.Tensor, weight: torch.Tensor) -> dict[str, Plan]:
     """Every plan of the forward that can take the problem, by what it would do."""
-    module, problem = extension.load(), _problem(p, tf32())
-    found = module.forward_candidates(problem, _gpu(p.device), *_ends(p, *_places(images, weight)))
-    return {module.how(problem, plan): plan for plan in found}
+    found, _ = forward_plan.candidates(p, _gpu(p.device), tf32(), *_places(images, weight))
+    return {plan.how: plan for plan in found}
 
 
 def forward(
@@ -86,19 +104,20 @@ def forward(
     prefix: torch.Tensor | None,  # [1|B, T, D]
     keep: torch.Tensor | None,  # [B, rows]
     *,
-    plan: Any = None,  # one of `candidates`, instead of the cheapest
+    plan: Plan | None = None,  # one of `candidates`, instead of the cheapest
 ) -> torch.Tensor:  # [B, T+rows, D]
     out = images.new_empty(p.out_shape, dtype=p.out_dtype)
     if out.numel() == 0:
         return out
-    rounded, centred = tf32(), _centred(p)
-    taken = plan or _plan(p, rounded, fallbacks.happened(BACKEND, p), *_places(images, weight))
-    scratch = images.new_empty(taken.scratch_bytes, dtype=torch.uint8) if taken.scratch_bytes else None
+    rounded, constants = tf32(), _centred(p)
+    places = _places(images, weight)
+    taken, scratch_bytes = _prepared(p, rounded, fallbacks.happened(BACKEND, p), plan, *places)
+    scratch = images.new_empty(scratch_bytes, dtype=torch.uint8) if scratch_bytes else None
     try:
         with torch.cuda.device_of(images):
             extension.load().forward(
                 _problem(p, rounded), taken, _plain(images), _plain(weight), _plain(bias), _table(pos_embed),
-                _table(prefix), _plain(keep), _plain(centred), _plain(out),
+                _table(prefix), _plain(keep), _plain(constants), _plain(out),
                 0 if scratch is None else scratch.data_ptr(), _stream(p),
             )  # fmt: skip
     except extension.load().Refused as error:
@@ -118,23 +137,27 @@ def backward(
     pos_embed: torch.Tensor | None,  # [1|B, N|T+N, D]
     prefix: torch.Tensor | None,  # [1|B, T, D]
     keep: torch.Tensor | None,  # [B, rows]
-    grads: gradients.Grads,  # of images, weight, bias, pos_embed and prefix, to be written; None: nobody asks
+    grads: Grads,  # of images, weight, bias, pos_embed and prefix, to be written; None: nobody asks
 ) -> None:
     d_images, d_weight, d_bias, d_pos, d_prefix = grads
     if grad.numel() == 0 or p.rows == 0:
-        return gradients.backward(p, grad, images, weight, bias, pos_embed, prefix, keep, grads)
-    d_pos, d_prefix = gradients.own_tables(p, grad, keep, d_pos, d_prefix)
+        return reference.backward(p, grad, images, weight, bias, pos_embed, prefix, keep, grads)
+    d_pos, d_prefix = own_tables(p, grad, keep, d_pos, d_prefix)
     if all(g is None for g in (d_images, d_weight, d_bias, d_pos, d_prefix)):
         return None
-    centred = _centred(p)  # held until the launch: below is but its address
-    everything = (grad, images, weight, keep, centred, d_images, d_weight, d_bias, d_pos, d_prefix)
+    constants = _centred(p)  # held until the launch: below is but its address
+    everything = (grad, images, weight, keep, constants, d_images, d_weight, d_bias, d_pos, d_prefix)
     tensors = tuple(map(_plain, everything))
-    module, problem = extension.load(), _problem(p, tf32())
-    plan = module.plan_backward(problem, _gpu(p.device, fallbacks.happened(BACKEND, p)), tensors)
-    scratch = images.new_empty(plan.scratch_bytes, dtype=torch.uint8)
+    rounded = tf32()
+    plan, scratch_bytes = _prepared_backward(
+        p, rounded, fallbacks.happened(BACKEND, p), images.data_ptr() % 16, grad.data_ptr() % 16, grad.stride(),
+        d_images.stride() if d_images is not None else None, *(g is not None for g in (d_weight, d_bias, d_pos)),
+        d_prefix is not None and p.T > 0,
+    )  # fmt: skip
+    scratch = images.new_empty(scratch_bytes, dtype=torch.uint8)
     try:
         with torch.cuda.device_of(images):
-            module.backward(problem, plan, tensors, scratch.data_ptr(), _stream(p))
+            extension.load().backward(_problem(p, rounded), plan, tensors, scratch.data_ptr(), _stream(p))
     except extension.load().Refused as error:
         _leave_the_copy_engine(p, error)
         return backward(p, grad, images, weight, bias, pos_embed, prefix, keep, grads)
@@ -148,41 +171,61 @@ def _leave_the_copy_engine(p: PatchProblem, error: Exception) -> None:
 
 @lru_cache(maxsize=1024)
 def _problem(p: PatchProblem, rounded: bool) -> Any:
+    normalised, scaled = scaling(p, product_of(p, rounded))
     return extension.load().Problem({
-        "B": p.B, "C": p.C, "F": p.F, "H": p.H, "W": p.W, "P": p.P, "S": p.S, "pad": p.pad, "G": p.G,
+        "B": p.B, "C": p.C, "F": p.F, "H": p.H, "W": p.W, "P": p.P, "S": within_image(p), "pad": p.pad, "G": p.G,
         "D": p.D, "T": p.T, "N": p.N, "rows": p.rows, "K": p.K, "keep": p.n_keep is not None, "pos_rows": p.pos_rows,
-        "strides": p.image_strides, "normalised": p.normalised, "scale": p.scale, "tf32": rounded,
+        "strides": p.image_strides, "normalised": normalised, "scale": p.scale if scaled else 1.0, "tf32": rounded,
         "image": _NUMBER[p.image_dtype], "weight": _NUMBER[p.weight_dtype], "compute": _NUMBER[p.compute_dtype],
-        "out": _NUMBER[p.out_dtype],
+        "out": _NUMBER[p.out_dtype], "text": str(p),
     })  # fmt: skip
 
 
 @lru_cache(maxsize=64)
-def _gpu(device: torch.device, refused: bool = False) -> Any:
-    gpu, arch = gpu_of(device), gpu_of(device).arch
-    if arch == 90 and refused:
-        arch = 89  # the roads of what came before
-    if arch == 90 and device.type == "cuda" and not any(a[:4] in ("9.0a", "9.0+") for a in _built()):
-        arch = 89  # without code of sm_90a
-    return extension.load().Gpu(arch, gpu.multiprocessors, gpu.shared_bytes)
+def _gpu(device: torch.device, refused: bool = False) -> Gpu:
+    gpu = gpu_of(device)
+    without = device.type == "cuda" and not any(a[:4] in ("9.0a", "9.0+") for a in _built())
+    return gpu._replace(arch=89) if gpu.arch == 90 and (refused or without) else gpu  # as what came before
 
 
 @lru_cache(maxsize=1024)
-def _plan(p: PatchProblem, rounded: bool, refused: bool, *places: Any) -> Any:
-    return extension.load().plan_forward(_problem(p, rounded), _gpu(p.device, refused), *_ends(p, *places))
+def _prepared(p: PatchProblem, rounded: bool, refused: bool, plan: Plan | None, *places: Any) -> tuple[Any, int]:
+    """The plan as the extension takes it, and the scratch memory that it needs."""
+    plan = plan or forward_plan.make_plan(p, _gpu(p.device, refused), rounded, *places)
+    fields = {**plan._asdict(), "loader": list(LOADERS).index(plan.loader)}
+    return extension.load().ForwardPlan(fields), plan.scratch_bytes
 
 
-def _places(images: torch.Tensor, weight: torch.Tensor) -> tuple[Any, ...]:
+@lru_cache(maxsize=1024)
+def _prepared_backward(
+    p: PatchProblem, rounded: bool, refused: bool, images_at: int, grad_at: int, grad_strides: tuple[int, int, int],
+    d_images: tuple[int, ...] | None, weight: bool, bias: bool, pos: bool, prefix: bool,
+) -> tuple[Any, int]:  # fmt: skip
+    plan = backward_plan.make_plan(
+        p, _gpu(p.device, refused), rounded, images_at, Grad(grad_at, grad_strides), weight=weight, bias=bias, pos=pos,
+        prefix=prefix, images=d_images,
+    )  # fmt: skip
+    return extension.load().BackwardPlan(_fields(plan)), plan.scratch_bytes
+
+
+def _fields(plan: Any) -> Any:
+    """Plans within plans as dictionaries, operands as (number of the loader, chunk)."""
+    if isinstance(plan, backward_plan.Operand):
+        return backward_plan.OPERANDS.index(plan.loader), plan.chunk
+    if hasattr(plan, "_asdict"):
+        return {name: _fields(value) for name, value in plan._asdict().items()}
+    if isinstance(plan, tuple):
+        return tuple(map(_fields, plan))
+    return plan
+
+
+def _places(images: torch.Tensor, weight: torch.Tensor) -> tuple[int, int, tuple[int, ...]]:
     """What a plan asks of the tensors beside the problem: alignments, and how the weight lies."""
-    return images.data_ptr() % 16, weight.data_ptr() % 16, _NUMBER[weight.dtype], weight.stride()
-
-
-def _ends(p: PatchProblem, images: int, weight: int, dtype: int, strides: tuple[int, ...]) -> tuple[Any, Any]:
-    return (images, _NUMBER[p.image_dtype], *p.image_strides), (weight, dtype, *strides)
+    return images.data_ptr() % 16, weight.data_ptr() % 16, weight.stride()
 
 
 def _centred(p: PatchProblem) -> torch.Tensor | None:
-    return unfold.centred(p, unfold.sum_dtype(p)) if _problem(p, tf32()).normalised else None
+    return centred(p, p.sum_dtype) if _problem(p, tf32()).normalised else None
 
 
 def _plain(t: torch.Tensor | None) -> tuple[int, ...] | None:
@@ -195,11 +238,6 @@ def _table(t: torch.Tensor | None) -> tuple[int, ...] | None:
         return None
     b, *others = t.stride()
     return t.data_ptr(), _NUMBER[t.dtype], 0 if t.shape[0] == 1 else b, *others
-
-
-def _dense(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Strides of a dense tensor."""
-    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
 
 
 def _stream(p: PatchProblem) -> int:

@@ -3,7 +3,7 @@
     out[:, :T] = prefix                          + pos_embed[:T]    where pos_embed has T+N rows
     out[:, T:] = patches(images) · Wᵀ + bias     + pos_embed[-N:]   of every patch, or of those in keep
 
-It is evaluated piece by piece (patches.py). Gradients by the same formulas: gradients.py.
+It is evaluated piece by piece (unfold.py). Gradients by the same formulas: gradients.py.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from ...problem import PatchProblem, in_grid
 from .gradients import backward as backward
-from .unfold import columns_of, linear_of, pieces, sum_dtype
+from .unfold import columns_of, linear_of, pieces
 
 
 def why_not(p: PatchProblem) -> list[str]:
@@ -41,7 +41,7 @@ def forward(
     out = images.new_empty(p.out_shape, dtype=p.out_dtype)
     if prefix is not None:
         extra = pos_embed[:, : p.T] if pos_embed is not None and p.pos_rows > p.N else prefix.new_zeros(())
-        out[:, : p.T] = prefix.to(sum_dtype(p)) + extra
+        out[:, : p.T] = prefix.to(p.sum_dtype) + extra
     W = weight.reshape(p.D, p.K).to(dtype).contiguous()  # oneDNN reads past the strides of either
     if (columns := columns_of(p, dtype)) > p.K:
         W = F.pad(W, (0, columns - p.K))
@@ -74,7 +74,7 @@ def product_dtype(p: PatchProblem) -> torch.dtype:
     """The operands' dtype: a CPU without instructions for bf16 (any, for fp16) multiplies halves faster as fp32."""
     native = p.compute_dtype == torch.bfloat16 and p.out_dtype.itemsize == 2 and _has_bf16()
     if p.device.type == "cpu" and not native:
-        return sum_dtype(p)
+        return p.sum_dtype
     return p.compute_dtype
 
 

@@ -1,4 +1,4 @@
-"""The gradients of the definition (reference.py), by the same formulas, summed in fp32 (fp64 for fp64).
+"""The gradients of the definition (__init__.py), by the same formulas, summed in fp32 (fp64 for fp64).
 
 No atomics: the same inputs give the same bits.
 """
@@ -9,12 +9,10 @@ import itertools
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 
-from ...problem import PatchProblem, in_grid
-from .unfold import centred, images_at_once, linear_of, pieces, product, sum_dtype, windows
-
-Grads = tuple[torch.Tensor | None, ...]  # of images, weight, bias, pos_embed, prefix
+from ...problem import PatchProblem
+from ..common import Grads, centred, each_or_sum, masked, position, scattered
+from .unfold import images_at_once, linear_of, pieces, product, windows
 
 
 def backward(
@@ -36,65 +34,13 @@ def backward(
         _weight(p, grad[:, p.T :], images, index, d_weight)
     shared = grad  # what tables of all images are summed from: where no patch moves, the sum over images, made once
     if index is None and any(g is not None for g in (d_pos, d_prefix, d_bias)):
-        shared = grad.sum(0, keepdim=True, dtype=sum_dtype(p))
+        shared = grad.sum(0, keepdim=True, dtype=p.sum_dtype)
     if d_pos is not None:
         position(p, grad if p.pos_per_image else shared, index, d_pos)
     if d_prefix is not None:
         each_or_sum(p, (grad if d_prefix.shape[0] > 1 else shared)[:, : p.T], d_prefix)
     if d_bias is not None:
-        d_bias.copy_(shared[:, p.T :].sum(0, dtype=sum_dtype(p)).sum(0))
-
-
-def own_tables(
-    p: PatchProblem, grad: torch.Tensor, keep: torch.Tensor | None, d_pos: torch.Tensor | None,
-    d_prefix: torch.Tensor | None,
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:  # fmt: skip
-    """Write the gradients of tables that each image has of its own, which are copies of dY's rows; d_pos and d_prefix
-    as they are left to a kernel that sums over images."""
-    if d_prefix is not None and (p.T == 0 or d_prefix.shape[0] > 1):
-        each_or_sum(p, grad[:, : p.T], d_prefix)
-        d_prefix = None
-    if d_pos is not None and p.pos_per_image:
-        position(p, *masked(p, grad, keep), d_pos)
-        d_pos = None
-    return d_pos, d_prefix
-
-
-def masked(p: PatchProblem, grad: torch.Tensor, keep: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The tokens' gradient, 0 where an index is out of range, and indices that are not."""
-    keep, outside = in_grid(p, keep)
-    return (grad if outside is None else grad.masked_fill(F.pad(outside, (p.T, 0))[:, :, None], 0)), keep
-
-
-def position(p: PatchProblem, grad: torch.Tensor, keep: torch.Tensor | None, out: torch.Tensor) -> None:
-    """The position table's gradient, [1|B, N|T+N, D]; `keep` holds no index out of range."""
-    d_tokens = grad[:, p.T :]
-    if keep is not None:
-        d_tokens = scattered(p, d_tokens, keep, per_image=p.pos_per_image)
-    first = p.pos_rows - p.N
-    each_or_sum(p, d_tokens, out[:, first:])
-    each_or_sum(p, grad[:, :first], out[:, :first])
-
-
-def scattered(p: PatchProblem, d_tokens: torch.Tensor, keep: torch.Tensor, *, per_image: bool) -> torch.Tensor:
-    """Gradients of the kept patches at their place among all N, [B|1, N, D]; a patch kept twice is added twice."""
-    images = p.B if per_image else 1
-    index = keep.long()
-    if per_image:
-        index = index + torch.arange(p.B, device=index.device)[:, None] * p.N
-    total = d_tokens.new_zeros((images * p.N, p.D), dtype=sum_dtype(p))
-    source, index = d_tokens.to(total.dtype).reshape(-1, p.D), index.reshape(-1)
-    # Each is the deterministic one on its device: index_add_ is atomic on a GPU, index_put_ on many CPU threads.
-    if total.is_cuda:
-        total.index_put_((index,), source, accumulate=True)
-    else:
-        total.index_add_(0, index, source)
-    return total.view(images, p.N, p.D)
-
-
-def each_or_sum(p: PatchProblem, g: torch.Tensor, out: torch.Tensor) -> None:
-    """out [1|b, rows, D] takes each image's rows of g [b, rows, D], or their sum where there is one table for all."""
-    out.copy_(g if out.shape[0] == g.shape[0] else g.sum(0, keepdim=True, dtype=sum_dtype(p)))
+        d_bias.copy_(shared[:, p.T :].sum(0, dtype=p.sum_dtype).sum(0))
 
 
 def _weight(p, d_tokens, images, keep, out) -> None:
@@ -102,7 +48,7 @@ def _weight(p, d_tokens, images, keep, out) -> None:
 
 
 def _weight_on_cpu(p, d_tokens, images, keep, out) -> None:
-    dtype = sum_dtype(p)
+    dtype = p.sum_dtype
     total, buffer = images.new_zeros((p.D, p.K), dtype=dtype), None
     linear = linear_of(p.device.type, dtype)
     for b, n, x in pieces(p, images, keep, dtype, upright=True):  # x [K, b·n]
@@ -115,7 +61,7 @@ def _weight_on_cpu(p, d_tokens, images, keep, out) -> None:
 
 def _weight_on_gpu(p, d_tokens, images, keep, out) -> None:
     """In the product's own dtype, from rows as they are read: a transposed copy would cost more than the product."""
-    dtype, total = sum_dtype(p), None
+    dtype, total = p.sum_dtype, None
     for b, n, x in pieces(p, images, keep, p.compute_dtype):  # x [b·n, K, or more with zeros]
         dy = d_tokens[b, n].reshape(-1, p.D).to(p.compute_dtype)
         part = product(dy.t(), x, dtype)
@@ -127,7 +73,7 @@ def _weight_on_gpu(p, d_tokens, images, keep, out) -> None:
 
 
 def _images(p, d_tokens, weight, keep, out) -> None:
-    dtype = sum_dtype(p)
+    dtype = p.sum_dtype
     gpu = p.device.type != "cpu"
     W = weight.reshape(p.D, p.K).to(p.compute_dtype if gpu else dtype)
     W = W.contiguous() if gpu else W.t().contiguous()

@@ -1,4 +1,4 @@
-"""An image in patches, piece by piece: what the definition (reference.py) and its gradients (gradients.py) multiply.
+"""An image in patches, piece by piece: what the definition (__init__.py) and its gradients (gradients.py) multiply.
 
 The pieces are all that is here for speed: one piece's patches stay in the cache (CPU) or in a bounded buffer (GPU).
 """
@@ -12,8 +12,8 @@ from math import prod
 import torch
 import torch.nn.functional as F
 
-from ...gpu import capturing
 from ...problem import PatchProblem
+from ..common import centred
 
 GPU_BYTES = 3 << 28  # of a piece on a GPU, which it has to fill
 
@@ -122,28 +122,9 @@ def _normalise(p: PatchProblem, x: torch.Tensor, after: int) -> torch.Tensor:
     """(x·scale − mean)/std in place; the channel is the dimension before the last `after`."""
     if p.normalised:
         # Rounded to 16 bits, m and a would err alike for every pixel, and that does not cancel in the sum.
-        m, a = centred(p, sum_dtype(p)).view(2, p.C, *(1,) * after)
+        m, a = centred(p, p.sum_dtype).view(2, p.C, *(1,) * after)
         return x.sub_(m).mul_(a)
     return x if p.scale == 1 else x.mul_(p.scale)
-
-
-def centred(p: PatchProblem, dtype: torch.dtype) -> torch.Tensor:
-    """[2, C]: the m and a of `PatchProblem.centred`, on the problem's device."""
-    m, a = p.centred
-    key = (*m, *a), dtype, p.device
-    if (found := _constants.get(key)) is not None:
-        return found
-    if capturing(p.device):
-        # A copy from the host can't be captured, and memory of the graph's pool must not outlive it in our cache.
-        values = torch.empty(2 * p.C, dtype=dtype, device=p.device)
-        for slot, value in zip(values, m + a, strict=True):
-            slot.fill_(value)
-        return values.view(2, p.C)
-    made = torch.tensor([m, a], dtype=dtype, device=p.device)
-    return _constants.setdefault(key, made) if len(_constants) < 1024 else made
-
-
-_constants: dict[tuple, torch.Tensor] = {}  # none is dropped: a captured graph may read it
 
 
 def linear_of(device_type: str, dtype: torch.dtype) -> Callable[..., torch.Tensor]:
@@ -164,13 +145,9 @@ def product(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tenso
     return a @ b if a.dtype == dtype else torch.mm(a, b, out_dtype=dtype)
 
 
-def sum_dtype(p: PatchProblem) -> torch.dtype:
-    return torch.float64 if p.compute_dtype == torch.float64 else torch.float32
-
-
 def _normalised_dtype(p: PatchProblem, dtype: torch.dtype) -> torch.dtype:
     """What pixels are normalised in: rounded to 16 bits only once, and no operation has to convert on the side."""
-    return sum_dtype(p) if p.normalised or p.scale != 1 else dtype
+    return p.sum_dtype if p.normalised or p.scale != 1 else dtype
 
 
 def images_at_once(p: PatchProblem) -> int:
@@ -178,7 +155,7 @@ def images_at_once(p: PatchProblem) -> int:
     if p.device.type == "cpu":
         return 1
     padded = prod(n + 2 * pad for n, pad in zip((p.F, p.H, p.W), p.pad, strict=True))
-    return max(1, GPU_BYTES // (p.C * padded * sum_dtype(p).itemsize + p.N * p.K * sum_dtype(p).itemsize))
+    return max(1, GPU_BYTES // (p.C * padded * p.sum_dtype.itemsize + p.N * p.K * p.sum_dtype.itemsize))
 
 
 def _piece_rows(p: PatchProblem, dtype: torch.dtype, upright: bool = False) -> int:

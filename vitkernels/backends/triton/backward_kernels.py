@@ -10,7 +10,7 @@ images_kernel  dX = dY·W, every pixel from the patches that saw it and written 
 import triton
 import triton.language as tl
 
-from .kernel_utils import corners, elements, gathered, product, rounded
+from .primitives import corners, elements, gathered, product, rounded
 
 
 @triton.jit
@@ -97,7 +97,7 @@ def reduce_kernel(
     grad,  # [B, T + rows, D]
     centred,  # [2, K_PAD]: m and a of y = (x − m)·a
     keep,  # [B, rows]
-    weight_parts,  # [weight_splits, D, K], K in the order in which the image is walked
+    weight_parts,  # [weight_splits, D, K], K in the order of the image's layout
     table_parts,  # [sums_splits, table_rows, D]: token rows from first_row on
     bias_parts,  # [sums_splits · blocks of rows, D]
     B, F, H, W, T, D, rows, G_t, G_h, G_w,
@@ -242,7 +242,7 @@ def finish_kernel(
 @triton.jit
 def images_kernel(
     grad,  # [B, T + N, D]
-    weight,  # [D, K], in the order in which the image is walked
+    weight,  # [D, K], in the order of the image's layout
     factor,  # [C]: a of y = (x − m)·a
     d_images,  # [B, C, F, H, W]
     B, F, H, W, T, D, Q_t, Q_h, Q_w, G_t, G_h, G_w,

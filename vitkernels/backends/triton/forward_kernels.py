@@ -1,4 +1,4 @@
-"""The Triton forward, two roads to the same tokens. Letters: problem.py; a tile is BM patches × BN channels of tokens.
+"""The Triton forward, two kernels for the same tokens. Letters: problem.py; a tile is BM patches × BN channels.
 
 gather_kernel      every thread computes the addresses of its pixels: any strides, padding, overlap, keep, video.
 descriptor_kernel  the copy engine cuts the patches out of the image (sm_90 and later), for aligned dense images.
@@ -10,7 +10,7 @@ programs after the last tile write the prefix tokens. All offsets into images, t
 import triton
 import triton.language as tl
 
-from .kernel_utils import corners, elements, gathered, pixels, product, program_again, rounded
+from .primitives import corners, elements, gathered, pixels, product, program_again, rounded
 
 
 @triton.jit

@@ -1,38 +1,23 @@
-"""How a problem becomes a launch: the road, the tile, and every argument of the kernel but the data.
+"""How a problem becomes a launch: the kernel, its tile, and every argument but the data.
 
-Pure arithmetic on a problem and a GPU's figures: the launcher (__init__.py) and the offline compiler (compiled.py)
-read the same plan, so what is inspected without a GPU is what runs on one.
+Pure arithmetic on a problem and a GPU's figures: the launch (forward_launch.py) and the offline compiler
+(profiling/compile_triton.py) read the same plan, so what is inspected without a GPU is what runs on one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
-from math import gcd, prod
+from math import gcd
 from typing import NamedTuple
 
-import torch
-
 from ...gpu import Gpu
-from ...problem import PatchProblem, Triple
-from . import configs
+from ...problem import PatchProblem
+from ..patch_layout import PatchLayout, blocks_in, blocks_of, layout_of, no_copy_engine, product_of, scaling
+from . import config_cache, configs
 from .configs import Config
 
 REPACK_ROWS = 4096  # patches of a call from which narrow loads of the weight cost more than one copy of it: a guess
-PREFIX_ROWS = 16  # of a program that writes prefix tokens; kernels.py's _prefix_tile
-
-
-class View(NamedTuple):
-    """The image as a kernel walks it. A channels-last image is one channel of rows W·C wide: (y, x, c) in memory
-    order is (y, x') with x' = x·C + c, so its pixels are read as wide as those of a planar image."""
-
-    C: int
-    W: int
-    P: Triple
-    S: Triple
-    pad: Triple
-    strides: tuple[int, int, int, int, int]  # b, c, f, h, w
-    channels_last: bool
+PREFIX_ROWS = 16  # of a program that writes prefix tokens; forward_kernels.py's _prefix_tile
 
 
 class Order(NamedTuple):
@@ -43,7 +28,7 @@ class Order(NamedTuple):
 
 
 class Plan(NamedTuple):
-    road: str  # "gather" or "descriptor"
+    kernel: str  # "gather" or "descriptor"
     config: Config
     grid: int
     scalars: dict[str, int | float]
@@ -54,16 +39,7 @@ class Plan(NamedTuple):
     padded_K: int
 
 
-def view_of(p: PatchProblem, strides: tuple[int, ...] | None = None) -> View:
-    """The problem's images, or their gradient in its own strides."""
-    b, c, f, h, w = strides or p.image_strides
-    if p.C > 1 and c == 1 and w == p.C:
-        wide = lambda v: (v[0], v[1], v[2] * p.C)  # noqa: E731
-        return View(1, p.W * p.C, wide(p.P), wide(p.S), wide(p.pad), (b, 0, f, h, 1), True)
-    return View(p.C, p.W, p.P, p.S, p.pad, (b, c, f, h, w), False)
-
-
-def vector_of(p: PatchProblem, v: View) -> tuple[int, tuple[int, int, int, int, int]]:
+def vector_of(p: PatchProblem, v: PatchLayout) -> tuple[int, tuple[int, int, int, int, int]]:
     """How many pixels are certain to begin at a multiple of as many, and the strides in units of that, the pixels' own
     excepted: so the compiler sees that addresses are aligned."""
     vec = 1
@@ -78,53 +54,30 @@ def by_axis(**values: Sequence[int]) -> dict[str, int]:
     return {f"{name}_{axis}": n for name, sizes in values.items() for axis, n in zip("thw", sizes, strict=True)}
 
 
-def scaling(p: PatchProblem, product: str) -> tuple[bool, bool]:
-    """Whether pixels are normalised one by one, or else whether the sum is scaled.
-
-    The scale of all channels is a factor of the sum. One that differs by channel, or that leaves fp32's range (or its
-    precision, in an fp64 problem), is applied to the pixels.
-    """
-    normalised = p.normalised or (p.scale != 1 and (product == "fp64" or not 1e-4 <= abs(p.scale) <= 1e4))
-    return normalised, not normalised and p.scale != 1
-
-
-def product_of(p: PatchProblem, tf32: bool) -> str:
-    if p.compute_dtype == torch.float32:
-        return "tf32" if tf32 else "fp32"
-    return "fp64" if p.compute_dtype == torch.float64 else "half"
-
-
 def settles(gpu: Gpu, product: str, in_registers: bool) -> bool:
-    """Whether each step has to wait for its own product (tiles.product says why): a left operand that is converted,
-    normalised or rearranged on its way from shared memory passes through registers."""
+    """Whether each step has to wait for its own product (primitives.product says why): a left operand that is
+    converted, normalised or rearranged on its way from shared memory passes through registers."""
     return in_registers and gpu.arch == 90 and product in ("half", "tf32")
 
 
 def no_descriptor(p: PatchProblem, gpu: Gpu, product: str, aligned: bool) -> list[str]:
     """Why the copy engine can't cut this image into patches; none: it can."""
-    v = view_of(p)
+    layout = layout_of(p)
     size, out = p.image_dtype.itemsize, p.out_dtype.itemsize
-    b, c, _f, h, w = v.strides
-    steps = _steps(p, v)
     reasons = [
         (not configs.rows(gpu.arch, "descriptor", product), f"no descriptor kernel for {product} on sm_{gpu.arch}"),
-        (p.F != 1, f"{p.F} frames"),
-        (p.n_keep is not None, "a keep list"),
-        (any(p.pad), f"padding {p.pad[1:]}"),
-        (w != 1, f"pixels of a row are {w} apart"),
-        (v.C > 1 and c != p.H * h, f"channels are {c} apart, not H·row = {p.H * h}"),
-        (not aligned, "images do not start on 16 bytes"),
-        (p.B > 1 and (b == 0 or b * size % 16 != 0), f"images are {b * size} bytes apart, no multiple of 16"),
-        (h == 0 or h * size % 16 != 0, f"rows are {h * size} bytes apart, no multiple of 16"),
-        (v.S[2] * size % 16 != 0, f"patches are {v.S[2] * size} bytes apart, no multiple of 16"),
+        *((True, reason) for reason in no_copy_engine(p, layout, 0 if aligned else 8)),
         (p.D * out % 16 != 0, f"a token has {p.D * out} bytes, no multiple of 16"),
-        (steps is None, f"patch rows of {v.P[2] * size} bytes do not split into blocks of 16 bytes or more"),
+        (
+            _steps(p, layout) is None,
+            f"patch rows of {layout.P[2] * size} bytes do not split into blocks of 16 bytes or more",
+        ),
     ]
     return [text for wrong, text in reasons if wrong]
 
 
-def roads_of(p: PatchProblem, gpu: Gpu, product: str, aligned: bool) -> tuple[str, ...]:
-    """The roads that can take the forward, the one to take first.
+def kernels_of(p: PatchProblem, gpu: Gpu, product: str, aligned: bool) -> tuple[str, ...]:
+    """The kernels that can take the forward, the one to take first.
 
     Pixels that pass through registers anyway are brought by the copy engine for less (from uint8 158 against 190 µs on
     an H200, at b74a4aa, when neither waited for its products); those that don't are gathered, with products in flight
@@ -139,7 +92,7 @@ def _in_registers(p: PatchProblem, product: str) -> bool:
     return scaling(p, product)[0] or p.image_dtype != p.compute_dtype
 
 
-def _steps(p: PatchProblem, v: View) -> tuple[int, int] | None:
+def _steps(p: PatchProblem, v: PatchLayout) -> tuple[int, int] | None:
     """(RK, XK): a step takes RK rows of XK pixels of each patch, 128 bytes of the product's operands."""
     BK = 128 // p.compute_dtype.itemsize
     XK = min(gcd(v.P[2], BK), BK)
@@ -147,33 +100,22 @@ def _steps(p: PatchProblem, v: View) -> tuple[int, int] | None:
     return (RK, XK) if XK * p.image_dtype.itemsize >= 16 and RK * XK >= 16 else None
 
 
-def blocks_of(p: PatchProblem, BM: int) -> tuple[int, int, int]:
-    """BM patches as images × grid rows × grid columns: the block that leaves the fewest patches empty."""
-    sides = [1 << i for i in range(BM.bit_length())]
-    shapes = [(BM // (y * x), y, x) for y in sides for x in sides if y * x <= BM]
-    _, gh, gw = p.G
-
-    def covered(shape: tuple[int, int, int]) -> tuple[int, int, int]:
-        total = prod(-(-n // s) * s for n, s in zip((p.B, gh, gw), shape, strict=True))
-        return total, -shape[2], -shape[1]  # among equals the widest: neighbours share the cache lines of their rows
-
-    return min(shapes, key=covered)
-
-
-@lru_cache(maxsize=1024)
+@config_cache.planned
 def make_plan(
     p: PatchProblem, gpu: Gpu, aligned: bool, tf32: bool, interpreted: bool = False,
     choice: tuple[str, Config] | None = None,
 ) -> Plan:  # fmt: skip
-    """The launch of this problem; `choice` names a road and a tile instead of the tables."""
+    """The launch of this problem; `choice` names a kernel and a tile instead of the tables."""
     product = product_of(p, tf32)
     if choice is None:
-        roads = roads_of(p, gpu, product, aligned)
-        choice = configs.remembered(
-            gpu, configs.key(p, product, "descriptor" in roads), roads, lambda c: configs.fitted(p, c, gpu) == c
-        ) or (roads[0], configs.default(p, roads[0], product, gpu))
-    road, c = choice
-    v = view_of(p)
+        kernels = kernels_of(p, gpu, product, aligned)
+        choice = config_cache.remembered(
+            gpu,
+            config_cache.key(p, product, "descriptor" in kernels),
+            kernels,
+            lambda c: configs.fitted(p, c, gpu) == c,
+        ) or (kernels[0], configs.default(p, kernels[0], product, gpu))
+    kernel, c = choice
     normalised, scaled = scaling(p, product)
     constants: dict[str, object] = {
         "NORMALISED": normalised,
@@ -187,46 +129,60 @@ def make_plan(
         "HAS_PREFIX": p.T > 0,
         "COMPUTE": p.compute_dtype,
         "INTERPRETED": interpreted,
-        "SUM": torch.float64 if product == "fp64" else torch.float32,
+        "SUM": p.sum_dtype,
         "PRECISION": "tf32" if product == "tf32" else "ieee",
-        "SETTLE": settles(gpu, product, road == "descriptor" or _in_registers(p, product)),
+        "SETTLE": settles(gpu, product, kernel == "descriptor" or _in_registers(p, product)),
         "BN": c.BN,
     }
-    prefix_programs = -(-p.B * p.T // PREFIX_ROWS) * -(-p.D // c.BN)
+    prefixes = -(-p.B * p.T // PREFIX_ROWS) * -(-p.D // c.BN)
     scalars: dict[str, int | float] = {"B": p.B, "T": p.T, "D": p.D, "scale": p.scale}
-    if road == "descriptor":
-        RK, XK = _steps(p, v)  # type: ignore[misc]
-        block = blocks_of(p, c.BM)
-        _, gh, gw = p.G
-        b, _c, _f, h, _w = v.strides
-        columns = v.C * v.P[1] * v.P[2]
-        row = p.T + p.N
-        return Plan(
-            road, c,
-            grid=prod(-(-n // s) for n, s in zip((p.B, gh, gw, p.D), (*block, c.BN), strict=True)) + prefix_programs,
-            scalars={**scalars, "H": p.H, "G_h": gh, "G_w": gw},
-            constants={
-                **constants, "C": v.C, "P_h": v.P[1], "P_w": v.P[2],
-                "BB": block[0], "BY": block[1], "BX": block[2], "RK": RK, "XK": XK,
-            },
-            descriptors={
-                "image_desc": ([p.B, gh, gw, v.C * p.H, v.P[2]],
-                               [b if p.B > 1 else gh * v.S[1] * h, v.S[1] * h, v.S[2], h, 1],  # one image has no next
-                               [*block, RK, XK]),
-                "weight_desc": ([p.D, columns], [columns, 1], [c.BN, RK * XK]),
-                "out_desc": ([p.B, gh, gw, p.D], [row * p.D, gw * p.D, p.D, 1], [*block, c.BN]),
-            },
-            order=Order(v.channels_last, None if XK == v.P[2] else (v.C, v.P[1], v.P[2], RK, XK)),
-            weight_columns=columns, padded_K=columns,
-        )  # fmt: skip
+    return (_descriptor if kernel == "descriptor" else _gather)(p, c, prefixes, scalars, constants)
+
+
+def _descriptor(
+    p: PatchProblem, c: Config, prefixes: int, scalars: dict[str, int | float], constants: dict[str, object]
+) -> Plan:
+    """Patches are cut by the copy engine."""
+    v = layout_of(p)
+    RK, XK = _steps(p, v)  # type: ignore[misc]
+    block = blocks_of(p, c.BM)
+    _, gh, gw = p.G
+    b, _c, _f, h, _w = v.strides
+    columns = v.C * v.P[1] * v.P[2]
+    row = p.T + p.N
+    return Plan(
+        "descriptor", c,
+        grid=blocks_in(p, block) * -(-p.D // c.BN) + prefixes,
+        scalars={**scalars, "H": p.H, "G_h": gh, "G_w": gw},
+        constants={
+            **constants, "C": v.C, "P_h": v.P[1], "P_w": v.P[2],
+            "BB": block[0], "BY": block[1], "BX": block[2], "RK": RK, "XK": XK,
+        },
+        descriptors={
+            "image_desc": ([p.B, gh, gw, v.C * p.H, v.P[2]],
+                           [b if p.B > 1 else gh * v.S[1] * h, v.S[1] * h, v.S[2], h, 1],  # one image has no next
+                           [*block, RK, XK]),
+            "weight_desc": ([p.D, columns], [columns, 1], [c.BN, RK * XK]),
+            "out_desc": ([p.B, gh, gw, p.D], [row * p.D, gw * p.D, p.D, 1], [*block, c.BN]),
+        },
+        order=Order(v.channels_last, None if XK == v.P[2] else (v.C, v.P[1], v.P[2], RK, XK)),
+        weight_columns=columns, padded_K=columns,
+    )  # fmt: skip
+
+
+def _gather(
+    p: PatchProblem, c: Config, prefixes: int, scalars: dict[str, int | float], constants: dict[str, object]
+) -> Plan:
+    """Pixels are loaded one by one, or as many as lie side by side."""
+    v = layout_of(p)
     vec, (b, ch, f, h, w) = vector_of(p, v)
     padded_K = -(-p.K // c.BK) * c.BK
     # Rows of the weight that are no multiple of 16 bytes (P = 14: 1176) are repacked with zeros behind them, so that
     # they are loaded 16 bytes at a time; below this much work the copy would cost more than narrow loads.
     repack = p.K * p.compute_dtype.itemsize % 16 != 0 and p.B * p.rows >= REPACK_ROWS
     return Plan(
-        road, c,
-        grid=-(-p.B * p.rows // c.BM) * -(-p.D // c.BN) + prefix_programs,
+        "gather", c,
+        grid=-(-p.B * p.rows // c.BM) * -(-p.D // c.BN) + prefixes,
         scalars={
             **scalars, "rows": p.rows, "F": p.F, "H": p.H, "W": v.W, "G_t": p.G[0], "G_h": p.G[1], "G_w": p.G[2],
             "image_b": b, "image_c": ch, "image_f": f, "image_h": h, "image_w": w, "k_stop": padded_K,

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from ...gpu import capturing
 from ...problem import PatchProblem
-from ..reference import unfold
+from .. import common
 from .configs import Config
 from .forward_plan import Order
 
@@ -56,12 +56,12 @@ def packed(p: PatchProblem, order: Order, columns: int, weight: torch.Tensor) ->
 
 def centred(p: PatchProblem, order: Order, columns: int) -> torch.Tensor:
     """[2, columns]: m and a of y = (x − m)·a for each element of a patch, in the weight's order."""
-    dtype, key = unfold.sum_dtype(p), (p, order, columns)
+    dtype, key = p.sum_dtype, (p, order, columns)
     if (found := _constants.get(key)) is not None:
         return found
     if capturing(p.device):
         # Memory of a graph's pool must not outlive it in our cache.
-        return _each_in_order(p, order, columns, unfold.centred(p, dtype))
+        return _each_in_order(p, order, columns, common.centred(p, dtype))
     # Made on the host: when the copy returns, it is there for every stream.
     made = _each_in_order(p, order, columns, torch.tensor(p.centred, dtype=dtype)).to(p.device)
     return _constants.setdefault(key, made) if len(_constants) < 1024 else made

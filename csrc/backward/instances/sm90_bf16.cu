@@ -1,0 +1,3 @@
+#include "backward/weight_sm90.cuh"
+
+void vk::backward::weight_sm90_bf16(const WgmmaWeightLaunch& l) { launch_weight_sm90<bfloat16>(l); }

@@ -1,0 +1,85 @@
+// The forward, from tensors to launches.
+#include <algorithm>
+
+#include "forward/forward.h"
+
+#include "common/errors.h"
+#include "common/launch.h"
+#include "common/dtypes.cuh"
+
+namespace vk {
+
+// packed[d, k] = weight[d, element k of a patch], zeros from K on
+struct PackArguments {
+    PatchLayout layout;
+    Tensor weight;    // [D, C, P_t, P_h, P_w]
+    void* packed;     // [D, columns]
+    Dtype to;
+    int64_t columns, size;
+};
+
+VK_KERNEL(256, 1) pack_kernel(VK_GRID_CONSTANT PackArguments a) {
+    int64_t at = block_index() * 256 + thread_index();
+    if (at >= a.size) return;
+    int64_t d = at / a.columns;
+    int k = static_cast<int>(at - d * a.columns);
+    bool real = k < a.layout.K;
+    int64_t from = real ? d * a.weight.strides[0] + weight_offset(a.layout, k, a.weight.strides) : 0;
+    if (a.to == Dtype::f64)
+        store(a.packed, a.to, at, real ? load<double>(a.weight.data, a.weight.dtype, from) : 0.0);
+    else
+        store(a.packed, a.to, at, real ? load<float>(a.weight.data, a.weight.dtype, from) : 0.0f);
+}
+
+static ForwardArguments arguments_of(const Problem& p, const ForwardPlan& f, const ForwardTensors& t) {
+    ForwardArguments a{};
+    a.layout = layout_of(p, p.strides);
+    a.images = t.images.data, a.image = p.image;
+    a.weight = f.pack ? t.scratch : t.weight.data;
+    a.weight_row = f.weight_row, a.weight_chunk = f.weight_chunk;
+    a.centred = p.normalised ? t.centred.data : nullptr;
+    a.C = static_cast<int>(p.C);
+    a.scale = p.scale;
+    a.bias = t.bias, a.pos = t.pos, a.prefix = t.prefix, a.keep = t.keep, a.out = t.out;
+    a.B = p.B, a.D = p.D, a.T = p.T, a.N = p.N, a.rows = p.rows, a.M = p.B * p.rows;
+    a.pos_first = p.pos_rows > p.N ? p.T : 0;
+    a.by_rows = Divisor(std::max<int64_t>(p.rows, 1));
+    a.by_tiles_n = Divisor(f.tiles_n);
+    a.by_weight_chunks = Divisor(f.step_k * size_of(p.compute) / f.weight_chunk);
+    a.tiles = f.tiles;
+    a.step_k = f.step_k, a.steps = f.steps, a.stages = f.stages, a.chunk = f.chunk, a.a_bytes = f.a_bytes;
+    a.b_pitch = f.b_pitch, a.stage_bytes = f.stage_bytes, a.table_bytes = f.table_bytes;
+    a.stage_rows = f.stage_rows, a.slot_bytes = f.slot_bytes, a.segment_bytes = f.segment_bytes;
+    a.segments = f.segments;
+    a.by_segment_chunks = Divisor(f.loader == LoaderKind::rows ? f.segment_bytes / f.chunk : 1);
+    a.by_row_chunks = Divisor(f.loader == LoaderKind::rows ? f.segment_bytes / f.chunk * f.segments : 1);
+    return a;
+}
+
+const char* device_type() {
+#if defined(__CUDACC__)
+    return "cuda";
+#else
+    return "cpu";
+#endif
+}
+
+static void launch_all(const Problem& p, const ForwardPlan& f, const ForwardTensors& t, Stream stream) {
+    ForwardLaunch l{p, f, arguments_of(p, f, t), p.B * p.T * ceil_div(p.D, 8), stream};
+    if (f.pack && f.tiles) {
+        PackArguments pack{l.arguments.layout, t.weight, t.scratch, p.compute, f.weight_row, p.D * f.weight_row};
+        launch(pack_kernel, ceil_div(pack.size, 256), 256, 0, stream, pack, "packing the weight");
+    }
+    switch (p.compute) {
+        case Dtype::f16: return f.wgmma ? forward_sm90_f16(l) : forward_sm80_f16(l);
+        case Dtype::bf16: return f.wgmma ? forward_sm90_bf16(l) : forward_sm80_bf16(l);
+        case Dtype::f32: return p.tf32 ? forward_sm80_tf32(l) : forward_sm80_f32(l);
+        default: return forward_sm80_f64(l);
+    }
+}
+
+void run_forward(const Problem& p, const ForwardPlan& f, const ForwardTensors& t, Stream stream) {
+    locate_errors([&] { launch_all(p, f, t, stream); }, [&] { return p.text + ", " + f.how; });
+}
+
+}  // namespace vk

@@ -1,0 +1,314 @@
+"""What the CUDA C++ backend plans: launches that fit, are aligned, and have every patch and element once. Arithmetic
+alone; that kernels do it right is test_cuda.py's, that the driver takes their tensor maps tests/csrc's."""
+
+import math
+import random
+from dataclasses import replace
+from itertools import product
+from types import SimpleNamespace
+
+import pytest
+import torch
+from host import backend
+from problems import dense, described, drawn, drawn_patches
+
+from vitkernels.backends import cuda
+from vitkernels.backends.cuda import backward_plan, forward_plan
+from vitkernels.backends.cuda.backward_plan import Grad
+from vitkernels.backends.cuda.forward_plan import candidates, make_plan
+from vitkernels.backends.patch_layout import blocks_of, layout_of, product_of, within_image
+from vitkernels.gpu import NOMINAL
+from vitkernels.profiling import compile_triton
+
+ARCHS = (80, 89, 90, 100, 120)
+U8, HALF, F32 = torch.uint8, torch.float16, torch.float32
+LARGE = 2**31
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def divide(chunk: int, *numbers: int) -> bool:
+    return all(n % chunk == 0 for n in numbers)
+
+
+def tables(patch, dtype):
+    """Every problem of the tables with this patch and dtype, on every GPU: (problem, GPU, TF32)."""
+    for keep, D, B in product((False, True), compile_triton.WIDTHS, compile_triton.BATCHES):
+        p = compile_triton.problem(patch, dtype, B=B, D=D, keep=keep)
+        for arch in ARCHS:
+            yield p, NOMINAL[arch], compile_triton.DTYPES[dtype][2]
+
+
+def test_what_32_bits_count_is_refused():
+    most = 2**31 - 2**16
+    for change in (
+        dict(W=most, H=1, C=1), dict(W=most // 3 + 1, H=1), dict(F=most, H=1, W=1), dict(B=most // 1024), dict(D=most),
+        dict(T=most), dict(pad=(0, most // 2, 0)),
+    ):  # fmt: skip
+        assert cuda.too_large(described(P=(1, 1, 1), **change)), change
+    assert cuda.too_large(described()) == []
+
+
+def test_an_old_gpu_is_refused(monkeypatch):
+    backend.use(monkeypatch, SimpleNamespace(device_type="cpu"), NOMINAL[80]._replace(arch=75))
+    assert cuda.why_not(described()) == ["the GPU is sm_75; the kernels need sm_80 or later"]
+    backend.forget()
+
+
+def test_a_stride_past_the_image():
+    """It is as good as one that ends with it, however long."""
+    assert within_image(described(S=(1, 2**40, 16))) == (1, 32, 16)
+    assert cuda.too_large(described(S=(1, 2**40, 16))) == []
+
+
+# The forward
+
+
+def check_copies(p, f, images: int) -> None:
+    """Copies of `chunk` bytes are aligned, and end where a patch's row does: all offsets are multiples of it."""
+    v, size = layout_of(p), p.image_dtype.itemsize
+    assert v.strides[4] == 1
+    counts = (p.B, v.C, p.F, p.H)
+    assert f.chunk in (2, 4, 8, 16)
+    assert divide(f.chunk, images, *(s * size for s, n in zip(v.strides[:4], counts, strict=True) if n > 1))
+    if f.loader == "copy":
+        assert f.chunk >= 4
+        assert divide(f.chunk, v.P[2] * size, v.S[2] * size, f.step_k * size)
+        if any(p.pad):
+            assert divide(f.chunk, v.pad[2] * size, v.W * size)
+        across = f.step_k * size // f.chunk
+        assert across & (across - 1) == 0 and across <= f.threads
+
+
+def check_rows(p, f) -> None:
+    """A stage holds the rows of the image that a step needs, of all runs of patches that a tile can have."""
+    v, size = layout_of(p), p.image_dtype.itemsize
+    G_w, P_w, S_w = p.G[2], v.P[2], v.S[2]
+    for first in {*range(min(G_w, 600)), G_w - 1}:  # of the tile's patches, in its line of the grid
+        assert (first + f.BM - 1) // G_w + 1 <= f.segments
+        ahead = first * S_w * size % f.chunk
+        run = ((min(f.BM, G_w - first) - 1) * S_w + P_w) * size + ahead
+        assert ceil_div(run, f.chunk) * f.chunk <= f.segment_bytes
+    assert divide(16, f.segment_bytes) and divide(f.chunk, f.segment_bytes)
+    assert f.segments * f.segment_bytes <= f.slot_bytes
+    assert f.stage_rows * f.slot_bytes <= f.a_bytes
+    assert f.segments * 16 <= f.table_bytes
+    for k in range(0, p.K, f.step_k):
+        assert (k + f.step_k - 1) // P_w - k // P_w < f.stage_rows
+
+
+def check_forward(p, gpu, tf32: bool, f, images: int = 0, weight: int = 0) -> None:
+    v, image, value = layout_of(p), p.image_dtype.itemsize, p.compute_dtype.itemsize
+    tensor_cores = {"half": 16, "tf32": 8}.get(product_of(p, tf32), 0)
+    alignment = 1024 if f.wgmma else 128
+    assert f.stages >= 2 and f.shared_bytes <= gpu.shared_bytes
+    assert (f.steps - 1) * f.step_k < p.K <= f.steps * f.step_k
+    assert f.step_k % (tensor_cores or 1) == 0
+    assert not f.wgmma or (gpu.arch == 90 and tensor_cores == 16 and f.step_k % 16 == 0)
+    # A table, then stages of (patches, weight), over which the epilogue stages; wgmma: stages, staging, table, barriers
+    assert divide(alignment, f.a_bytes, f.stage_bytes) and divide(128, f.table_bytes)
+    assert f.a_bytes + f.BN * f.b_pitch * value <= f.stage_bytes
+    assert f.b_pitch >= f.step_k and divide(16, f.b_pitch * value)
+    if f.wgmma:
+        staging = 8 * 16 * (64 + 4) * 4
+        assert f.stages * f.stage_bytes + staging + f.table_bytes + 16 * f.stages <= f.shared_bytes
+    else:
+        staging = f.threads // 32 * 16 * (32 + 8) * p.sum_dtype.itemsize
+        assert f.table_bytes + max(f.stages * f.stage_bytes, staging) <= f.shared_bytes
+    tiles_m = ceil_div(p.B * p.rows, f.BM)
+    if f.loader == "patches":
+        assert f.BM * f.step_k * image <= f.a_bytes and f.steps * f.step_k == p.K
+        assert math.prod(f.block) == f.BM and p.P[1] % f.stage_rows == 0
+        assert f.stage_rows * v.P[2] == f.step_k
+        tiles_m = math.prod(ceil_div(n, m) for n, m in zip((p.B, *p.G[1:]), f.block, strict=True))
+    elif f.loader == "rows":
+        assert not any(p.pad) and p.n_keep is None
+        check_copies(p, f, images)
+        check_rows(p, f)
+    else:
+        row = f.step_k * (value if f.loader == "gather" else image) + 16
+        assert f.BM * row <= f.a_bytes and f.BM * 24 <= f.table_bytes
+        if f.loader == "copy":
+            check_copies(p, f, images)
+    assert f.tiles == tiles_m * ceil_div(p.D, f.BN) < LARGE
+    assert f.blocks == (min(f.tiles, gpu.multiprocessors) if f.wgmma else f.tiles)
+    if f.pack:
+        assert f.weight_row >= p.K and divide(16, f.weight_row * value) and f.weight_chunk == 16
+        assert f.scratch_bytes == p.D * f.weight_row * value
+    else:
+        assert f.weight_row == p.K and f.weight_chunk >= 4 and f.scratch_bytes == 0
+        assert divide(f.weight_chunk, weight, p.K * value)
+    assert divide(f.weight_chunk, f.step_k * value, f.b_pitch * value)
+
+
+@pytest.mark.parametrize("dtype", compile_triton.DTYPES)
+@pytest.mark.parametrize("patch", compile_triton.PATCHES)
+def test_plans_of_the_tables(patch, dtype):
+    for p, gpu, tf32 in tables(patch, dtype):
+        found, refused = candidates(p, gpu, tf32)
+        for f in found:
+            check_forward(p, gpu, tf32, f)
+        assert make_plan(p, gpu, tf32).cost == min(f.cost for f in found)
+        assert {f.loader for f in found} | set(refused) == set(forward_plan.LOADERS)
+
+
+@pytest.mark.parametrize("image", [U8, HALF, F32])
+def test_plans_of_random_problems(image):
+    rng = random.Random(image.itemsize)
+    loaders = dict.fromkeys(forward_plan.LOADERS, 0)
+    for _ in range(1500):
+        p, tf32 = drawn_patches(rng, image), rng.random() < 0.5
+        images, weight = rng.choice((0, 0, 0, 8, 4, 2)), rng.choice((0, 0, 0, 8, 4))
+        gpu = NOMINAL[rng.choice((*ARCHS, 90, 90, 90))]
+        for f in candidates(p, gpu, tf32, images, weight)[0]:
+            check_forward(p, gpu, tf32, f, images, weight)
+            loaders[f.loader] += 1
+    assert min(loaders.values()) > 25, loaders
+
+
+def test_blocks_of_patches():
+    for *grid, BM in product((1, 2, 3, 17, 256), (1, 3, 7, 14, 16), (1, 5, 14, 64), (64, 128)):
+        chosen = blocks_of(described(grid[0], 1, 1, 16 * grid[1], 16 * grid[2]), BM)
+        powers = [2**i for i in range(8)]
+        blocks = [(BM // (y * x), y, x) for y, x in product(powers, powers) if y * x <= BM]
+        tiles = {block: math.prod(map(ceil_div, grid, block)) for block in blocks}
+        fewest = [block for block in blocks if tiles[block] == min(tiles.values())]
+        assert chosen in fewest and chosen[2] == max(x for _, _, x in fewest)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("patch", compile_triton.PATCHES)
+def test_tiles_of_small_and_large_batches(arch, patch):
+    gpu, costs = NOMINAL[arch], {}
+    for B in compile_triton.BATCHES:
+        p = compile_triton.problem(patch, "bf16", B=B)
+        found, chosen = candidates(p, gpu, False)[0], make_plan(p, gpu, False)
+        if B == 1:
+            assert chosen.BM * chosen.BN == min(f.BM * f.BN for f in found)
+        if B >= 128:
+            assert chosen.BM * chosen.BN >= 128 * 128
+        # A kernel whose tiles leave multiprocessors idle is only taken where it beats all that leave none.
+        full = [f.cost for f in found if f.tiles >= gpu.multiprocessors]
+        assert chosen.tiles >= gpu.multiprocessors or chosen.cost <= min(full, default=math.inf)
+        costs[B] = {f.how: f.cost for f in found}
+    for fewer, more in zip(compile_triton.BATCHES, compile_triton.BATCHES[1:], strict=False):
+        for how in costs[fewer].keys() & costs[more].keys():
+            assert costs[fewer][how] <= costs[more][how], (how, more)
+
+
+# The backward
+
+
+def plan_of(p, gpu, tf32: bool):
+    """Of every gradient there is, in dense strides."""
+    images = p.image_strides if p.image_dtype.is_floating_point else None
+    return backward_plan.make_plan(
+        p, gpu, tf32, 0, Grad(0, dense(p.B, p.T + p.rows, p.D)), weight=True, bias=True, pos=p.pos_rows > 0,
+        prefix=p.T > 0, images=images,
+    )  # fmt: skip
+
+
+def check_backward(p, gpu, b) -> None:
+    weight, sums, total = b.weight, b.sums, p.sum_dtype.itemsize
+    # dW: parts of whole steps have every patch once, tiles every element
+    patches = p.B * p.rows
+    if weight.wgmma:
+        patches = 64 * math.prod(ceil_div(n, m) for n, m in zip((p.B, *p.G[1:]), weight.block, strict=True))
+        assert math.prod(weight.block) == 64
+    assert (weight.splits - 1) * weight.chunk < patches <= weight.splits * weight.chunk
+    assert weight.chunk % weight.BK == 0
+    assert weight.tiles == ceil_div(p.D, weight.BM) * weight.tiles_k
+    assert weight.tiles_k * weight.BN >= p.K
+    assert weight.splits * weight.tiles < LARGE
+    assert weight.shared_bytes <= gpu.shared_bytes
+    # Sums: parts have every image once, blocks every row and tiles every channel
+    assert (sums.splits - 1) * sums.chunk < p.B <= sums.splits * sums.chunk
+    assert sums.blocks * (256 // sums.lanes) >= sums.last - sums.first
+    assert sums.tiles_d * sums.lanes * 8 >= p.D
+    assert sums.table_rows == sums.stored - sums.first and sums.last == p.T + p.N
+    # Scratch: regions in turn, each large enough
+    sizes = {
+        "weight_parts": total * weight.splits * p.D * p.K, "table_parts": total * sums.splits * sums.table_rows * p.D,
+        "bias_parts": total * sums.splits * sums.blocks * p.D,
+    }  # fmt: skip
+    if b.images:
+        sizes["packed"] = b.images.packed * p.compute_dtype.itemsize
+    if p.n_keep is not None:
+        sizes |= {"heads": 4 * p.B * p.N, "nexts": 4 * p.B * p.rows}
+    at = 0
+    for name, size in sizes.items():
+        assert getattr(b, name) >= at and getattr(b, name) % 256 == 0, name
+        at = getattr(b, name) + size
+    assert at <= b.scratch_bytes
+    if b.images:
+        check_classes(p, gpu, b.images)
+
+
+def check_classes(p, gpu, images) -> None:
+    """Every pixel of a cell is in one class, and that knows how many windows saw it."""
+    v = layout_of(p)
+    sizes = (p.F, p.H, v.W)
+    assert [c * s >= n + e for c, s, n, e in zip(images.cells, v.S, sizes, v.pad, strict=True)] == 3 * [True]
+    assert images.M == p.B * math.prod(images.cells)
+    BM, BN = backward_plan.IMAGE_TILES[product_of(p, False)][:2]
+    seen, packed, blocks = 0, 0, 0
+    for c in images.classes:
+        for axis in range(3):
+            P, S = v.P[axis], v.S[axis]
+            for r in range(c.first[axis], c.first[axis] + c.size[axis]):
+                assert sum(0 <= r + j * S < P for j in range(ceil_div(P, S))) == c.windows[axis]
+        assert c.columns == math.prod(c.size) * v.C and c.all_windows == math.prod(c.windows)
+        assert c.pitch == ceil_div(c.columns, 8) * 8
+        assert (c.packed, c.first_block) == (packed, blocks)
+        packed += c.all_windows * p.D * c.pitch
+        blocks += ceil_div(images.M, BM) * ceil_div(c.columns, BN)
+        seen += math.prod(c.size)
+    assert seen == math.prod(v.S)
+    assert (images.packed, images.blocks) == (packed, blocks)
+    assert images.shared_bytes <= gpu.shared_bytes and blocks < LARGE
+
+
+@pytest.mark.parametrize("dtype", compile_triton.DTYPES)
+@pytest.mark.parametrize("patch", compile_triton.PATCHES)
+def test_backward_plans_of_the_tables(patch, dtype):
+    for p, gpu, tf32 in tables(patch, dtype):
+        check_backward(p, gpu, plan_of(p, gpu, tf32))
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_backward_plans_of_random_problems(large):
+    rng = random.Random(2 + large)
+    for _ in range(300):
+        p = drawn(rng, large)
+        dtype = rng.choice((HALF, torch.bfloat16, F32, torch.float64))
+        T = rng.randint(0, 5)
+        p = replace(
+            p, D=rng.randint(1, 1500), T=T, mean=(0.5,) * p.C if rng.random() < 0.3 else None,
+            pos_rows=rng.choice((0, p.N, p.N + T)), image_dtype=dtype, weight_dtype=dtype, compute_dtype=dtype,
+            out_dtype=dtype,
+        )  # fmt: skip
+        gpu = NOMINAL[rng.choice(ARCHS)]
+        if not cuda.too_large(p) and 0 not in p.image_strides:
+            check_backward(p, gpu, plan_of(p, gpu, False))
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "uint8->bf16", "fp32", "autocast"])
+@pytest.mark.parametrize("arch", ARCHS)
+def test_memory_of_the_backward(arch, dtype):
+    assert plan_of(compile_triton.problem(16, dtype, B=256), NOMINAL[arch], False).scratch_bytes < 32 * 10**6
+
+
+@pytest.mark.parametrize(("patch", "dtype", "batch", "taken"), [
+    (16, "bf16", 256, True),
+    (16, "uint8->bf16", 256, True),
+    (32, "bf16", 256, True),
+    (14, "bf16", 256, False),
+    (16, "tf32", 256, False),
+    (16, "bf16", 1, False),
+])  # fmt: skip
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_the_weights_gradient_by_wgmma(arch, patch, dtype, batch, taken):
+    plan = plan_of(compile_triton.problem(patch, dtype, B=batch), NOMINAL[arch], dtype == "tf32")
+    assert plan.weight.wgmma == (taken and arch == 90)

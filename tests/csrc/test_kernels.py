@@ -1,0 +1,271 @@
+"""The C++ extension's arithmetic without data (csrc/common/patch_layout.h, tensor maps), compiled for the CPU; and
+kernels that were broken on purpose, which the emulator must not run as if nothing were wrong."""
+
+import math
+import multiprocessing
+import random
+from types import SimpleNamespace
+
+import problems
+import pytest
+import torch
+from host import backend, build
+from problems import dense, drawn, drawn_patches
+
+import vitkernels as vk
+from vitkernels.backends import cuda
+from vitkernels.backends.cuda import extension, forward_plan
+from vitkernels.backends.patch_layout import layout_of
+from vitkernels.dispatch import canonical
+from vitkernels.gpu import NOMINAL
+from vitkernels.testing import accuracy, oracle
+
+U8, HALF, F32 = torch.uint8, torch.float16, torch.float32
+ADDRESS = 1 << 20  # of tensors that have no data
+
+
+@pytest.fixture(scope="module")
+def csrc():
+    try:
+        return build.arithmetic()
+    except build.NoCompiler as reason:
+        pytest.skip(str(reason))
+
+
+def of(monkeypatch, p, tf32=False) -> dict:
+    """A problem as C++ gets it."""
+    with monkeypatch.context() as patch:
+        patch.setattr(extension, "load", lambda: SimpleNamespace(Problem=dict))
+        return cuda._problem.__wrapped__(p, tf32)
+
+
+# Offsets
+
+
+class Exact:
+    """Where everything lies, in Python's integers."""
+
+    def __init__(self, p):
+        self.p = p
+
+    def element(self, k: int) -> tuple[int, int, int, int]:
+        """(c, t, y, x) of element k of a patch: c varies slowest, or fastest where pixels lie channels last."""
+        C, (P_t, P_h, P_w) = self.p.C, self.p.P
+        if layout_of(self.p).channels_last:
+            return k % C, k // (C * P_w * P_h), k // (C * P_w) % P_h, k // C % P_w
+        return k // (P_t * P_h * P_w), k // (P_h * P_w) % P_t, k // P_w % P_h, k % P_w
+
+    def place(self, n: int, k: int) -> list[int]:
+        """(f, h, w) in the image of element k of patch n, in the padding outside of it."""
+        (_, G_h, G_w), (_, *within) = self.p.G, self.element(k)
+        cell = n // (G_h * G_w), n // G_w % G_h, n % G_w
+        return [g * s - p + e for g, s, p, e in zip(cell, self.p.S, self.p.pad, within, strict=True)]
+
+    def offset(self, b: int, n: int, k: int) -> int:
+        c, index = self.element(k)[0], self.place(n, k)
+        return sum(i * s for i, s in zip((b, c, *index), self.p.image_strides, strict=True))
+
+    def inside(self, n: int, k: int) -> bool:
+        sizes = (self.p.F, self.p.H, self.p.W)
+        return all(0 <= i < size for i, size in zip(self.place(n, k), sizes, strict=True))
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_offsets(csrc, monkeypatch, large):
+    rng = random.Random(large)
+    farthest, skipped = [], 0
+    for _ in range(600):
+        p = drawn(rng, large)
+        if cuda.too_large(p):
+            skipped += 1
+            continue
+        layout, exact = csrc.PatchLayout(of(monkeypatch, p)), Exact(p)
+        assert layout.channels_last == layout_of(p).channels_last
+        weights = dense(64, p.C, *p.P), (2**40, 1, 2**33 + 1, 5, 2**31 - 1), (7, 0, 0, 2**35, -3)
+        for _ in range(20):
+            b, n, k = (rng.choice((rng.randrange(size), size - 1)) for size in (p.B, p.N, p.K))
+            (from_, f, h, w), (offset, t, y, x) = layout.corner(b, n), layout.element(k)
+            c, *element = exact.element(k)
+            assert from_ + offset == exact.offset(b, n, k), (p, b, n, k)
+            if not layout.channels_last:
+                assert [f + t, h + y, w + x] == exact.place(n, k), (p, n, k)
+            assert layout.inside(b, n, k) == exact.inside(n, k), (p, n, k)
+            assert layout.channel(k) == c
+            for strides in weights:
+                assert layout.weight_offset(k, strides) == sum(
+                    i * s for i, s in zip((c, *element), strides[1:], strict=True)
+                )
+            farthest.append(exact.offset(b, n, k))
+    assert skipped < 200
+    for power in (31, 32, 40) if large else ():
+        assert sum(offset > 2**power for offset in farthest) > 500
+
+
+def test_divisors(csrc):
+    rng = random.Random(0)
+    divisors = [*range(1, 600), 2**16, 2**30, 2**31 - 1, *(rng.randrange(1, 2**31) for _ in range(400))]
+    for divisor in divisors:
+        whole = rng.randrange(2**31 // divisor) * divisor if divisor < 2**31 - 1 else 0
+        for n in (0, 1, divisor - 1, divisor, whole, whole + 1, max(whole, 1) - 1, 2**31 - 1, rng.randrange(2**31)):
+            if n < 2**31:
+                assert csrc.divided(divisor, n) == divmod(n, divisor), (n, divisor)
+
+
+# Tensor maps
+
+
+@pytest.mark.parametrize("image", [U8, HALF, F32])
+def test_maps(csrc, monkeypatch, image):
+    """The driver takes the maps, and what a step's copies bring is what its barrier was told, to the byte."""
+    rng, found = random.Random(image.itemsize), 0
+    for _ in range(600):
+        p = drawn_patches(rng, image)
+        for f in forward_plan.candidates(p, NOMINAL[90], False)[0]:
+            if f.wgmma:
+                check_maps(csrc, of(monkeypatch, p), p, f)
+                found += f.loader == "patches"
+    assert found > 10
+
+
+def check_maps(csrc, d: dict, p, f) -> None:
+    fields = f._asdict() | {"loader": list(forward_plan.LOADERS).index(f.loader)}
+    weight = csrc.weight_map(d, fields, ADDRESS)  # a packed weight lies where PyTorch's allocator puts scratch
+    assert math.prod(weight["block"]) == f.BN * f.step_k
+    assert weight["block"][0] * weight["block"][2] == f.step_k and weight["sizes"][1] == p.D
+    assert -(-p.K // 16) * 16 <= weight["sizes"][0] * weight["sizes"][2] == f.weight_row
+    maps = [weight]
+    if f.loader == "patches":
+        image = csrc.image_map(d, fields, (ADDRESS, d["image"], *p.image_strides))
+        size, v = p.image_dtype.itemsize, layout_of(p)
+        box, copies = image["box"], v.P[2] // image["box"]
+        assert copies * box == v.P[2]
+        assert copies * math.prod(image["block"]) == f.BM * f.step_k
+        assert image["sizes"] == [v.P[2], p.G[2], p.G[1], p.B, v.C * p.H]
+        # Each copy's place: the copy engine writes to multiples of 128 bytes, swizzled to eight rows' span.
+        assert f.stage_rows * f.BM * box * size % max(128, 8 * image["swizzle"]) == 0
+        maps.append(image)
+    for m in maps:
+        assert m["refused"] == ""
+        assert all(1 <= n <= 256 for n in m["block"])
+        assert all(0 < s < 2**40 and s % 16 == 0 for s in m["strides"][1:])
+        assert m["swizzle"] in (0, m["block"][0] * m["itemsize"])
+
+
+# Kernels, and the same broken on purpose
+
+
+def arguments(B, C, H, W, P, D, pixels=HALF, **more) -> dict:
+    return problems.arguments(B, C, H, W, P, D, T=0, pos=None, pixels=pixels, weights=HALF, **more)
+
+
+@pytest.fixture(autouse=True)
+def forget_after(on_cuda_kernels):
+    """What is cached of an emulated GPU ends with the test: on_cuda_kernels sees to it."""
+
+
+def wrong_tokens(loader: str, **arguments) -> list[str]:
+    """What is wrong with the forward on each plan of this loader."""
+    p = vk.explain(**arguments).problem
+    tensors = canonical(*(arguments[name] for name in ("images", "weight", "bias")), None, None, None)
+    exact, eager = oracle.oracle(**arguments), oracle.eager(**arguments)
+    bound = 2 * accuracy.error_of(eager, exact) + exact.abs().max().item() * torch.finfo(p.compute_dtype).eps
+    plans = {how: q for how, q in cuda.candidates(p, *tensors[:2]).items() if loader in how.replace(BY_16, "")}
+    assert plans
+    errors = {how: accuracy.error_of(cuda.forward(p, *tensors, plan=plan), exact) for how, plan in plans.items()}
+    return [f"{how}: {error} above {bound}" for how, error in errors.items() if not error <= bound]
+
+
+def wrong_gradients(**arguments) -> list[str]:
+    return [str(row) for row in accuracy.compare(arguments, "cuda", gradients=True) if not row["ok"]]
+
+
+def alone(act):
+    """What act() returns in a process of its own: a broken kernel may write anywhere."""
+    context = multiprocessing.get_context("fork")
+    receive, send = context.Pipe(duplex=False)
+
+    def child():
+        torch.set_num_threads(1)  # a fork has no more
+        try:
+            send.send(act())
+        except RuntimeError as error:  # the emulator's
+            send.send([str(error)])
+
+    process = context.Process(target=child)
+    process.start()
+    send.close()
+    try:
+        return receive.recv()
+    except EOFError:
+        process.join()
+        return [f"ended with {process.exitcode}"]
+    finally:
+        process.join()
+
+
+COPY, ROWS, ENGINE = "pixels copied asynchronously", "image rows copied whole", "patches cut by the copy engine"
+BY_16 = " (16 bytes at a time)"
+CASES = {  # architecture, and what is computed there: on one multiprocessor, so that a block has many tiles or steps
+    "copy": (80, lambda: wrong_tokens(COPY, **arguments(2, 3, 32, 48, 16, 72))),
+    "rows": (80, lambda: wrong_tokens(ROWS, **arguments(2, 3, 28, 42, 14, 72))),
+    "wgmma": (90, lambda: wrong_tokens(ENGINE, **arguments(33, 3, 64, 48, 16, 264))),
+    "wgmma, bytes": (90, lambda: wrong_tokens(ENGINE, **arguments(33, 3, 64, 48, 16, 264, U8, mean=0.5, std=0.2))),
+    "wgmma, rows": (90, lambda: wrong_tokens(f"{ROWS}, wgmma", **arguments(33, 1, 56, 56, 14, 264))),
+    "backward": (80, lambda: wrong_gradients(**arguments(3, 3, 32, 48, 16, 72))),
+    "backward, bytes": (80, lambda: wrong_gradients(**arguments(40, 3, 32, 48, 16, 72, U8, mean=0.5, std=0.2))),
+    "backward, wgmma": (90, lambda: wrong_gradients(**arguments(40, 3, 32, 48, 16, 72))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("case", CASES)
+def test_right_as_they_are(host_extension, monkeypatch, case, seed):
+    arch, act = CASES[case]
+    monkeypatch.setenv("VITKERNELS_HOST_SEED", str(seed))
+    backend.use(monkeypatch, host_extension, NOMINAL[arch]._replace(multiprocessors=1))
+    assert act() == []
+
+
+FORWARD, SM90 = "forward/instances/sm80_f16.cu", "forward/instances/sm90_f16.cu"
+BACKWARD = "backward/instances/sm80_f16.cu"
+
+
+MUTATIONS = {  # object, header, what it says and what it is to say, and the case that shows it
+    "a row of a fragment": (FORWARD, "common/warp_mma.cuh", "(row + lane % 16)", "(row + (lane + 1) % 16)", "copy"),
+    "a pixel of a fragment": (FORWARD, "forward/loaders.cuh", "2 * t + 8 * h)", "2 * t + 1 + 8 * h)", "rows"),
+    "no barrier in a step": (FORWARD, "forward/sm80.cuh", "sync_block();  // the step's", "// the step's", "copy"),
+    "a wait too short": (FORWARD, "forward/sm80.cuh", "default: copy_wait<2>();", "default: copy_wait<3>();", "copy"),
+    "a stage overwritten": (
+        SM90, "forward/sm90.cuh", "barrier_wait(&empty[state.stage], state.phase ^ 1);", "", "wgmma",
+    ),
+    "a descriptor": (SM90, "common/ptx.cuh", ">> 4) | uint64_t{1} << 16", ">> 5) | uint64_t{1} << 16", "wgmma"),
+    "staged sums not met at": (
+        SM90, "forward/sm90.cuh", "staged, 64 + 4);\n            sync_warp();", "staged, 64 + 4);", "wgmma",
+    ),
+    "the next tile too early": (
+        SM90, "forward/sm90.cuh", "sync_some(1, 128);  // the last", "// the last", "wgmma, rows",
+    ),
+    "no barrier in a step of dW": (
+        BACKWARD, "backward/weight_sm80.cuh", "convert(step);\n            sync_block();", "convert(step);", "backward",
+    ),
+    "patches looked up too early": (
+        BACKWARD, "backward/weight_sm80.cuh", "ROW_STEPS == STAGES - 2)", "ROW_STEPS == STAGES - 3)", "backward, bytes",
+    ),
+    "a row of dY": (BACKWARD, "backward/weight_sm80.cuh", "+ row) * LEFT", "+ (row ^ 1)) * LEFT", "backward"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_caught(monkeypatch, name):
+    source, *change, case = MUTATIONS[name]
+    try:
+        module = build.mutated(source, tuple(change))
+    except build.NoCompiler as reason:
+        pytest.skip(str(reason))
+    arch, act = CASES[case]
+    backend.use(monkeypatch, module, NOMINAL[arch]._replace(multiprocessors=1))
+    for seed in range(1, 4):
+        monkeypatch.setenv("VITKERNELS_HOST_SEED", str(seed))
+        if alone(act):
+            return
+    pytest.fail("no order of the threads shows it")

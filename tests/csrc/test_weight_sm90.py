@@ -1,0 +1,151 @@
+"""The weight's gradient on sm_90a (csrc/backward/weight_sm90.cuh): random problems that it takes, against fp64."""
+
+import random
+
+import pytest
+import torch
+from host import backend
+
+import vitkernels as vk
+from vitkernels.backends import split_k
+from vitkernels.backends.cuda import backward_plan
+from vitkernels.testing import accuracy
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+HALF, BF16, F32, U8 = torch.float16, torch.bfloat16, torch.float32, torch.uint8
+
+
+def drawn(seed: int) -> dict:
+    rng = random.Random(seed)
+    one = rng.choice
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator)
+
+    T = one((BF16, HALF))
+    pixels = (U8, T, F32)[seed % 3]
+    layout = one(("contiguous", "contiguous", "channels-last", "cut out"))
+    P_h, P_w = one(((16, 16), (16, 16), (32, 32), (12, 16), (8, 32)))
+    C = one((1, 3, 3, 4))
+    B, D = one((1, 2, 3, 5, 9, 17, 33)), one((8, 64, 72, 136, 256, 264, 304))
+    G_h, G_w = one(((1, 3), (3, 5), (2, 2), (7, 3), (1, 1), (2, 9)))
+    if B * G_h * G_w > 200 or P_h == 32:
+        B = min(B, 5)
+    images = torch.rand(B, C, G_h * P_h, G_w * P_w, generator=generator)
+    images = (images * 255).byte() if pixels == U8 else images.to(pixels)
+    if layout == "channels-last":
+        images = images.contiguous(memory_format=torch.channels_last)
+    elif layout == "cut out":
+        around = torch.full((B, C, G_h * P_h, G_w * P_w + 16), 255 if pixels == U8 else float("nan"), dtype=pixels)
+        around[..., : G_w * P_w] = images
+        images = around[..., : G_w * P_w]
+    arguments = {"images": images, "weight": (normal(D, C, P_h, P_w) * (C * P_h * P_w) ** -0.5).to(T)}
+    if rng.random() < 0.5:
+        arguments["bias"] = normal(D).to(T)
+    if rng.random() < 0.5:
+        arguments["prefix"] = normal(one((1, 2, 5)), D).to(T)
+    if rng.random() < 0.2 and P_h == P_w == 16 and G_h > 1 and G_w > 1:
+        arguments["stride"] = one(((8, 16), (16, 32), (24, 16)))
+    if rng.random() < 0.5:
+        arguments.update(mean=(0.4, 0.5, 0.6, 0.5)[:C], std=(0.2, 0.3, 0.25, 0.2)[:C])
+    elif rng.random() < 0.3:
+        arguments["scale"] = 1 / 255
+    return arguments
+
+
+def on(arguments: dict, device: str) -> dict:
+    return {n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in arguments.items()}
+
+
+@pytest.fixture
+def watched(on_cuda_kernels, device, monkeypatch):
+    """Call it with a number of multiprocessors to emulate: there wgmma costs nothing, nor do parts, so that small
+    problems take it, too; it returns the plans that are made from then on. On a GPU it is what it is."""
+    on_cuda_kernels(90)
+    if device == "cuda" and torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("the GPU is no sm_90")
+    plans, true = [], backward_plan.weight_plan
+
+    def kept(*arguments):
+        plans.append(true(*arguments))
+        return plans[-1]
+
+    monkeypatch.setattr(backward_plan, "weight_plan", kept)
+    if device != "cuda":
+        free = tuple(tile._replace(rate=1e6) for tile in backward_plan.WGMMA_TILES)
+        monkeypatch.setattr(backward_plan, "WGMMA_TILES", free)
+        monkeypatch.setattr(split_k, "PART_COST", 0.0)
+
+    def use(count: int) -> list:
+        on_cuda_kernels(90, multiprocessors=count)
+        backend.forget()
+        plans.clear()
+        return plans
+
+    return use
+
+
+@pytest.mark.parametrize("seed", range(90))
+def test_random_problem(watched, device, seed):
+    arguments = on(drawn(seed), device)
+    plans = watched(random.Random(seed).choice((1, 2, 5, 132)))
+    rows = accuracy.compare(arguments, "cuda", gradients=True)
+    assert [r for r in rows if not r["ok"]] == []
+    assert device == "cuda" or (plans and all(plan.wgmma for plan in plans))
+
+
+@pytest.mark.parametrize("count", [25, 40, 132])
+def test_splits(watched, device, count):
+    """The same bits twice, and near those of one split: parts that hold whole blocks of patches and a shorter last."""
+    images = torch.rand(33, 3, 48, 80, device=device).to(BF16)
+    start = torch.randn(200, 3, 16, 16, device=device).to(BF16)
+    grad = torch.randn(33, 15, 200, device=device).to(BF16)
+
+    def gradient(count: int) -> tuple[torch.Tensor, int]:
+        plans = watched(count)
+        weight = start.clone().requires_grad_()
+        vk.patch_embed(images, weight, backend="cuda").backward(grad)
+        assert device == "cuda" or plans[0].wgmma
+        return weight.grad, plans[0].splits
+
+    once, splits = gradient(count)
+    assert torch.equal(once, gradient(count)[0])
+    whole, one = gradient(1)
+    assert device == "cuda" or (one == 1 and splits > 1)
+    torch.testing.assert_close(once, whole, rtol=2**-7, atol=0.05)
+
+
+LAYOUTS = {  # of the tokens' gradient [B, N, D]: what is made of a contiguous one, and whether the kernel takes it
+    "contiguous": (lambda g: g, True),
+    "batch inside": (lambda g: g.transpose(0, 1).contiguous().transpose(0, 1), True),
+    "rows cut out": (lambda g: torch.nn.functional.pad(g, (0, 8))[..., :-8], True),
+    "rows a little cut out": (lambda g: torch.nn.functional.pad(g, (0, 1))[..., :-1], False),
+    "begun at an odd address": (lambda g: torch.nn.functional.pad(g, (1, 7))[..., 1:-7], False),
+    "channels outside": (lambda g: g.transpose(1, 2).contiguous().transpose(1, 2), False),
+    "one for all channels": (lambda g: g[..., :1].expand_as(g), False),
+    "one for all images": (lambda g: g[:1].expand_as(g), None),
+    "one for all": (lambda g: g[:1, :1, :1].expand_as(g), False),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("D", [33, 72])
+def test_gradients_of_tokens_in_any_strides(watched, device, layout, D):
+    """The same bits as from a contiguous copy on the kernel that takes it, near them where another does."""
+    laid_out, taken = LAYOUTS[layout]
+    generator = torch.Generator().manual_seed(D)
+    images = torch.rand(5, 3, 48, 32, generator=generator).to(BF16).to(device)
+    weight = torch.randn(D, 3, 16, 16, generator=generator).to(BF16).to(device).requires_grad_()
+    grad = laid_out(torch.randn(5, 6, D, generator=generator).to(BF16).to(device))
+
+    def gradient(grad):
+        plans = watched(2)
+        (found,) = torch.autograd.grad(vk.patch_embed(images, weight, backend="cuda"), weight, grad)
+        return found, plans[0].wgmma
+
+    strided, by_wgmma = gradient(grad)
+    copied, _ = gradient(grad.contiguous())
+    torch.testing.assert_close(strided, copied, rtol=2**-7, atol=0.02)
+    assert device == "cuda" or taken is None or by_wgmma == (taken and D % 8 == 0)

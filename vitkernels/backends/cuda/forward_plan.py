@@ -1,0 +1,275 @@
+"""How a problem becomes a launch of csrc/forward: the loader, the tile, and why a loader can't be taken.
+
+Arithmetic alone, on a problem, a GPU's figures and where tensors begin: the extension launches what is planned here,
+the cost model reads it, and neither a GPU nor the extension is needed to ask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import gcd, prod
+from typing import NamedTuple
+
+import torch
+
+from ...gpu import Gpu
+from ...problem import PatchProblem, Triple
+from ..patch_layout import (
+    PatchLayout,
+    blocks_in,
+    blocks_of,
+    layout_of,
+    no_copy_engine,
+    product_of,
+    row_alignment,
+    scaling,
+)  # fmt: skip
+
+PACK_ROWS = 4096  # patches from which narrow copies of the weight cost more than packing it: a guess
+CORNER_BYTES = 24  # csrc/common/patch_layout.h's Corner
+
+
+class Tile(NamedTuple):
+    BM: int  # patches
+    BN: int  # channels
+    threads: int
+    rate: float  # guess, not measured: the share of the tensor cores' rate that it reaches
+
+
+# As csrc instantiates them, large to small: mma.sync, multiply-adds (sm80.cuh), wgmma (sm90.cuh)
+MMA_TILES = (Tile(128, 128, 256, 1.0), Tile(32, 64, 128, 0.45))
+PLAIN_TILES = (Tile(64, 64, 128, 1.0),)
+WGMMA_TILES = (Tile(128, 256, 384, 1.0), Tile(128, 128, 384, 0.8))
+
+# How patches come into shared memory (csrc/forward/loaders.cuh)
+LOADERS = {
+    "gather": "pixels gathered one by one",  # through registers: everything the contract allows
+    "copy": "pixels copied asynchronously",  # 4 to 16 bytes at a time, a patch's elements side by side
+    # Operands are put together from them when they are read: P = 14, where a patch's row begins at no multiple of 16
+    # bytes.
+    "rows": "image rows copied whole",
+    "patches": "patches cut by the copy engine",  # sm_90a
+}
+
+
+class Plan(NamedTuple):
+    """csrc/forward/plan.h's ForwardPlan, field by field."""
+
+    loader: str
+    wgmma: bool  # by a producer and consumers; otherwise mma.sync or plain multiply-adds
+    BM: int
+    BN: int
+    threads: int
+    step_k: int
+    steps: int
+    stages: int
+    chunk: int  # bytes copied at a time
+    stage_rows: int  # rows, patches: rows of the image in a stage
+    slot_bytes: int  # rows: bytes of one row of all patches
+    segment_bytes: int  # rows: bytes of one row of the patches in a line of the grid
+    segments: int
+    block: Triple  # patches: images × grid lines × grid columns of a tile
+    a_bytes: int
+    b_pitch: int
+    stage_bytes: int
+    table_bytes: int
+    shared_bytes: int
+    pack: bool  # the weight is first brought into the patches' order, the operands' type and `weight_row`
+    weight_row: int
+    weight_chunk: int
+    tiles_n: int
+    tiles: int
+    blocks: int
+    scratch_bytes: int
+    cost: float
+    how: str
+
+
+def product_step(product: str) -> int:
+    """Elements of k in one step of the tensor cores; 0: without them."""
+    return {"half": 16, "tf32": 8}.get(product, 0)
+
+
+def _other_float(p: PatchProblem) -> bool:
+    return p.image_dtype not in (p.compute_dtype, torch.uint8, torch.float32)
+
+
+def no_copy(p: PatchProblem, layout: PatchLayout, product: str, images_at: int) -> tuple[str, int]:
+    """Why pixels can't be copied 4 bytes or more at a time, a patch's elements side by side; and how many they can."""
+    size, chunk = p.image_dtype.itemsize, row_alignment(p, layout, images_at)
+    if product == "fp64" or _other_float(p):
+        return "pixels are of another float type than the product", 0
+    if layout.strides[4] != 1:
+        return f"pixels of a row are {layout.strides[4]} apart", 0
+    chunk = gcd(layout.P[2] * size, layout.S[2] * size, chunk)
+    if any(p.pad):
+        if scaling(p, product)[0]:
+            return "padding, of normalised pixels", 0
+        chunk = gcd(layout.pad[2] * size, layout.W * size, chunk)
+    return (f"patches begin at multiples of {chunk} bytes, of 4 at least they must" if chunk < 4 else ""), chunk
+
+
+def no_rows(p: PatchProblem, layout: PatchLayout, product: str, images_at: int) -> tuple[str, int]:
+    """Why whole rows of the image can't be copied; and how many bytes at a time they can."""
+    chunk = row_alignment(p, layout, images_at)
+    reasons = (
+        (not product_step(product), "no tensor cores in the product"),
+        (_other_float(p), "pixels are of another float type than the product"),
+        (layout.strides[4] != 1, f"pixels of a row are {layout.strides[4]} apart"),
+        (p.n_keep is not None, "a keep list"),
+        (any(p.pad), f"padding {p.pad[1:]}"),
+        (layout.P[2] % 2 or layout.S[2] % 2, "patches of an odd number of pixels in a row, or an odd stride"),
+        (chunk < 2, "rows begin at odd addresses"),
+    )
+    return next((text for wrong, text in reasons if wrong), ""), chunk
+
+
+def no_patches(p: PatchProblem, layout: PatchLayout, product: str, images_at: int) -> str:
+    """Why the copy engine can't cut the image into patches for wgmma."""
+    reasons = (
+        (product != "half", "the product is not of 16 bits"),
+        (_other_float(p), "pixels are of another float type than the product"),
+        *((True, reason) for reason in no_copy_engine(p, layout, images_at)),
+        (layout.P[2] % 16 != 0, f"patch rows of {layout.P[2]} elements, no multiple of 16"),
+    )
+    return next((text for wrong, text in reasons if wrong), "")
+
+
+def _weight(
+    p: PatchProblem, layout: PatchLayout, weight_at: int, strides: Sequence[int], wgmma: bool, step_k: int
+) -> tuple[bool, int, int]:
+    """Whether it is packed first, the elements of its rows, and the bytes of one copy. It is read where it lies if its
+    rows are in the patches' order, of the operands' type, and can be copied 4 bytes at a time."""
+    size = p.compute_dtype.itemsize
+    P_t, P_h, P_w = p.P
+    dense = (1, P_h * P_w * p.C, P_w * p.C, p.C) if layout.channels_last else (P_t * P_h * P_w, P_h * P_w, P_w, 1)
+    there = p.weight_dtype == p.compute_dtype
+    there &= all(n == 1 or s == d for n, s, d in zip((p.C, *p.P), strides[1:], dense, strict=True))
+    row = strides[0] if p.D > 1 else p.K
+    chunk = gcd(row * size, p.K * size, weight_at, 16)
+    narrow = chunk < 4 or (chunk < 16 and (wgmma or p.B * p.rows >= PACK_ROWS))
+    block = (64 if step_k % 64 == 0 else 16) if wgmma else 1  # of one box of the copy engine
+    if there and row >= p.K and not narrow and p.K % block == 0 and row % block == 0:
+        return False, row, chunk
+    return True, _round_up(p.K, max(block, 16 // size)), 16
+
+
+def _round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+class Stage(NamedTuple):
+    """What a loader keeps of the patches."""
+
+    step_k: int
+    a_bytes: int
+    table_bytes: int = 0
+    rows: int = 0
+    slot_bytes: int = 0
+    segment_bytes: int = 0
+    segments: int = 0
+
+
+def _stage(p: PatchProblem, layout: PatchLayout, product: str, loader: str, tile: Tile, chunk: int) -> Stage:
+    pixel, value, P_w = p.image_dtype.itemsize, p.compute_dtype.itemsize, layout.P[2]
+    if loader == "rows":
+        least = 16 // gcd(P_w, 16)  # rows that make a multiple of the tensor cores' step
+        if least * P_w <= 128:
+            rows = least * max(1, 64 // (least * P_w))
+            step_k = rows * P_w
+        else:  # a row that two steps need is copied twice
+            step_k = 64
+            rows = (step_k + P_w - 2) // P_w + 1
+        line = min(p.G[2], tile.BM)
+        segment = _round_up(((line - 1) * layout.S[2] + P_w) * pixel + 2 * chunk, 16)
+        segments = -(-(tile.BM - 1) // p.G[2]) + 1
+        slot = segments * segment
+        return Stage(step_k, rows * slot, _round_up(segments * 16, 128), rows, slot, segment, segments)
+    if loader == "patches":
+        rows = next(n for n in range(max(1, 64 // P_w), 0, -1) if p.P[1] % n == 0)
+        return Stage(rows * P_w, rows * P_w * tile.BM * pixel, rows=rows)
+    step_k = 16 if not product_step(product) else 64 if value == 2 and tile.BM < 128 else 32
+    row = step_k * (value if loader == "gather" else pixel) + 16
+    return Stage(step_k, tile.BM * row, _round_up(tile.BM * CORNER_BYTES, 128))
+
+
+def _plan(
+    p: PatchProblem, gpu: Gpu, layout: PatchLayout, product: str, loader: str, wgmma: bool, tile: Tile, chunk: int,
+    weight_at: int, weight_strides: Sequence[int],
+) -> Plan | None:  # fmt: skip
+    """A loader with a tile; None where fewer than two stages fit."""
+    value, total = p.compute_dtype.itemsize, p.sum_dtype.itemsize
+    s = _stage(p, layout, product, loader, tile, chunk)
+    block = blocks_of(p, tile.BM) if loader == "patches" else (0, 0, 0)
+    pack, row, weight_chunk = _weight(p, layout, weight_at, weight_strides, wgmma, s.step_k)
+    steps, align = -(-p.K // s.step_k), 1024 if wgmma else 128
+    b_pitch = s.step_k if wgmma else s.step_k + 16 // value
+    a_bytes = _round_up(s.a_bytes, align)
+    stage = a_bytes + _round_up(tile.BN * b_pitch * value, align)
+    # The epilogue's staging: sums of 16 rows of each warp on their way to tokens. With wgmma it has a place of its own,
+    # as the next tile is copied meanwhile, and less padding, which leaves room for 4 stages.
+    staging = 8 * 16 * (64 + 4) * total if wgmma else tile.threads // 32 * 16 * (32 + 8) * total
+    beside = staging + s.table_bytes + 1024 if wgmma else s.table_bytes
+    room, half = gpu.shared_bytes - beside, (gpu.shared_bytes + 1024) // 2 - 1024 - beside
+    if not wgmma and half // stage >= 3:
+        room = half  # for two blocks on a multiprocessor; 1024 bytes of each are CUDA's
+    stages = min(6 if wgmma else 4, room // stage, max(2, steps + 1))
+    shared_bytes = beside + max(stages * stage, 0 if wgmma else staging)
+    if stages < 2 or shared_bytes > gpu.shared_bytes:
+        return None
+    tiles_n = -(-p.D // tile.BN)
+    tiles = tiles_n * (blocks_in(p, block) if loader == "patches" else -(-p.B * p.rows // tile.BM))
+    unit = "wgmma" if wgmma else "mma.sync" if product_step(product) else "multiply-adds"
+    at_a_time = f" ({chunk} bytes at a time)" if loader in ("copy", "rows") else ""
+    how = f"{LOADERS[loader]}{at_a_time}, {unit} in tiles of {tile.BM}×{tile.BN}"
+    # In the time that one multiprocessor takes for a multiply-add of the largest tile; a tile begins and ends with the
+    # latency of some 128 of k, and two stages hide less of the memory's.
+    rate = tile.rate * _rate(loader, wgmma, chunk) * (0.8 if stages == 2 else 1.0)
+    cost = -(-tiles // gpu.multiprocessors) * (steps * s.step_k + 128) * tile.BM * tile.BN / rate
+    return Plan(
+        loader, wgmma, tile.BM, tile.BN, tile.threads, s.step_k, steps, stages, chunk, s.rows, s.slot_bytes,
+        s.segment_bytes, s.segments, block, a_bytes, b_pitch, stage, s.table_bytes, shared_bytes, pack,
+        row, weight_chunk, tiles_n, tiles, min(tiles, gpu.multiprocessors) if wgmma else tiles,
+        p.D * row * value * pack, cost, how + ", the weight packed first" * pack,
+    )  # fmt: skip
+
+
+def _rate(loader: str, wgmma: bool, chunk: int) -> float:
+    """A guess, not measured: the share of the tensor cores' rate by warp that a loader brings pixels for."""
+    if loader == "copy":
+        return 1.0 if chunk == 16 else 0.6
+    if loader == "rows":
+        return 1.4 if wgmma else 0.9 if chunk == 16 else 0.7
+    return {"gather": 0.15, "patches": 1.6}[loader]
+
+
+def candidates(
+    p: PatchProblem, gpu: Gpu, tf32: bool, images_at: int = 0, weight_at: int = 0, weight_strides: Sequence[int] = (),
+) -> tuple[list[Plan], dict[str, str]]:  # fmt: skip
+    """Every loader with every tile that can take the problem, and why the other loaders can't. Tensors begin at these
+    addresses, modulo 16; a weight without strides is dense."""
+    product, layout = product_of(p, tf32), layout_of(p)
+    strides = weight_strides or tuple(prod((p.C, *p.P)[i:]) for i in range(5))
+    wgmma = gpu.arch == 90 and product == "half"
+    copy, copy_chunk = no_copy(p, layout, product, images_at)
+    rows, row_chunk = no_rows(p, layout, product, images_at)
+    patches = no_patches(p, layout, product, images_at) if wgmma else "wgmma in 16 bits is sm_90's"
+    offers: list[tuple[str, bool, tuple[Tile, ...], int, str]] = [
+        ("patches", True, WGMMA_TILES, 16, patches),
+        ("rows", True, WGMMA_TILES if wgmma and row_chunk >= 4 else (), row_chunk, rows),
+        ("copy", False, MMA_TILES if product_step(product) else PLAIN_TILES, copy_chunk, copy),
+        ("rows", False, MMA_TILES, row_chunk, rows),
+        ("gather", False, MMA_TILES[1:] if product_step(product) else PLAIN_TILES, 0, ""),
+    ]
+    plans = [
+        plan
+        for loader, by_wgmma, tiles, chunk, reason in offers if not reason for tile in tiles
+        if (plan := _plan(p, gpu, layout, product, loader, by_wgmma, tile, chunk, weight_at, strides))
+    ]  # fmt: skip
+    taken, small = {plan.loader for plan in plans}, f"no two stages fit {gpu.shared_bytes} bytes of shared memory"
+    return plans, {loader: reason or small for loader, *_, reason in offers if loader not in taken}
+
+
+def make_plan(*arguments: object, **more: object) -> Plan:
+    """The cheapest of `candidates`."""
+    return min(candidates(*arguments, **more)[0], key=lambda plan: plan.cost)  # type: ignore[arg-type]

@@ -1,0 +1,96 @@
+"""The Triton backward: launches what backward_plan.py planned; the kernels are in backward_kernels.py."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+
+from ...gpu import gpu_of, tf32
+from ...problem import PatchProblem
+from .. import reference
+from ..common import Grads, masked, own_tables, scattered
+from ..common import centred as channels_centred
+from .backward_plan import Launch, Reduction, Wanted, image_launch, reduction
+from .config_cache import planned
+from .configs import Config
+from .forward_plan import Order
+from .launch import bound, centred, interpreted, packed
+
+
+@planned
+def _prepared_reduction(p, grad_dtype, wanted, tf32, interpreted, tile) -> tuple[Reduction, partial, partial, partial]:
+    plan = reduction(p, gpu_of(p.device), grad_dtype, wanted, tf32, interpreted, tile)
+    return plan, bound(*plan.reduce), bound(*plan.kept), bound(*plan.finish)
+
+
+@planned
+def _prepared_images(p, strides, grad_dtype, tf32, interpreted, tile) -> tuple[Launch, Order, partial]:
+    launch, order = image_launch(p, strides, gpu_of(p.device), grad_dtype, tf32, interpreted, tile)
+    return launch, order, bound(*launch)
+
+
+def backward(
+    p: PatchProblem,
+    grad: torch.Tensor,  # [B, T + rows, D]
+    images: torch.Tensor,  # [B, C, F, H, W]
+    weight: torch.Tensor,  # [D, C, P_t, P_h, P_w]
+    bias: torch.Tensor | None,  # [D]
+    pos_embed: torch.Tensor | None,  # [1|B, N|T+N, D]
+    prefix: torch.Tensor | None,  # [1|B, T, D]
+    keep: torch.Tensor | None,  # [B, rows]
+    grads: Grads,  # of images, weight, bias, pos_embed and prefix, to be written; None: nobody asks
+    *,
+    choice: tuple[str, Config] | None = None,  # "weight" or "images" and its tile, instead of the tables'
+) -> None:
+    d_images, d_weight, d_bias, d_pos, d_prefix = grads
+    if grad.numel() == 0 or p.rows == 0:
+        return reference.backward(p, grad, images, weight, bias, pos_embed, prefix, keep, grads)
+    keep = None if keep is None else keep.contiguous()
+    tiles = {} if choice is None else dict([choice])
+    if d_images is not None:
+        _images(p, grad, weight, keep, d_images, tiles.get("images"))
+    d_pos, d_prefix = own_tables(p, grad, keep, d_pos, d_prefix)
+    if any(g is not None for g in (d_weight, d_bias, d_pos, d_prefix)):
+        _reduce(p, grad, images, keep, d_weight, d_bias, d_pos, d_prefix, tiles.get("weight"))
+    return None
+
+
+def _reduce(p, grad, images, keep, d_weight, d_bias, d_pos, d_prefix, tile) -> None:
+    wanted = Wanted(*(g is not None for g in (d_weight, d_bias, d_pos, d_prefix)))
+    plan, reduce, scatter, finish = _prepared_reduction(p, grad.dtype, wanted, tf32(), interpreted(), tile)
+    dtype = p.sum_dtype
+    parts = {name: images.new_empty(shape, dtype=dtype) if all(shape) else None for name, shape in plan.parts.items()}
+    with torch.cuda.device_of(images):
+        steps = _strides("grad", "bnd", grad)
+        if plan.reduce.grid:
+            reduce(
+                images=images, grad=grad, keep=keep, **parts, **steps,
+                centred=centred(p, plan.order, plan.padded_K) if plan.reduce.constants["NORMALISED"] else None,
+            )  # fmt: skip
+        if plan.kept.grid:
+            scatter(grad=grad, keep=keep, table_parts=parts["table_parts"], **steps)
+        finish(
+            **parts, d_weight=d_weight, d_bias=d_bias, d_pos=d_pos, d_prefix=d_prefix,
+            **_strides("weight", "dcthw", d_weight), **_strides("pos", "rd", d_pos),
+            **_strides("prefix", "rd", d_prefix), **_strides("bias", "d", d_bias),
+        )  # fmt: skip
+
+
+def _images(p, grad, weight, keep, d_images, tile) -> None:
+    T = p.T
+    if keep is not None:  # back at their places among all patches, first
+        grad, keep = masked(p, grad, keep)
+        grad, T = scattered(p, grad[:, T:], keep, per_image=True), 0
+    launch, order, images_kernel = _prepared_images(p, d_images.stride(), grad.dtype, tf32(), interpreted(), tile)
+    factor = channels_centred(p, p.sum_dtype)[1] if launch.constants["NORMALISED"] else None
+    with torch.cuda.device_of(grad):
+        images_kernel(
+            grad=grad, weight=packed(p, order, p.K, weight), factor=factor, d_images=d_images, T=T,
+            **_strides("grad", "bnd", grad),
+        )  # fmt: skip
+
+
+def _strides(name: str, axes: str, t: torch.Tensor | None) -> dict[str, int]:
+    steps = (0,) * len(axes) if t is None else t.stride()[-len(axes) :]
+    return {f"{name}_{axis}": step for axis, step in zip(axes, steps, strict=True)}

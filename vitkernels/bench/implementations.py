@@ -1,0 +1,106 @@
+"""What is timed: our backends, the baselines, and what the device can do at all, each as steps without arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from .. import dispatch
+from ..functional import explain, patch_embed
+from ..problem import PatchProblem
+from .baselines import PEERS, conv
+from .cases import Call
+from .timing import Step
+
+MODES = ("forward", "backward", "both")
+LEARNT = ("weight", "bias", "pos_embed", "prefix")
+
+
+def problem(call: Call) -> PatchProblem:
+    return explain(**call).problem
+
+
+OURS = ("auto", *dispatch.MODULES)
+CEILINGS = ("copy", "gemm", "empty")
+
+
+def default_impls(call: Call, *, compiled: bool | None = None) -> list[str]:
+    """auto, the other backends that would run, the peers, the ceilings. `compiled`: by default on a GPU only, as it
+    takes up to a minute a case."""
+    why = explain(**call)
+    gpu = call["images"].is_cuda
+    always = {name for name, _ in why.auto.values()}  # by `auto`, if it is one
+    others = [name for name, reasons in why.items() if not reasons and {name} != always and name != "reference"]
+    peers = [
+        name
+        for name in PEERS
+        if not name.startswith("compile") or ((gpu if compiled is None else compiled) and (gpu or name[-3:] != "max"))
+    ]
+    if not gpu and call["weight"].ndim == 5 and call["weight"].dtype.itemsize == 2:
+        peers = [name for name in peers if "conv" not in name]  # conv3d of halves writes past its buffers on a CPU
+    return ["auto", *(others if gpu else ()), *peers, *CEILINGS]
+
+
+def _leaf(t: torch.Tensor | None, grad: bool) -> torch.Tensor | None:
+    return t if t is None or not grad else t.detach().requires_grad_()
+
+
+def steps(impl: str | Callable, calls: Sequence[Call], grad: bool = False) -> list[tuple[Step, list[torch.Tensor]]]:
+    """Per call: images in, tokens out, ready to be timed; and the parameters that want gradients.
+
+    `impl` is a backend, one of PEERS, or a function with patch_embed's arguments.
+    """
+    if impl not in PEERS:
+        embed = impl if callable(impl) else partial(patch_embed, backend=impl)
+        ours = [call | {name: _leaf(call.get(name), grad) for name in LEARNT} for call in calls]
+        return [(partial(embed, **c), [c[n] for n in LEARNT if c[n] is not None]) for c in ours]
+    function = PEERS[impl]()
+    result: list[tuple[Step, list[torch.Tensor]]] = []
+    for call in calls:
+        p = problem(call)
+        a = b = None
+        if p.normalised or p.scale != 1:  # folded: y = a·x + b
+            a, b = (
+                torch.tensor(v, dtype=p.compute_dtype, device=p.device).view(-1, *(1,) * (call["images"].ndim - 2))
+                for v in p.affine
+            )
+        tensors: dict[str, Any] = {name: call.get(name) for name in LEARNT}
+        if impl == "conv_channels_last":  # the weight as model.to(memory_format=...) leaves it
+            memory_format = torch.channels_last_3d if p.video else torch.channels_last
+            tensors["weight"] = tensors["weight"].contiguous(memory_format=memory_format)
+            function = partial(conv, memory_format=memory_format)
+        tensors = {name: _leaf(t, grad) for name, t in tensors.items()}
+        step = partial(function, call["images"], *tensors.values(), call.get("keep"), a, b)
+        result.append((step, [t for t in tensors.values() if t is not None]))
+    return result
+
+
+def ceiling_steps(impl: str, calls: Sequence[Call], mode: str) -> list[Step]:
+    """copy: the bytes of `cost_model.work`, half read, half written; gemm: the bare product; empty: a tiny launch."""
+    p = problem(calls[0])
+    times = 2 if mode == "both" else 1
+    new = partial(torch.empty, device=p.device)
+    result: list[Step] = []
+    for _ in calls:
+        if impl == "copy":
+            half = new(times * p.bytes // 2, dtype=torch.uint8).fill_(7)
+            result.append(partial(torch.empty_like(half).copy_, half))
+        elif impl == "gemm":
+            x, w, y = (
+                new(shape, dtype=p.compute_dtype).normal_()
+                for shape in ((p.B * p.rows, p.K), (p.D, p.K), (p.B * p.rows, p.D))
+            )
+            forward: Step = partial(torch.mm, x, w.t(), out=y)
+            backward: Step = partial(torch.mm, y.t(), x)
+            result.append({"forward": forward, "backward": backward}.get(mode) or partial(_each, forward, backward))
+        else:
+            result.append(new(1).zero_)
+    return result
+
+
+def _each(*steps: Step) -> None:
+    for step in steps:
+        step()

@@ -1,0 +1,126 @@
+"""How a module is fused: its class is swapped for a subclass that sends the front end through `patch_embed`.
+
+Nothing is stored on the instance and no parameter moves, so state_dict, optimiser and hooks see no difference.
+Pickles of fused models name this file's `_rebuilt` and the adapters' classes: those keep their places.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from ..functional import patch_embed
+from ..layers import eager_dtype
+
+
+class Fused:
+    """Put in front of a library's class; a subclass overrides what has to run otherwise.
+
+    Where anything is out of the ordinary (a hook, a wrapped projection, integer pixels, a wrong size), the override
+    calls super(): then the library's own code gives the library's own result, or error.
+    """
+
+    _vk_base: type[nn.Module]
+    _vk_mixin: type[Fused]
+    _vk_backend: str
+
+    def __reduce_ex__(self, protocol):
+        # The subclass goes by its base's name, so pickle and deepcopy can't look it up.
+        _, _, *state = super().__reduce_ex__(protocol)
+        return _rebuilt, (self._vk_mixin, self._vk_base, self._vk_backend), *state
+
+
+class Row(NamedTuple):
+    """A front end that can be fused; adapters keep them in a table by the full name of the library's class."""
+
+    parts: dict[str, tuple[type[Fused], str]]  # path ("" is the module itself) -> what goes in front of which class
+    why_not: Callable[[nn.Module], str | None]  # what stands in the way in this instance; asked at every call as well
+    what: str
+
+
+def fused_class(mixin: type[Fused], base: type[nn.Module], backend: str) -> type[nn.Module]:
+    key = mixin, base, backend
+    if key not in _CLASSES:
+        _CLASSES[key] = _made(*key)
+    return _CLASSES[key]
+
+
+_CLASSES: dict[tuple[type, type, str], type[nn.Module]] = {}
+
+
+def _made(mixin: type[Fused], base: type[nn.Module], backend: str) -> type[nn.Module]:
+    names = {
+        "_vk_mixin": mixin,
+        "_vk_base": base,
+        "_vk_backend": backend,
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+    }
+    return types.new_class(base.__name__, (mixin, base), exec_body=lambda namespace: namespace.update(names))
+
+
+def _rebuilt(mixin: type[Fused], base: type[nn.Module], backend: str) -> nn.Module:
+    cls = fused_class(mixin, base, backend)
+    return cls.__new__(cls)  # type: ignore[call-overload]
+
+
+def restore(name: str, module: nn.Module) -> None:
+    """Give a fused module its own class back."""
+    cls = type(module)
+    if not issubclass(cls, Fused):
+        return
+    if "_vk_base" not in vars(cls):
+        raise RuntimeError(f"{name or 'the model'} got the class {cls.__name__} after it was fused: undo that first")
+    module.__class__ = cls._vk_base
+
+
+def full_name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def overridden(part: nn.Module, mixin: type[Fused], of: str) -> str | None:
+    """Why the mixin can't go in front of this module: it does not run the library's own methods, as `of` has them."""
+    library = next((c for c in type(part).__mro__ if full_name(c) == of), None)
+    if library is None:
+        return f"is a {type(part).__name__}, not a {of.rpartition('.')[2]}"
+    for name in vars(mixin):
+        if name.startswith("__"):
+            continue
+        if name in vars(part):
+            return f"has its {name} replaced on the instance"
+        if getattr(type(part), name) is not getattr(library, name):
+            return f"overrides {name}"
+    return None
+
+
+def takes(conv: nn.Conv2d, images: torch.Tensor) -> bool:
+    """Whether these are images that a plain `conv` takes, but for the dtype of their floats."""
+    return images.ndim == 4 and images.shape[1] == conv.in_channels and images.is_floating_point()
+
+
+def grid_of(conv: Any, images: torch.Tensor) -> tuple[int, int]:
+    y, x = (
+        (s + 2 * pad - P) // S + 1
+        for s, pad, P, S in zip(images.shape[-2:], conv.padding, conv.kernel_size, conv.stride, strict=True)
+    )
+    return y, x
+
+
+def embed(
+    conv: Any,
+    images: torch.Tensor,
+    backend: str,
+    *,
+    pos_embed: torch.Tensor | None = None,
+    prefix: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`patch_embed` with the parameters of a convolution, in the dtype that eager PyTorch would give: [B,T+N,D]."""
+    return patch_embed(
+        images, conv.weight, conv.bias, pos_embed=pos_embed, prefix=prefix, stride=conv.stride, padding=conv.padding,
+        out_dtype=eager_dtype(conv.weight, pos_embed, prefix), backend=backend,
+    )  # fmt: skip
