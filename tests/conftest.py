@@ -9,6 +9,14 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported
 
 
+@pytest.fixture(autouse=True)
+def strict(monkeypatch):
+    """What `vk.fuse` tolerates in users' models is raised here, so that it hides no mistake of ours."""
+    from vitkernels.fusing import swapping
+
+    monkeypatch.setattr(swapping, "STRICT", True)
+
+
 @pytest.fixture(scope="session")
 def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"

@@ -477,6 +477,68 @@ def test_forward_mode(over_reverse):
     assert_same(tangents(vk.patch_embed), tangents(EAGER))
 
 
+# What was made under inference_mode, by a loader or a cache of features, may not be saved for the backward.
+
+MADE_THEN = ("images", "weight", "bias", "pos_embed", "prefix", "keep")
+
+
+def with_inference(made, needs, pixels):
+    """A call of which `made` is an inference tensor and `needs` learns."""
+    call = call_arguments(pixels=pixels) | ({"keep": KEEP} if made == "keep" else {})
+    with torch.inference_mode():
+        call[made] = call[made].clone()
+    call[needs] = call[needs].clone().requires_grad_()
+    return call
+
+
+def eager_chain(images, weight, bias, pos_embed, prefix, keep=None):
+    if images.dtype == torch.uint8:
+        images = images / 255
+    tokens = torch.nn.functional.conv2d(images, weight, bias, stride=4).flatten(2).transpose(1, 2)
+    tokens = tokens + pos_embed[:, 2:]
+    if keep is not None:
+        tokens = tokens.gather(1, keep.clone()[..., None].expand(-1, -1, 5))
+    return torch.cat([(prefix + pos_embed[:, :2]).expand(len(images), -1, -1), tokens], 1)
+
+
+def gradient_or_error(function, call, needs):
+    try:
+        (gradient,) = torch.autograd.grad(function(**call).square().sum(), call[needs])
+    except RuntimeError as error:
+        if "Inference tensors cannot be saved" not in str(error):
+            raise
+        return None
+    return gradient
+
+
+@pytest.mark.parametrize(("made", "needs"), [(m, n) for m in MADE_THEN for n in MADE_THEN[:-1] if m != n])
+@pytest.mark.parametrize("pixels", [torch.uint8, torch.float32], ids=["uint8", "fp32"])
+def test_tensors_of_inference_mode_are_trained_on_as_eagerly(made, needs, pixels):
+    """8-bit pixels and keep lists always can be; float pixels and a weight can't where the convolution needs them."""
+    if needs == "images":
+        pixels = torch.float32  # integers have no gradient
+    call = with_inference(made, needs, pixels)
+    expected = gradient_or_error(eager_chain, call, needs)
+    got = gradient_or_error(vk.patch_embed, call, needs)
+    if made in ("images", "weight") and needs == "bias":  # the convolution saves what it doesn't need
+        assert got is not None
+    else:
+        assert (got is None) == (expected is None)
+    if made == "keep" or (made == "images" and pixels == torch.uint8):
+        assert got is not None
+    if expected is not None:
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-3)
+
+
+def test_second_derivatives_of_pixels_of_inference_mode():
+    call = with_inference("images", "weight", torch.uint8)
+    found = []
+    for function in (vk.patch_embed, eager_chain):
+        (first,) = torch.autograd.grad(function(**call).square().sum(), call["weight"], create_graph=True)
+        found.append(torch.autograd.grad(first.square().sum(), call["weight"])[0])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1)
+
+
 def python(code):
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from functools import lru_cache
 from types import ModuleType
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -15,6 +16,7 @@ from .gpu import gpu_of, tf32
 from .problem import PatchProblem
 
 MODULES = {"triton": ".backends.triton", "cuda": ".backends.cuda", "reference": ".backends.reference"}
+Result = TypeVar("Result")
 # "weight" stands for all that is learnt: weight, bias, position table and prefix.
 DIRECTIONS = {"forward": "tokens", "weight": "parameters' gradients", "images": "images' gradient"}
 
@@ -95,6 +97,40 @@ def _choose(p: PatchProblem, name: str, direction: str, rounded: bool) -> Module
     if reasons := why_not(p, name):
         raise NotImplementedError(f"backend {name!r} can't take this problem ({p}): {'; '.join(reasons)}")
     return backend(name)
+
+
+def run(
+    p: PatchProblem,
+    name: str,
+    tensors: tuple[torch.Tensor | None, ...],  # images … keep, canonical
+) -> torch.Tensor:
+    """The tokens, by the backend that takes the problem."""
+    return _tried(lambda: choose(p, name).forward(p, *tensors))
+
+
+def run_backward(
+    p: PatchProblem,
+    name: str,
+    grad: torch.Tensor,  # [B, T + rows, D]
+    tensors: tuple[torch.Tensor | None, ...],  # images … keep, canonical
+    grads: tuple[torch.Tensor | None, ...],  # of images … prefix, to be written, canonical; None: nobody asks
+) -> None:
+    """The gradients, each by the backend that takes it."""
+
+    def write() -> None:
+        for module, share in shares(p, name, grads).items():
+            module.backward(p, grad, *tensors, grads=share)
+
+    _tried(write)
+
+
+def _tried(call: Callable[[], Result]) -> Result:
+    """Again, where a backend found that it can't be used on this machine, without that backend."""
+    try:
+        return call()
+    except fallbacks.Unusable:
+        _choose.cache_clear()
+        return call()
 
 
 def shares(

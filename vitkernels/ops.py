@@ -42,7 +42,7 @@ def _forward(*args):
     tensors, (*arguments, backend) = args[:6], args[6:]
     p = _problem(*tensors, *arguments)
     check_keep(p, tensors[5])
-    return dispatch.choose(p, backend).forward(p, *dispatch.canonical(*tensors))
+    return dispatch.run(p, backend, dispatch.canonical(*tensors))
 
 
 def _forward_fake(*args):
@@ -55,9 +55,8 @@ def _backward(grad, *args):
     p = _problem(*tensors, *arguments)
     grads = [torch.empty_like(t) if need else None for t, need in zip(tensors, needs, strict=False)]
     with torch.autocast(grad.device.type, enabled=False):  # the product's dtype was settled by the forward
-        shares = dispatch.shares(p, backend, dispatch.canonical(*grads, None)[:5])
-        for module, share in shares.items():
-            module.backward(p, grad, *dispatch.canonical(*tensors), grads=share)
+        wanted = dispatch.canonical(*grads, None)[:5]
+        dispatch.run_backward(p, backend, grad, dispatch.canonical(*tensors), wanted)
     return [g for g in grads if g is not None]
 
 
@@ -100,38 +99,39 @@ def _flops_backward(grad, images, weight, bias, pos_embed, prefix, *rest, **_) -
 class _PatchEmbed(_SingleLevelFunction):
     @staticmethod
     def forward(ctx, *args):
-        _save(ctx, args[:6])
+        images, weight, *_ = ctx.needs_input_grad
+        _save(ctx, args[:6], read=2 if images or weight else 0)
         ctx.arguments = args[6:]
         return _below_function(_op, args)
 
     @staticmethod
     def backward(ctx, grad):
         needs = list(ctx.needs_input_grad[:5])
-        return *_spread(_call_backward(grad, *ctx.saved_tensors, *ctx.arguments, needs), needs), *(None,) * 9
+        return *_spread(_call_backward(grad, *_saved(ctx), *ctx.arguments, needs), needs), *(None,) * 9
 
     @staticmethod
     def jvp(ctx, *d):
-        return _change(ctx.saved_tensors, ctx.arguments, d[:5])
+        return _change(_saved(ctx), ctx.arguments, d[:5])
 
 
 class _PatchEmbedBackward(_SingleLevelFunction):
     @staticmethod
     def forward(ctx, *args):
-        _save(ctx, args[:7])
+        _save(ctx, args[:7], read=3)
         ctx.set_materialize_grads(False)
         ctx.arguments, ctx.needs = args[7:-1], args[-1]
         return tuple(_below_function(_op_backward, args))
 
     @staticmethod
     def backward(ctx, *grads):
-        grad, *tensors = ctx.saved_tensors
+        grad, *tensors = _saved(ctx)
         d = _spread(grads, ctx.needs)
         d_grad = _change(tensors, ctx.arguments, d) if ctx.needs_input_grad[0] else None
         return d_grad, *_change_of_grads(grad, tensors, ctx.arguments, d, ctx.needs_input_grad[1:3]), *(None,) * 13
 
     @staticmethod
     def jvp(ctx, d_grad, *d):
-        grad, *tensors = ctx.saved_tensors
+        grad, *tensors = _saved(ctx)
         changes = [*_change_of_grads(grad, tensors, ctx.arguments, d, ctx.needs), None, None, None]
         if d_grad is not None:
             more = _spread(_call_backward(d_grad, *tensors, *ctx.arguments, ctx.needs), ctx.needs)
@@ -140,11 +140,25 @@ class _PatchEmbedBackward(_SingleLevelFunction):
         return tuple(torch.zeros_like(t) if c is None else c for c, t in needed)
 
 
-def _save(ctx, tensors) -> None:
+def _save(ctx, tensors, read: int) -> None:
+    """What a derivative needs. An inference tensor can't be saved, but may be held: where it has no gradient of its own
+    (8-bit pixels, a keep list), and where it is past those `read` first whose values a derivative reads."""
+    ctx.held = {
+        i: t
+        for i, t in enumerate(tensors)
+        if t is not None and t.is_inference() and (i >= read or not t.is_floating_point())
+    }
+    if ctx.held:
+        tensors = [None if i in ctx.held else t for i, t in enumerate(tensors)]
     ctx.save_for_backward(*tensors)
     if _forward_mode():
         ctx.set_materialize_grads(False)
         ctx.save_for_forward(*tensors)
+
+
+def _saved(ctx):
+    saved = ctx.saved_tensors
+    return [ctx.held.get(i, t) for i, t in enumerate(saved)] if ctx.held else saved
 
 
 def _change(tensors, arguments, d) -> torch.Tensor | None:

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from problems import arguments as make_arguments
 
 import vitkernels as vk
 from vitkernels import dispatch
@@ -126,6 +127,57 @@ def test_hard(backend, name, device):
     skip_where_declined(backend, arguments)
     rows = accuracy.compare(arguments, backend, gradients=True)
     assert [r for r in rows if not r["ok"]] == []
+
+
+NEIGHBOURS = {  # patch sizes whose rows end within a step of every kernel's, and at its end
+    "P = 14": dict(B=4, H=56, W=56, P=14, D=40),
+    "P = 14, autocast": dict(B=4, H=56, W=56, P=14, D=40, pixels=F32),
+    "P = 6": dict(B=4, H=24, W=24, P=6, D=24),
+    "P = 10": dict(B=3, H=40, W=40, P=10, D=33),
+    "P = 16": dict(B=4, H=64, W=64, P=16, D=72),
+    "P = 16, fp32": dict(B=3, H=48, W=64, P=16, D=36, pixels=F32, weights=F32),
+    "P = 7, fp32": dict(B=3, H=21, W=28, P=7, D=20, pixels=F32, weights=F32),
+    "P = 8, channels last": dict(B=3, H=32, W=32, P=8, D=24, channels_last=True),
+    "normalised": dict(B=3, H=28, W=28, P=14, D=24, mean=0.5, std=0.2),
+    "kept": dict(B=3, H=56, W=56, P=14, D=24, kept=5),
+}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("one_patch", [False, True], ids=["image", "patch"])
+@pytest.mark.parametrize("name", NEIGHBOURS)
+def test_a_broken_image_reaches_no_other(backend, name, one_patch, value, device):
+    """Nor a broken patch the others of its image; in tokens, and in the images' gradient. The reference can fail here
+    on a CPU with AMX alone (test_reference.py holds its rows to be padded on every CPU)."""
+    arguments = make_arguments(**NEIGHBOURS[name], device=device)
+    skip_where_declined(backend, arguments)
+    images, P, keep = arguments["images"].clone(), arguments["weight"].shape[-1], arguments.get("keep")
+    if one_patch:
+        images[1, :, P : 2 * P, :P] = value
+    else:
+        images[1] = value
+    G_w, T = images.shape[3] // P, arguments["prefix"].shape[0]
+    arguments["images"] = images.requires_grad_()
+    tokens = vk.patch_embed(**arguments, backend=backend)
+    numbers = torch.arange(tokens.shape[1] - T).expand(len(images), -1) if keep is None else keep.cpu()
+    broken = torch.zeros(tokens.shape[:2], dtype=torch.bool)
+    broken[1, T:] = (numbers[1] == G_w) if one_patch else True
+    assert torch.equal(tokens.isfinite().all(2).cpu(), ~broken)
+
+    grad = torch.ones_like(tokens)
+    grad[broken.to(device)] = value
+    arguments["images"] = images = make_arguments(**NEIGHBOURS[name], device=device)["images"].requires_grad_()
+    vk.patch_embed(**arguments, backend=backend).backward(grad)
+    finite = images.grad.isfinite().all(1).cpu()
+    wrong = torch.zeros_like(finite)
+    if one_patch:
+        wrong[1, P : 2 * P, :P] = bool(broken.any())
+    elif keep is None:
+        wrong[1] = True
+    else:
+        for n in keep[1].tolist():
+            wrong[1, n // G_w * P : (n // G_w + 1) * P, n % G_w * P : (n % G_w + 1) * P] = True
+    assert torch.equal(finite, ~wrong)
 
 
 @pytest.mark.parametrize("B", [0, 2])

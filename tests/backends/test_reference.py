@@ -238,3 +238,41 @@ def test_as_on_a_gpu(name, at_once, dtype, monkeypatch):
     if p.B:
         assert {d for d, _ in products} == {dtype}
         assert p.K % 8 == 0 or dtype == torch.float32 or any(n == -(-p.K // 8) * 8 for _, n in products)
+
+
+class InnerSizes(TorchDispatchMode):
+    """Notes the dtype and the inner dimension of every product."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op.name() in ("aten::addmm", "aten::mm", "aten::linear", "mkldnn::_linear_pointwise"):
+            a = args[1] if op.name() == "aten::addmm" else args[0]
+            self.seen.add((a.dtype, a.shape[-1]))
+        return op(*args, **(kwargs or {}))
+
+
+def test_rows_that_are_multiplied_in_bf16_are_padded(monkeypatch):
+    """To 32, on a CPU: oneDNN's product with AMX takes the next row's NaN times zero (its issue 5717), and hides it on
+    any other CPU. In fp32 where PyTorch was told to round that to bf16, too."""
+    monkeypatch.setattr(reference, "_has_bf16", lambda: True)
+
+    def multiplied(dtype):
+        call = {"images": images_of(2, 3, 28, 28, dtype=dtype), "weight": images_of(40, 3, 14, 14, dtype=dtype)}
+        p = vk.explain(**call).problem
+        tensors = dispatch.canonical(*call.values(), None, None, None, None)
+        with InnerSizes() as products:
+            tokens = reference.forward(p, *tensors)
+            reference.backward(p, tokens, *tensors, grads=(torch.empty_like(tensors[0]), *[None] * 4))
+        return products.seen
+
+    # K = 588, and D = 40, which the images' gradient sums over, in fp32
+    assert multiplied(torch.bfloat16) == {(torch.bfloat16, 608), (torch.float32, 40)}
+    assert multiplied(torch.float32) == {(torch.float32, 588), (torch.float32, 40)}
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert multiplied(torch.float32) == {(torch.float32, 608), (torch.float32, 64)}
+    finally:
+        torch.set_float32_matmul_precision("highest")

@@ -9,138 +9,16 @@ import re
 import shutil
 import subprocess
 import sys
-from functools import partial
 from importlib import metadata
 from pathlib import Path
 
 import pytest
 import torch
+from models import CASES, HIDDEN, LIBRARIES, NOISE, UNFUSED_CALLS, build, close, result, timm, timm_embed, torchvision
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vitkernels as vk
-
-
-def timm(**kwargs):
-    module = pytest.importorskip("timm.models.vision_transformer")
-    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
-    return module.VisionTransformer(**{**sizes, **kwargs})
-
-
-def transformers(name="ViTForImageClassification", **kwargs):
-    module = pytest.importorskip("transformers")
-    sizes = {"image_size": 32, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = module.ViTConfig(**{**sizes, "intermediate_size": 48, "num_labels": 5, "encoder_stride": 8, **kwargs})
-    return getattr(module, name)(config)
-
-
-HF = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48, "patch_size": 8}
-HF_DECODER = {
-    "decoder_hidden_size": 16, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2,
-    "decoder_intermediate_size": 24,
-}  # fmt: skip
-
-
-def mae(name="ViTMAEModel", **kwargs):
-    module = pytest.importorskip("transformers")
-    return getattr(module, name)(module.ViTMAEConfig(**{**HF, **HF_DECODER, "image_size": 32, **kwargs}))
-
-
-def videomae(name="VideoMAEModel", **kwargs):
-    module = pytest.importorskip("transformers")
-    sizes = {"image_size": 16, "num_frames": 4, "num_labels": 5}
-    return getattr(module, name)(module.VideoMAEConfig(**{**HF, **HF_DECODER, **sizes, **kwargs}))
-
-
-def torchvision(**kwargs):
-    module = pytest.importorskip("torchvision.models.vision_transformer")
-    return module.VisionTransformer(32, 8, 2, 2, 32, 48, **{"num_classes": 5, **kwargs})
-
-
-def vit_pytorch(**kwargs):
-    module = pytest.importorskip("vit_pytorch")
-    sizes = {"image_size": 32, "patch_size": 8, "num_classes": 5, "dim": 32, "depth": 2, "heads": 2, "mlp_dim": 48}
-    return module.ViT(**{**sizes, **kwargs})
-
-
-def timm_embed(**kwargs):
-    return partial(pytest.importorskip("timm.layers").PatchEmbed, **kwargs)
-
-
-NO_CLASS = {"class_token": False, "global_pool": "avg"}
-MASK = torch.arange(32).view(2, 16) % 3 == 0
-NOISE = torch.rand(2, 16, generator=torch.Generator().manual_seed(3))
-HIDDEN = torch.tensor([[1, 0, 0, 1, 1, 0, 1, 1], [1, 1, 0, 1, 0, 1, 0, 1]]).bool()  # other patches, as many in each
-# library, arguments of the model, size of the image, arguments of the call
-CASES = {
-    "timm": (timm, {}, (3, 32, 32), {}),
-    "timm registers": (timm, {"reg_tokens": 2}, (3, 32, 32), {}),
-    "timm registers alone": (timm, {**NO_CLASS, "reg_tokens": 2}, (3, 32, 32), {}),
-    "timm no prefix": (timm, NO_CLASS, (3, 32, 32), {}),
-    "timm position of patches": (timm, {"no_embed_class": True, "reg_tokens": 2}, (3, 32, 32), {}),
-    "timm no position": (timm, {"pos_embed": "none"}, (3, 32, 32), {}),
-    "timm norm before": (timm, {"pre_norm": True}, (3, 32, 32), {}),
-    "timm not square": (timm, {"img_size": (16, 40), "in_chans": 1}, (1, 16, 40), {}),
-    "timm dynamic": (timm, {"dynamic_img_size": True, "reg_tokens": 1}, (3, 40, 16), {}),
-    "timm dynamic, patches": (timm, {"dynamic_img_size": True, "no_embed_class": True}, (3, 40, 16), {}),
-    "timm dynamic, as built": (timm, {"dynamic_img_size": True}, (3, 32, 32), {}),
-    "timm dynamic, no position": (timm, {"dynamic_img_size": True, "pos_embed": "none"}, (3, 40, 16), {}),
-    "timm padded": (timm, {"dynamic_img_size": True, "dynamic_img_pad": True}, (3, 37, 9), {}),
-    "timm causal": (timm, {}, (3, 32, 32), {"is_causal": True}),
-    "transformers": (transformers, {}, (3, 32, 32), {}),
-    "transformers model": (transformers, {"name": "ViTModel"}, (3, 32, 32), {}),
-    "transformers masked": (
-        transformers, {"name": "ViTForMaskedImageModeling"}, (3, 32, 32), {"bool_masked_pos": MASK},
-    ),
-    "transformers interpolated": (transformers, {}, (3, 40, 48), {"interpolate_pos_encoding": True}),
-    "transformers interpolated, as built": (
-        transformers, {"image_size": (64, 16)}, (3, 64, 16), {"interpolate_pos_encoding": True},
-    ),
-    "mae": (mae, {}, (3, 32, 32), {"noise": NOISE}),
-    "mae not square": (mae, {"image_size": (32, 16), "num_channels": 1}, (1, 32, 16), {"noise": NOISE[:, :8]}),
-    "mae pretraining": (mae, {"name": "ViTMAEForPreTraining"}, (3, 32, 32), {"noise": NOISE}),
-    "mae interpolated": (mae, {}, (3, 32, 32), {"noise": NOISE, "interpolate_pos_encoding": True}),
-    "videomae": (videomae, {}, (4, 3, 16, 16), {}),
-    "videomae masked": (videomae, {}, (4, 3, 16, 16), {"bool_masked_pos": HIDDEN}),
-    "videomae tubelets": (
-        videomae, {"tubelet_size": 1, "num_frames": 2, "image_size": (16, 32), "num_channels": 1}, (2, 1, 16, 32), {},
-    ),
-    "videomae pretraining": (
-        videomae, {"name": "VideoMAEForPreTraining", "norm_pix_loss": False}, (4, 3, 16, 16),
-        {"bool_masked_pos": HIDDEN},
-    ),
-    "videomae classifier": (videomae, {"name": "VideoMAEForVideoClassification"}, (4, 3, 16, 16), {}),
-    "torchvision": (torchvision, {}, (3, 32, 32), {}),
-    "vit_pytorch": (vit_pytorch, {}, (3, 32, 32), {}),
-    "vit_pytorch mean": (vit_pytorch, {"pool": "mean", "channels": 1}, (1, 32, 32), {}),
-    "vit_pytorch tokens": (vit_pytorch, {"num_classes": 0}, (3, 16, 32), {}),
-}  # fmt: skip
-UNFUSED_CALLS = (
-    "transformers masked", "transformers interpolated", "transformers interpolated, as built", "mae interpolated",
-)  # fmt: skip
-LIBRARIES = ("timm", "transformers", "mae", "videomae", "torchvision", "vit_pytorch")
-
-
-def build(case: str, **more) -> tuple[nn.Module, torch.Tensor, dict]:
-    library, kwargs, size, call = CASES[case]
-    torch.manual_seed(0)
-    model = library(**kwargs, **more)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.3)
-    return model.eval(), torch.randn(2, *size), call
-
-
-def result(output) -> torch.Tensor:
-    """The last tensor of an output, but for MAE's mask."""
-    if isinstance(output, torch.Tensor):
-        return output
-    return [v for k, v in output.items() if isinstance(v, torch.Tensor) and k not in ("mask", "ids_restore")][-1]
-
-
-def close(a, b, tolerance=1e-5):
-    assert (a.shape, a.dtype) == (b.shape, b.dtype)
-    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * max(1, float(b.detach().abs().max())))
 
 
 def gradients(model, images, call):
@@ -700,9 +578,9 @@ STORED = {"timm": "1.0.31", "torchvision": "0.29.1", "transformers": "5.24.0", "
 def test_what_an_older_version_pickled_still_runs(library):
     """Models, fused and of our own, as commit d12bce4 pickled them, each with what it gave for these images. A pickle
     of another library's model is only good for the version that it was made with."""
-    for name, written in STORED.items():
-        if written and (found := metadata.version(name).partition("+")[0]) != written:
-            pytest.skip(f"the models were pickled with {name} {written}, here is {found}")
+    written = STORED[library]
+    if written and (found := metadata.version(library).partition("+")[0]) != written:
+        pytest.skip(f"the model was pickled with {library} {written}, here is {found}")
     stored = pickle.loads(lzma.decompress(Path(__file__).with_name("models_of_0_1_0.pkl.xz").read_bytes()))
     images = torch.linspace(-1, 1, 2 * 3 * 16 * 16).view(2, 3, 16, 16)
     for name in ("PatchEmbed", "ViT") if library == "ours" else (library,):

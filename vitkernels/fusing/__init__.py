@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 from importlib import import_module
 
 from torch import nn
 
 from ..dispatch import check_name
+from . import swapping
 from .report import FrontEnd, Report
 from .swapping import Row, full_name, fused_class, overridden, restore
 
@@ -24,11 +26,12 @@ def fuse(model: nn.Module, backend: str = "auto") -> Report:
     pickles of the model are fused too. A second call sees what changed since, and sets another backend.
 
     A fused model takes what the model took, and floats of any dtype. Integer pixels meet the library's own code, which
-    refuses them or not: only the model knows how it wants them normalised. `torch.fx.symbolic_trace` needs
-    the model unfused.
+    refuses them or not: only the model knows how it wants them normalised. It runs the library's code too where a part
+    has hooks or was replaced since, where all modules have hooks, and under torch.jit and torch.fx.
 
     Returns:
-        A list of `FrontEnd`, one for each that was found, fused or not; it prints as a table.
+        A list of `FrontEnd`, one for each that was found, fused or not; it prints as a table. What can't be read (a
+        model that an older release of its library pickled) is left alone, with the reason.
 
     Raises:
         ValueError: no such backend. A backend that can't take a problem raises NotImplementedError when it meets it.
@@ -38,16 +41,12 @@ def fuse(model: nn.Module, backend: str = "auto") -> Report:
     unfuse(model)
     report, seen = Report(), set()
     for name, module in model.named_modules():
-        row = next(_rows(module), None)
+        row = _row_of(module)
         if row is None:
             continue
         seen.update(module.modules())
-        reason = _why_not(module, row)
-        report.append(FrontEnd(name, full_name(type(module)), reason is None, reason or row.what))
-        if reason is None:
-            for path, (mixin, _) in row.parts.items():
-                part = module.get_submodule(path)
-                part.__class__ = fused_class(mixin, type(part), backend)
+        cls, reason = full_name(type(module)), _swap(module, row, backend)
+        report.append(FrontEnd(name, cls, reason is None, reason or row.what))
     report += _without_adapter(model, seen)
     return report
 
@@ -58,13 +57,43 @@ def unfuse(model: nn.Module) -> None:
         restore(name, module)
 
 
-def _rows(module: nn.Module) -> Iterator[Row]:
+def _row_of(module: nn.Module) -> Row | None:
     for cls in type(module).__mro__:
         library = cls.__module__.partition(".")[0]
-        if library in ADAPTERS:
-            table = import_module(f".{library}", __name__).TABLE
-            if row := table.get(full_name(cls)):
-                yield row
+        if library in ADAPTERS and (row := _adapter(library)[0].get(full_name(cls))):
+            return row
+    return None
+
+
+@lru_cache(maxsize=len(ADAPTERS))
+def _adapter(library: str) -> tuple[dict[str, Row], str]:
+    """Its table; an empty one, and why, where this release of the library lacks what the adapter imports."""
+    try:
+        return import_module(f".{library}", __name__).TABLE, ""
+    except Exception as error:
+        return {}, _tolerated(error)
+
+
+def _swap(module: nn.Module, row: Row, backend: str) -> str | None:
+    """Fuse one front end, or say why it is left alone: no module's fault keeps the others from being fused."""
+    try:
+        if (reason := _why_not(module, row)) is not None:
+            return reason
+        parts = [(module.get_submodule(path), mixin) for path, (mixin, _) in row.parts.items()]
+        classes = [fused_class(mixin, type(part), backend) for part, mixin in parts]
+        for (part, _), cls in zip(parts, classes, strict=True):
+            part.__class__ = cls
+    except Exception as error:
+        unfuse(module)
+        return _tolerated(error)
+    return None
+
+
+def _tolerated(error: Exception) -> str:
+    """An error's class and first line; raised in our own tests, where it is a mistake of ours."""
+    if swapping.STRICT:
+        raise error
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
 def _why_not(module: nn.Module, row: Row) -> str | None:
@@ -94,10 +123,15 @@ def _without_adapter(model: nn.Module, seen: set[nn.Module]) -> Iterator[FrontEn
         where = type(owner).__name__
         if owner_path:
             where += f" in {type(model.get_submodule(owner_path.rpartition('.')[0])).__name__}"
-        yield FrontEnd(owner_path, full_name(type(owner)), False, f"no adapter for {where} yet")
+        library = type(owner).__module__.partition(".")[0]
+        broken = _adapter(library)[1] if library in ADAPTERS else ""
+        note = f"the adapter for {library} can't be used: {broken}" if broken else f"no adapter for {where} yet"
+        yield FrontEnd(owner_path, full_name(type(owner)), False, note)
 
 
 def _patchifies(module: nn.Module) -> bool:
     if isinstance(module, nn.Conv2d | nn.Conv3d):
+        if not all(hasattr(module, name) for name in ("kernel_size", "stride", "in_channels")):  # an older release's
+            return False
         return module.kernel_size == module.stride and max(module.stride) > 1 and module.in_channels <= 4
     return type(module).__name__ == "Rearrange" and "(h p1)" in str(getattr(module, "pattern", ""))

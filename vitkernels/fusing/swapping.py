@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from functools import wraps
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from ..functional import patch_embed
 from ..layers import eager_dtype
+
+STRICT = False  # whether what goes wrong in reading a module is raised: for our own tests
+Read = TypeVar("Read")
 
 
 class Fused:
@@ -32,6 +37,42 @@ class Fused:
         # The subclass goes by its base's name, so pickle and deepcopy can't look it up.
         _, _, *state = super().__reduce_ex__(protocol)
         return _rebuilt, (self._vk_mixin, self._vk_base, self._vk_backend), *state
+
+    def __prepare_scriptable__(self):
+        """What torch.jit.script compiles in place of this module: the library's own code on the same parameters."""
+        plain = self._vk_base.__new__(self._vk_base)
+        vars(plain).update(vars(self), _modules=self._modules.copy())  # whose items are replaced next
+        return plain
+
+
+class Tokens(NamedTuple):
+    """Finished tokens on their way through the calls that would have made them. No tensor, so that nobody's map, of
+    whatever shape, is taken for them."""
+
+    tokens: torch.Tensor  # [B, T+N, D]
+
+
+def at_each_call(read: Callable[..., Read | None]) -> Callable[..., Read | None]:
+    """Decorates what reads a fused module, and perhaps its input, before a front end is run as one operation.
+
+    None, and then the library's own code runs, where that says so; where torch.jit or torch.fx traces, whose graphs
+    are to run without this package; where a hook on all modules (profilers, FLOP counters) wants to see every call; and
+    where something can't be read, as of an older release's model or a part that was replaced: an error, if it is one,
+    is the library's.
+    """
+
+    @wraps(read)
+    def guarded(module: Any, images: Any, *others: Any) -> Read | None:
+        if _has_any_global_hook() or not isinstance(images, torch.Tensor) or torch.jit.is_tracing():
+            return None
+        try:
+            return read(module, images, *others)
+        except Exception:
+            if STRICT:
+                raise
+            return None
+
+    return guarded
 
 
 class Row(NamedTuple):
@@ -96,6 +137,10 @@ def overridden(part: nn.Module, mixin: type[Fused], of: str) -> str | None:
         if getattr(type(part), name) is not getattr(library, name):
             return f"overrides {name}"
     return None
+
+
+def replaced(module: nn.Module, name: str) -> str | None:
+    return f"{name} was replaced on the instance" if name in vars(module) else None
 
 
 def takes(conv: nn.Conv2d, images: torch.Tensor) -> bool:

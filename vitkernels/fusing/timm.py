@@ -1,6 +1,6 @@
 """timm: tokens are finished in `forward_features` and handed on through the calls that would have made them.
 
-Images are always 4-D, so 5-D means finished tokens [1,1,B,T+N,D]: `patch_embed` lets them pass, `_pos_embed` unpacks.
+`patch_embed` lets finished `Tokens` pass, `_pos_embed` unpacks them.
 """
 
 from __future__ import annotations
@@ -13,34 +13,46 @@ from timm.layers import resample_abs_pos_embed
 from torch import nn
 
 from ..layers import in_layout, touched, why_not_plain
-from .swapping import Fused, Row, embed, grid_of, takes
+from .swapping import Fused, Row, Tokens, at_each_call, embed, grid_of, replaced, takes
 
 
 class PatchEmbed(Fused):
     def forward(self, x):
-        if x.ndim == 5:
+        if isinstance(x, Tokens):
             return x
-        images = _images(self, x) if why_not_plain("", self.proj) is None else None
-        if images is None:
+        if (front := _projection(self, x)) is None:
             return super().forward(x)
-        tokens = embed(self.proj, images, self._vk_backend)
-        return self.norm(in_layout(tokens, _layout(self), grid_of(self.proj, images)))
+        images, layout, grid = front
+        return self.norm(in_layout(embed(self.proj, images, self._vk_backend), layout, grid))
 
 
 class VisionTransformer(Fused):
     def forward_features(self, x, *args, **kwargs):
-        patches = self.patch_embed
-        images = _images(patches, x) if isinstance(patches, PatchEmbed) and _why_not(self) is None else None
-        if images is not None:
-            pos = _position(self, images)
-            x = embed(patches.proj, images, self._vk_backend, pos_embed=pos, prefix=_prefix(self))[None, None]
+        if (front := _front_end(self, x)) is not None:
+            images, pos, prefix = front
+            x = Tokens(embed(self.patch_embed.proj, images, self._vk_backend, pos_embed=pos, prefix=prefix))
         return super().forward_features(x, *args, **kwargs)
 
     def _pos_embed(self, x):
-        if x.ndim != 5:
+        if not isinstance(x, Tokens):
             return super()._pos_embed(x)
-        x = x.squeeze((0, 1))  # not x[0, 0], whose gradient would be a copy
-        return x if self.pos_embed is None else self.pos_drop(x)
+        return x.tokens if self.pos_embed is None else self.pos_drop(x.tokens)
+
+
+@at_each_call
+def _projection(patches: Any, x: torch.Tensor) -> tuple[torch.Tensor, str, tuple[int, int]] | None:
+    """The images to be projected, the layout that is wanted, and the grid."""
+    images = _images(patches, x) if why_not_plain("", patches.proj) is None else None
+    return None if images is None else (images, _layout(patches), grid_of(patches.proj, images))
+
+
+@at_each_call
+def _front_end(model: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None] | None:
+    """Images, position table and prefix tokens."""
+    if not isinstance(model.patch_embed, PatchEmbed) or replaced(model, "_pos_embed") or _why_not(model):
+        return None
+    images = _images(model.patch_embed, x)
+    return None if images is None else (images, _position(model, images), _prefix(model))
 
 
 def _why_not(model: Any) -> str | None:

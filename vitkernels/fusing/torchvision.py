@@ -1,4 +1,4 @@
-"""torchvision: the model makes the tokens, its encoder adds the position; finished tokens go in as [1,B,T+N,D]."""
+"""torchvision: the model makes the tokens, its encoder adds the position, unless `Tokens` are finished already."""
 
 from __future__ import annotations
 
@@ -7,30 +7,45 @@ from typing import Any
 import torch
 
 from ..layers import touched, why_not_plain
-from .swapping import Fused, Row, embed, takes
+from .swapping import Fused, Row, Tokens, at_each_call, embed, replaced, takes
 
 VIT = "torchvision.models.vision_transformer."
 
 
 class VisionTransformer(Fused):
     def forward(self, x):
-        encoder = self.encoder
-        if not isinstance(encoder, Encoder) or _why_not(self) is not None or not _fits(self, x):
+        if (tables := _front_end(self, x)) is None:
             return super().forward(x)
-        tokens = embed(self.conv_proj, x, self._vk_backend, pos_embed=encoder.pos_embedding, prefix=self.class_token)
-        return self.heads(encoder(tokens[None])[:, 0])
+        pos, prefix = tables
+        tokens = embed(self.conv_proj, x, self._vk_backend, pos_embed=pos, prefix=prefix)
+        return self.heads(self.encoder(Tokens(tokens))[:, 0])
 
     def _process_input(self, x):
-        if why_not_plain("", self.conv_proj) is not None or not _fits(self, x):
+        if not _projects(self, x):
             return super()._process_input(x)
         return embed(self.conv_proj, x, self._vk_backend)
 
 
 class Encoder(Fused):
     def forward(self, input):
-        if input.ndim != 4:
+        if not isinstance(input, Tokens):
             return super().forward(input)
-        return self.ln(self.layers(self.dropout(input.squeeze(0))))
+        return self.ln(self.layers(self.dropout(input.tokens)))
+
+
+@at_each_call
+def _front_end(model: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Position table and class token."""
+    if not isinstance(model.encoder, Encoder) or replaced(model, "_process_input") or _why_not(model):
+        return None
+    if not _fits(model, x):
+        return None
+    return model.encoder.pos_embedding, model.class_token  # type: ignore[attr-defined]
+
+
+@at_each_call
+def _projects(model: Any, x: torch.Tensor) -> bool:
+    return why_not_plain("", model.conv_proj) is None and _fits(model, x)
 
 
 def _fits(model: Any, x: torch.Tensor) -> bool:

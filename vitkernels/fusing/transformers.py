@@ -10,7 +10,7 @@ from torch import nn
 
 from ..functional import patch_embed
 from ..layers import eager_dtype, touched, why_not_plain
-from .swapping import Fused, Row, embed, full_name, takes
+from .swapping import Fused, Row, at_each_call, embed, full_name, replaced, takes
 
 VIT = "transformers.models.vit.modeling_vit."
 MAE = "transformers.models.vit_mae.modeling_vit_mae."
@@ -19,37 +19,20 @@ VIDEO = "transformers.models.videomae.modeling_videomae."
 
 class ViTEmbeddings(Fused):
     def forward(self, pixel_values, bool_masked_pos=None, interpolate_pos_encoding=False):
-        patches = self.patch_embeddings
-        size = (patches.num_channels, *patches.image_size)
-        if (
-            bool_masked_pos is not None
-            or interpolate_pos_encoding
-            or tuple(pixel_values.shape[1:]) != size
-            or _why_not(self) is not None
-            or not takes(patches.projection, pixel_values)
-        ):
+        plain = bool_masked_pos is None and not interpolate_pos_encoding
+        if not plain or (front := _front_end(self, pixel_values)) is None:
             return super().forward(pixel_values, bool_masked_pos, interpolate_pos_encoding)
-        position, token = self.position_embeddings, self.cls_token
-        return self.dropout(embed(patches.projection, pixel_values, self._vk_backend, pos_embed=position, prefix=token))
+        conv, position, token = front
+        return self.dropout(embed(conv, pixel_values, self._vk_backend, pos_embed=position, prefix=token))
 
 
 class ViTMAEEmbeddings(Fused):
     def forward(self, pixel_values, noise=None, interpolate_pos_encoding=False):
-        patches = self.patch_embeddings
-        B, N = pixel_values.shape[0], patches.num_patches
-        size = (patches.num_channels, *patches.image_size)
-        if (
-            interpolate_pos_encoding
-            or tuple(pixel_values.shape[1:]) != size
-            or not (noise is None or tuple(noise.shape) == (B, N))
-            or _why_not_mae(self) is not None
-            or not takes(patches.projection, pixel_values)
-        ):
+        if interpolate_pos_encoding or (front := _masked_front_end(self, pixel_values, noise)) is None:
             return super().forward(pixel_values, noise, interpolate_pos_encoding)
+        conv, position, token, numbers = front
         # Its own masking, of the patches' numbers in place of the patches: what it keeps is the list.
-        numbers = torch.arange(N, device=pixel_values.device).expand(B, N).unsqueeze(2)
         keep, mask, ids_restore = self.random_masking(numbers, noise)
-        conv, position, token = patches.projection, self.position_embeddings, self.cls_token
         tokens = patch_embed(
             pixel_values, conv.weight, conv.bias, pos_embed=position, prefix=token, keep=keep.squeeze(2),
             stride=conv.stride, padding=conv.padding, out_dtype=eager_dtype(conv.weight, position, token),
@@ -63,21 +46,58 @@ class ViTMAEEmbeddings(Fused):
 
 class VideoMAEEmbeddings(Fused):
     def forward(self, pixel_values, bool_masked_pos):
-        patches = self.patch_embeddings
-        size = (self.config.num_frames, patches.num_channels, *patches.image_size)
-        fits = tuple(pixel_values.shape[1:]) == size and pixel_values.is_floating_point()
-        keep = bool_masked_pos
-        if fits and keep is not None:
-            keep = _visible(keep, (pixel_values.shape[0], patches.num_patches), pixel_values.device)
-            fits = keep is not None
-        if not fits or _why_not_video(self) is not None:
+        if (front := _video_front_end(self, pixel_values, bool_masked_pos)) is None:
             return super().forward(pixel_values, bool_masked_pos)
-        conv = patches.projection
+        conv, position, keep = front
         return patch_embed(
-            pixel_values.transpose(1, 2), conv.weight, conv.bias, keep=keep,
-            pos_embed=self.position_embeddings.detach().to(pixel_values.device),  # no buffer: it stays on the CPU
+            pixel_values.transpose(1, 2), conv.weight, conv.bias, keep=keep, pos_embed=position,
             out_dtype=eager_dtype(conv.weight), backend=self._vk_backend,
         )  # fmt: skip
+
+
+@at_each_call
+def _front_end(
+    embeddings: Any, images: torch.Tensor, why_not: Callable[[Any], str | None] | None = None
+) -> tuple[nn.Module, torch.Tensor, torch.Tensor] | None:
+    """Projection, position table and class token."""
+    if (why_not or _why_not)(embeddings):
+        return None
+    patches = embeddings.patch_embeddings
+    if tuple(images.shape[1:]) != (patches.num_channels, *patches.image_size) or not takes(patches.projection, images):
+        return None
+    return patches.projection, embeddings.position_embeddings, embeddings.cls_token
+
+
+@at_each_call
+def _masked_front_end(
+    embeddings: Any, images: torch.Tensor, noise: torch.Tensor | None
+) -> tuple[nn.Module, torch.Tensor, torch.Tensor, torch.Tensor] | None:
+    """The same, and the patches' numbers, [B,N,1]."""
+    front = None if replaced(embeddings, "random_masking") else _front_end(embeddings, images, _why_not_mae)
+    if front is None:
+        return None
+    B, N = images.shape[0], embeddings.patch_embeddings.num_patches
+    if not (noise is None or tuple(noise.shape) == (B, N)):
+        return None
+    return *front, torch.arange(N, device=images.device).expand(B, N).unsqueeze(2)
+
+
+@at_each_call
+def _video_front_end(
+    embeddings: Any, videos: torch.Tensor, masked: torch.Tensor | None
+) -> tuple[nn.Module, torch.Tensor, torch.Tensor | None] | None:
+    """Projection, position table, and the visible tubelets where there is a mask."""
+    if _why_not_video(embeddings):
+        return None
+    patches = embeddings.patch_embeddings
+    size = (embeddings.config.num_frames, patches.num_channels, *patches.image_size)
+    if tuple(videos.shape[1:]) != size or not videos.is_floating_point():
+        return None
+    keep = None if masked is None else _visible(masked, (videos.shape[0], patches.num_patches), videos.device)
+    if keep is None and masked is not None:
+        return None
+    # No buffer: it stays on the CPU
+    return patches.projection, embeddings.position_embeddings.detach().to(videos.device), keep
 
 
 def _visible(masked: torch.Tensor, size: tuple[int, int], device: torch.device) -> torch.Tensor | None:

@@ -8,24 +8,35 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..layers import normed_patch_embed, touched
-from .swapping import Fused, Row
+from .swapping import Fused, Row, at_each_call
 
 PATTERN = "b c (h p1) (w p2) -> b (h w) (p1 p2 c)"
 
 
 class ToPatchEmbedding(Fused):
     def forward(self, input):
-        if _why_not_sequential(self) is not None or input.ndim != 4 or not input.is_floating_point():
+        if (patch := _patch(self, input)) is None:
             return super().forward(input)
-        cut, before, linear, after = self
-        P_h, P_w = cut.axes_lengths["p1"], cut.axes_lengths["p2"]
-        K = input.shape[1] * P_h * P_w
-        if input.shape[2] % P_h or input.shape[3] % P_w or linear.in_features != K:
-            return super().forward(input)
-        return normed_patch_embed(input, before, linear, after, (P_h, P_w), backend=self._vk_backend)
+        _, before, linear, after = self
+        return normed_patch_embed(input, before, linear, after, patch, backend=self._vk_backend)
+
+
+@at_each_call
+def _patch(sequential: nn.Sequential, input: torch.Tensor) -> tuple[int, int] | None:
+    """Size of the patches."""
+    if _why_not_sequential(sequential) or input.ndim != 4 or not input.is_floating_point():
+        return None
+    cut: Any = sequential[0]
+    linear: Any = sequential[2]
+    P_h, P_w = cut.axes_lengths["p1"], cut.axes_lengths["p2"]
+    K = input.shape[1] * P_h * P_w
+    if input.shape[2] % P_h or input.shape[3] % P_w or linear.in_features != K:
+        return None
+    return P_h, P_w
 
 
 def _why_not(model: Any) -> str | None:

@@ -9,10 +9,11 @@ import itertools
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 
 from ...problem import PatchProblem
 from ..common import Grads, centred, each_or_sum, masked, position, scattered
-from .unfold import images_at_once, linear_of, pieces, product, windows
+from .unfold import images_at_once, linear_of, padded, pieces, product, windows
 
 
 def backward(
@@ -76,7 +77,8 @@ def _images(p, d_tokens, weight, keep, out) -> None:
     dtype = p.sum_dtype
     gpu = p.device.type != "cpu"
     W = weight.reshape(p.D, p.K).to(p.compute_dtype if gpu else dtype)
-    W = W.contiguous() if gpu else W.t().contiguous()
+    more = 0 if gpu else padded(p.D, "cpu", dtype) - p.D
+    W = W.contiguous() if gpu else F.pad(W.t(), (0, more)) if more else W.t().contiguous()
     linear = linear_of(p.device.type, dtype)
     if keep is not None:
         d_tokens = scattered(p, d_tokens, keep, per_image=True)
@@ -89,6 +91,7 @@ def _images(p, d_tokens, weight, keep, out) -> None:
         d_image = out.new_zeros((b.stop - b.start, p.C, *size), dtype=dtype)
         grid = windows(raw, d_image)  # [b, G_t, G_h, G_w, C, P_t, P_h, P_w], a view
         dy = d_tokens[b].reshape(-1, p.D).to(W.dtype)
+        dy = F.pad(dy, (0, more)) if more else dy
         d_x = (product(dy, W, dtype) if gpu else linear(dy.contiguous(), W, None)).view(grid.shape)
         if p.normalised:
             d_x *= centred(p, dtype)[1].view(p.C, 1, 1, 1)

@@ -62,9 +62,19 @@ def pieces(
 
 
 def columns_of(p: PatchProblem, dtype: torch.dtype) -> int:
-    """Elements of a row of patches. On a GPU rows of halves begin at 16 bytes: the library's product of K = 588 takes
-    441 µs as it lies and 129 padded (H200, ViT-L/14, B = 256)."""
-    return p.K if p.device.type == "cpu" or dtype.itemsize > 2 else -(-p.K // 8) * 8
+    """Elements of a row of patches."""
+    return padded(p.K, p.device.type, dtype)
+
+
+def padded(n: int, device_type: str, dtype: torch.dtype) -> int:
+    """n elements of a product's row and zeros behind them. On a GPU rows of halves begin at 16 bytes: the library's
+    product of K = 588 takes 441 µs as it lies and 129 padded (H200, ViT-L/14, B = 256). On a CPU with AMX oneDNN's
+    product in bfloat16 reads past a row that is no multiple of 32, and NaN of the next times its zero is NaN: one image
+    would reach another's tokens (https://github.com/uxlfoundation/oneDNN/issues/5717)."""
+    if device_type == "cpu":
+        rounded = dtype == torch.float32 and torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+        return -(-n // 32) * 32 if dtype == torch.bfloat16 or rounded else n
+    return n if dtype.itemsize > 2 else -(-n // 8) * 8
 
 
 def is_staged(p: PatchProblem, spans: list[slice]) -> bool:

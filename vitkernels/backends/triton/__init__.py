@@ -13,6 +13,7 @@ from ...gpu import gpu_of, tf32
 from ...problem import PatchProblem
 from .. import fallbacks
 from ..patch_layout import product_of
+from . import toolchain
 from .backward_launch import backward as backward
 from .backward_plan import cells_of
 from .forward_launch import BACKEND
@@ -52,10 +53,12 @@ def _version(module: ModuleType) -> tuple[int, ...]:
 
 
 def why_not(p: PatchProblem) -> list[str]:
-    if missing := _missing():
+    if missing := _missing() or fallbacks.unusable(BACKEND):
         return [missing]
     reasons = []
     if p.device.type == "cuda":
+        if lacking := toolchain.missing():
+            reasons.append(lacking)
         gpu = gpu_of(p.device)
         if gpu.arch < 80:
             reasons.append(f"{gpu.name} is sm_{gpu.arch}; the kernels need sm_80 or later")

@@ -16,6 +16,7 @@ from .config_cache import planned
 from .configs import Config
 from .forward_plan import Order
 from .launch import bound, centred, interpreted, packed
+from .toolchain import launch
 
 
 @planned
@@ -26,8 +27,8 @@ def _prepared_reduction(p, grad_dtype, wanted, tf32, interpreted, tile) -> tuple
 
 @planned
 def _prepared_images(p, strides, grad_dtype, tf32, interpreted, tile) -> tuple[Launch, Order, partial]:
-    launch, order = image_launch(p, strides, gpu_of(p.device), grad_dtype, tf32, interpreted, tile)
-    return launch, order, bound(*launch)
+    plan, order = image_launch(p, strides, gpu_of(p.device), grad_dtype, tf32, interpreted, tile)
+    return plan, order, bound(*plan)
 
 
 def backward(
@@ -64,14 +65,14 @@ def _reduce(p, grad, images, keep, d_weight, d_bias, d_pos, d_prefix, tile) -> N
     with torch.cuda.device_of(images):
         steps = _strides("grad", "bnd", grad)
         if plan.reduce.grid:
-            reduce(
-                images=images, grad=grad, keep=keep, **parts, **steps,
+            launch(
+                reduce, images=images, grad=grad, keep=keep, **parts, **steps,
                 centred=centred(p, plan.order, plan.padded_K) if plan.reduce.constants["NORMALISED"] else None,
             )  # fmt: skip
         if plan.kept.grid:
-            scatter(grad=grad, keep=keep, table_parts=parts["table_parts"], **steps)
-        finish(
-            **parts, d_weight=d_weight, d_bias=d_bias, d_pos=d_pos, d_prefix=d_prefix,
+            launch(scatter, grad=grad, keep=keep, table_parts=parts["table_parts"], **steps)
+        launch(
+            finish, **parts, d_weight=d_weight, d_bias=d_bias, d_pos=d_pos, d_prefix=d_prefix,
             **_strides("weight", "dcthw", d_weight), **_strides("pos", "rd", d_pos),
             **_strides("prefix", "rd", d_prefix), **_strides("bias", "d", d_bias),
         )  # fmt: skip
@@ -82,11 +83,11 @@ def _images(p, grad, weight, keep, d_images, tile) -> None:
     if keep is not None:  # back at their places among all patches, first
         grad, keep = masked(p, grad, keep)
         grad, T = scattered(p, grad[:, T:], keep, per_image=True), 0
-    launch, order, images_kernel = _prepared_images(p, d_images.stride(), grad.dtype, tf32(), interpreted(), tile)
-    factor = channels_centred(p, p.sum_dtype)[1] if launch.constants["NORMALISED"] else None
+    plan, order, images_kernel = _prepared_images(p, d_images.stride(), grad.dtype, tf32(), interpreted(), tile)
+    factor = channels_centred(p, p.sum_dtype)[1] if plan.constants["NORMALISED"] else None
     with torch.cuda.device_of(grad):
-        images_kernel(
-            grad=grad, weight=packed(p, order, p.K, weight), factor=factor, d_images=d_images, T=T,
+        launch(
+            images_kernel, grad=grad, weight=packed(p, order, p.K, weight), factor=factor, d_images=d_images, T=T,
             **_strides("grad", "bnd", grad),
         )  # fmt: skip
 

@@ -13,8 +13,8 @@ from .config_cache import planned
 from .configs import Config
 from .forward_plan import Plan, make_plan
 from .launch import bound, centred, interpreted, packed
+from .toolchain import launch
 
-BACKEND = "triton"
 # As Triton names CUDA_ERROR_INVALID_VALUE of cuTensorMapEncodeTiled; any other error is no refusal.
 BACKEND = "triton"
 REFUSED = "Triton Error [CUDA]: Failed to create tensor map descriptor: invalid argument"
@@ -74,7 +74,7 @@ def _launch(p, plan: Plan, kernel, images, weight, bias, pos_embed, prefix, keep
     with torch.cuda.device_of(images):
         if plan.descriptors:
             bind_context(p.device)  # Triton does so only after it has made the descriptors
-        kernel(**tensors, **strides)
+        launch(kernel, **tensors, **strides)
 
 
 @planned
