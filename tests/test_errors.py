@@ -37,7 +37,21 @@ WRONG = {
         "images.*5 dimensions [2, 3, 1, 8, 12]",
     ),
     "images: channels": (dict(images=zeros(2, 4, 8, 12)), ValueError, "4 channels, weight [5, 3, 4, 4] takes 3"),
-    "images: channels-last shape": (dict(images=zeros(2, 8, 12, 3)), ValueError, "images have 8 channels.*takes 3"),
+    "images: channels-last shape": (
+        dict(images=zeros(2, 8, 12, 3)),
+        ValueError,
+        "images have 8 channels.*takes 3; if these are [B,H,W,C], pass images.permute(0, 3, 1, 2)",
+    ),
+    "images: frames first": (
+        VIDEO | dict(images=zeros(2, 4, 3, 8, 12)),
+        ValueError,
+        "4 channels.*[B,F,C,H,W], pass images.transpose(1, 2)",
+    ),
+    "images: video, channels last": (
+        VIDEO | dict(images=zeros(2, 4, 8, 12, 3)),
+        ValueError,
+        "4 channels.*[B,F,H,W,C], pass images.permute(0, 4, 1, 2, 3)",
+    ),
     "images: too low": (dict(images=zeros(2, 3, 3, 12)), ValueError, "images of 3x12.*patch 4x4: 3 < 4"),
     "images: too narrow": (dict(images=zeros(2, 3, 8, 1)), ValueError, "images of 8x1.*patch 4x4: 1 < 4"),
     "images: too small with padding": (dict(images=zeros(2, 3, 1, 8), padding=1), ValueError, "padding (1, 1).*3 < 4"),

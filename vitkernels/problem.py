@@ -283,6 +283,17 @@ def build(
     return problem
 
 
+def _misplaced(images: Meta, C: int) -> str:
+    """How images with the channels elsewhere are passed."""
+    names = "BHWC" if len(images.shape) == 4 else "BFHWC"
+    if images.shape[-1] == C:
+        to = (0, 3, 1, 2) if len(names) == 4 else (0, 4, 1, 2, 3)
+        return f"; if these are [{','.join(names)}], pass images.permute{to}, which copies nothing"
+    if len(names) == 5 and images.shape[2] == C:
+        return "; if these are [B,F,C,H,W], pass images.transpose(1, 2), which copies nothing"
+    return ""
+
+
 def _check_patches(images: Meta, weight: Meta, arguments: Arguments) -> None:
     """Patches of the weight's size fit the images, and everything there is by channel has as many."""
     _, C, *size = images.shape
@@ -291,7 +302,8 @@ def _check_patches(images: Meta, weight: Meta, arguments: Arguments) -> None:
         if any(s == 0 for s in sizes):
             raise ValueError(f"{name} must not be empty, got {list(sizes)}")
     if C != C_weight:
-        raise ValueError(f"images have {C} channels, weight {list(weight.shape)} takes {C_weight}")
+        hint = _misplaced(images, C_weight)
+        raise ValueError(f"images have {C} channels, weight {list(weight.shape)} takes {C_weight}{hint}")
     for s, p, pad in zip(size, patch, arguments.padding, strict=True):
         if s + 2 * pad < p:
             raise ValueError(

@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vitkernels as vk
+from vitkernels.fusing import structure
 
 
 def gradients(model, images, call):
@@ -399,16 +400,29 @@ BEFORE = {  # what is told from the class can't change afterwards
 }
 
 
-@pytest.mark.parametrize("change", [*CHANGES, *BEFORE])
-def test_left_alone(change):
-    library, change, reason = {**CHANGES, **BEFORE}[change]
+ALONE = {f"{at} {how}" for at in PROJECTION for how in ("hook", "parametrised", "accelerate")} | {
+    *(f"{at} wrapped" for at in PROJECTION), "timm dilated", "timm circular", "videomae dilated", "vit_pytorch hook",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*CHANGES, *BEFORE])
+def test_left_alone(name):
+    """Where the projection itself is not plain; where it is, but what surrounds it is not, it alone is fused."""
+    library, change, reason = {**CHANGES, **BEFORE}[name]
     model, images, call = build(library)
     change(model)
     expected, classes = result(model(images, **call)), [type(m) for m in model.modules()]
-    report = vk.fuse(model)
-    assert [(e.fused, reason in e.note) for e in report] == [(False, True)], report
-    assert [type(m) for m in model.modules()] == classes
-    close(result(model(images, **call)), expected, 0)
+    (entry,) = vk.fuse(model)
+    assert reason in entry.note
+    if name in ALONE:
+        assert not entry.fused
+        assert [type(m) for m in model.modules()] == classes
+    else:
+        assert entry.fused
+        assert entry.note.startswith("projection only: ")
+        changed = [m for m, before in zip(model.modules(), classes, strict=True) if type(m) is not before]
+        assert [type(m)._vk_mixin for m in changed] == [structure.Projection]
+    close(result(model(images, **call)), expected, 0 if name in ALONE else 1e-5)
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -420,7 +434,8 @@ def test_a_change_after_fusing_is_not_passed_by(change):
         torch.manual_seed(9)
         change(each)
     close(result(model(images, **call)), result(plain(images, **call)))
-    assert reason in vk.fuse(model).skipped[0].note
+    (entry,) = vk.fuse(model)
+    assert reason in entry.note
 
 
 def seen_by_the_operation(model, images, **call):
@@ -514,27 +529,29 @@ LEFT = {
 
 
 @pytest.mark.parametrize("case", LEFT)
-def test_architectures_left_alone(case):
+def test_architectures_of_which_the_projection_is_fused(case):
     builder, reason = LEFT[case]
-    report = vk.fuse(builder())
-    assert [(e.fused, reason in e.note) for e in report] == [(False, True)], report
+    (entry,) = vk.fuse(builder())
+    assert entry.fused
+    assert re.fullmatch(f"projection only: .*{reason}.*", entry.note)
 
 
 class Stem(nn.Module):
-    def __init__(self):
+    def __init__(self, **kwargs):
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.ReLU(), nn.Conv2d(8, 8, 2, 2))
+        self.stem = nn.Sequential(nn.Conv2d(3, 9, 4, 4, **kwargs), nn.ReLU(), nn.Conv2d(9, 8, 2, 2))
 
 
 def test_report_lists_every_front_end():
-    others = {"b": Stem(), "c": vk.PatchEmbed(32, 8), "d": nn.Conv3d(3, 4, 2, 2), "e": nn.Conv2d(3, 4, 3)}
-    report = vk.fuse(nn.ModuleDict({"a": build("timm")[0], **others}))
-    assert [(e.name, e.fused) for e in report] == [("a", True), ("b", False), ("", False)]
-    assert [e.note for e in report.skipped] == [f"no adapter for {c} yet" for c in ("Stem in ModuleDict", "ModuleDict")]
+    others = {"b": Stem(groups=3), "c": vk.PatchEmbed(32, 8), "d": nn.Conv3d(3, 4, 2, 2), "e": nn.Conv2d(3, 4, 3)}
+    report = vk.fuse(nn.ModuleDict({"a": build("timm")[0], **others, "f": Stem()}))
+    assert [(e.name, e.fused) for e in report] == [("a", True), ("b", False), ("", True), ("f", True)]
+    assert "groups 3" in report.skipped[0].note
+    assert {e.note for e in report.fused[1:]} == {"projection only"}
     assert json.loads(report.to_json()) == report.to_dicts()
     assert report.to_dicts()[0]["cls"] == "timm.models.vision_transformer.VisionTransformer"
     lines = str(report).splitlines()
-    assert ["left alone" in line for line in lines] == [False, True, True]
+    assert ["left alone" in line for line in lines] == [False, True, False, False]
     assert str(vk.fuse(nn.Linear(2, 2))) == "no front end found"
 
 

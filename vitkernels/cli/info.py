@@ -148,6 +148,7 @@ def fused_table() -> str:
     for library in ADAPTERS:
         for name, row in import_module(f"vitkernels.fusing.{library}").TABLE.items():
             rows.append(f"| {library} | `{name.rpartition('.')[2]}` | {row.what} |")
+    rows.append("| any | `Conv2d`, `Conv3d` of patches that do not overlap, at most 4 channels | projection |")
     return "\n".join(rows)
 
 

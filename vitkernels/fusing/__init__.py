@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import lru_cache
+from dataclasses import replace
+from functools import lru_cache, partial
 from importlib import import_module
 
 from torch import nn
 
 from ..dispatch import check_name
-from . import swapping
+from . import structure, swapping
 from .report import FrontEnd, Report
-from .swapping import Row, full_name, fused_class, overridden, restore
+from .swapping import Fused, Row, full_name, fused_class, overridden, restore
 
 # Each has an adapter here of its own name, imported when a class of that library was found and not before.
 ADAPTERS = ("timm", "torchvision", "transformers", "vit_pytorch")
@@ -20,7 +20,8 @@ __all__ = ["FrontEnd", "Report", "fuse", "unfuse"]
 
 
 def fuse(model: nn.Module, backend: str = "auto") -> Report:
-    """Send every known front end in `model` through `patch_embed`, in place.
+    """Send every known front end in `model` through `patch_embed`, in place; of those that no adapter knows, the
+    projection, where it is a plain convolution whose patches do not overlap.
 
     Parameters stay where they are: state_dict, optimiser, training mode and hooks see no difference, and copies and
     pickles of the model are fused too. A second call sees what changed since, and sets another backend.
@@ -39,15 +40,20 @@ def fuse(model: nn.Module, backend: str = "auto") -> Report:
     """
     check_name(backend)
     unfuse(model)
-    report, seen = Report(), set()
+    report = Report()
+    known: set[nn.Module] = set()  # of front ends that adapters took, or could not even read
+    refused: dict[nn.Module, int] = {}  # modules of a front end that its adapter left alone -> the entry
     for name, module in model.named_modules():
         row = _row_of(module)
         if row is None:
             continue
-        seen.update(module.modules())
-        cls, reason = full_name(type(module)), _swap(module, row, backend)
+        cls, (reason, is_error) = full_name(type(module)), _swap(module, row, backend)
+        if reason is None or is_error:
+            known.update(module.modules())
+        else:
+            refused.update(dict.fromkeys(module.modules(), len(report)))
         report.append(FrontEnd(name, cls, reason is None, reason or row.what))
-    report += _without_adapter(model, seen)
+    _by_structure(model, backend, report, known, refused)
     return report
 
 
@@ -74,19 +80,20 @@ def _adapter(library: str) -> tuple[dict[str, Row], str]:
         return {}, _tolerated(error)
 
 
-def _swap(module: nn.Module, row: Row, backend: str) -> str | None:
-    """Fuse one front end, or say why it is left alone: no module's fault keeps the others from being fused."""
+def _swap(module: nn.Module, row: Row, backend: str) -> tuple[str | None, bool]:
+    """Fuse one front end, or say why it is left alone, and whether by an error: no module's fault keeps the others from
+    being fused."""
     try:
         if (reason := _why_not(module, row)) is not None:
-            return reason
+            return reason, False
         parts = [(module.get_submodule(path), mixin) for path, (mixin, _) in row.parts.items()]
         classes = [fused_class(mixin, type(part), backend) for part, mixin in parts]
         for (part, _), cls in zip(parts, classes, strict=True):
             part.__class__ = cls
     except Exception as error:
         unfuse(module)
-        return _tolerated(error)
-    return None
+        return _tolerated(error), True
+    return None, False
 
 
 def _tolerated(error: Exception) -> str:
@@ -107,31 +114,45 @@ def _why_not(module: nn.Module, row: Row) -> str | None:
     return row.why_not(module)
 
 
-def _without_adapter(model: nn.Module, seen: set[nn.Module]) -> Iterator[FrontEnd]:
-    """Owners of what looks like the patch projection of a front end, but for modules already seen."""
-    listed = set()
+def _by_structure(
+    model: nn.Module, backend: str, report: Report, known: set[nn.Module], refused: dict[nn.Module, int]
+) -> None:
+    """Fuse the projections that adapters left, or say why not: an entry for each owner of what looks like one."""
+    listed = refused.copy()
     for path, module in model.named_modules():
-        if module in seen or not _patchifies(module):
+        rearranges = type(module).__name__ == "Rearrange" and "(h p1)" in str(getattr(module, "pattern", ""))
+        if module in known or not (rearranges or structure.patchifies(module)):
             continue
-        owner_path, owner = path, module
-        while owner_path and (owner is module or isinstance(owner, nn.Sequential | nn.ModuleList)):
-            owner_path = owner_path.rpartition(".")[0]
-            owner = model.get_submodule(owner_path)
-        if owner in listed or full_name(type(owner)).startswith("vitkernels."):
+        owner_path, owner = _owner(model, path)
+        if full_name(type(owner)).startswith("vitkernels."):
             continue
-        listed.add(owner)
-        where = type(owner).__name__
-        if owner_path:
-            where += f" in {type(model.get_submodule(owner_path.rpartition('.')[0])).__name__}"
-        library = type(owner).__module__.partition(".")[0]
-        broken = _adapter(library)[1] if library in ADAPTERS else ""
-        note = f"the adapter for {library} can't be used: {broken}" if broken else f"no adapter for {where} yet"
-        yield FrontEnd(owner_path, full_name(type(owner)), False, note)
+        if rearranges:
+            above = type(model.get_submodule(owner_path.rpartition(".")[0])).__name__
+            where = type(owner).__name__ + (f" in {above}" if owner_path else "")
+            reason: str | None = f"no adapter for {where} yet"
+        else:
+            of: dict[str, tuple[type[Fused], str]] = {"": (structure.Projection, full_name(type(module)))}
+            reason, _ = _swap(module, Row(of, partial(structure.why_not, owner=owner), ""), backend)
+        at = listed.get(module, listed.get(owner))
+        if at is None:
+            at = listed[owner] = len(report)
+            report.append(FrontEnd(owner_path, full_name(type(owner)), False, _broken_adapter(owner) or reason or ""))
+        entry = report[at]
+        if reason is None and not entry.fused:
+            because = f": {entry.note}" if entry.note else ""
+            report[at] = replace(entry, fused=True, note=f"projection only{because}")
 
 
-def _patchifies(module: nn.Module) -> bool:
-    if isinstance(module, nn.Conv2d | nn.Conv3d):
-        if not all(hasattr(module, name) for name in ("kernel_size", "stride", "in_channels")):  # an older release's
-            return False
-        return module.kernel_size == module.stride and max(module.stride) > 1 and module.in_channels <= 4
-    return type(module).__name__ == "Rearrange" and "(h p1)" in str(getattr(module, "pattern", ""))
+def _owner(model: nn.Module, path: str) -> tuple[str, nn.Module]:
+    """The module that a projection belongs to, past containers."""
+    module = owner = model.get_submodule(path)
+    while path and (owner is module or isinstance(owner, nn.Sequential | nn.ModuleList)):
+        path = path.rpartition(".")[0]
+        owner = model.get_submodule(path)
+    return path, owner
+
+
+def _broken_adapter(owner: nn.Module) -> str:
+    library = type(owner).__module__.partition(".")[0]
+    broken = _adapter(library)[1] if library in ADAPTERS else ""
+    return broken and f"the adapter for {library} can't be used: {broken}"

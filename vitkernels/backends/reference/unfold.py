@@ -91,8 +91,14 @@ def is_matrix(p: PatchProblem, dtype: torch.dtype, spans: list[slice]) -> bool:
 
 
 def _lies_in_rows(p: PatchProblem) -> bool:
-    """A pixel is a patch, and its channels lie side by side: normed patches come so, and are a matrix already."""
-    return p.P == (1, 1, 1) and p.image_strides[1] == 1
+    """Patches are rows of a matrix in memory: a pixel is a patch, its channels side by side, as normed patches come; or
+    an image is one patch, as those come that somebody cut before (Qwen2-VL)."""
+    if p.P == (1, 1, 1):
+        return p.image_strides[1] == 1
+    sizes = (p.C, p.F, p.H, p.W)
+    dense = (p.F * p.H * p.W, p.H * p.W, p.W, 1)
+    lies = all(n == 1 or s == d for n, s, d in zip(sizes, p.image_strides[1:], dense, strict=True))
+    return lies and sizes[1:] == p.P and not any(p.pad)
 
 
 @lru_cache(maxsize=256)

@@ -1,0 +1,70 @@
+"""Front ends known by their structure alone, of any library: a convolution over pixels whose patches do not overlap. It
+takes what no adapter did; position and prefix stay with the model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..functional import patch_embed
+from ..layers import eager_dtype, touched
+from .swapping import Fused, at_each_call
+
+# Of pixels. Later stages of a hierarchy cut features, which have more: on a CPU ConvNeXt's, 2×2 of 96 channels, took
+# twice as long as the convolution.
+MOST_CHANNELS = 4
+
+
+class Projection(Fused):
+    """A Conv2d or Conv3d; its result is a view [B,D,(G_t,)G_h,G_w] of tokens, the channels innermost."""
+
+    def forward(self, input):
+        if (front := _patches(self, input)) is None:
+            return super().forward(input)
+        padding, grid = front
+        tokens = patch_embed(
+            input, self.weight, self.bias, stride=self.stride, padding=padding, out_dtype=eager_dtype(self.weight),
+            backend=self._vk_backend,
+        )  # fmt: skip
+        return tokens.transpose(1, 2).unflatten(2, grid)
+
+
+def patchifies(module: Any) -> bool:
+    """Whether this looks like the projection of a front end, fused or not."""
+    if not isinstance(module, nn.Conv2d | nn.Conv3d):
+        return False
+    if not all(hasattr(module, name) for name in ("kernel_size", "stride", "in_channels")):  # an older release's
+        return False
+    return module.kernel_size == module.stride and max(module.stride) > 1 and module.in_channels <= MOST_CHANNELS
+
+
+def why_not(conv: Any, owner: nn.Module | None = None) -> str | None:
+    """Why this projection can't be a `patch_embed` of the convolution's parameters; asked at every call as well."""
+    plain = getattr(type(conv), "_vk_base", type(conv))
+    if plain not in (nn.Conv2d, nn.Conv3d):
+        return f"the projection is a {plain.__name__}, not a plain Conv2d or Conv3d"
+    if "MaskEmbedding" in type(owner).__name__:
+        return "it embeds masks (SAM)"
+    padded = conv.padding not in ("valid", (0,) * len(conv.kernel_size))
+    if conv.groups != 1 or set(conv.dilation) != {1} or (padded and conv.padding_mode != "zeros"):
+        return (
+            f"the projection has groups {conv.groups}, dilation {conv.dilation}, padding {conv.padding!r} of mode "
+            f"{conv.padding_mode!r}; 1, 1 and zeros are what is fused"
+        )
+    return None if isinstance(conv, Fused) else touched("the projection", conv)  # a call of a fused one runs them
+
+
+@at_each_call
+def _patches(conv: Any, images: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """Padding and grid, of images that the convolution takes and gives as many dimensions as it was given."""
+    if why_not(conv) or images.ndim != len(conv.kernel_size) + 2 or images.shape[1] != conv.in_channels:
+        return None
+    same_dtype = images.dtype == conv.weight.dtype or torch.is_autocast_enabled(images.device.type)
+    if not images.is_floating_point() or not same_dtype or images.shape[0] == 0:
+        return None
+    padding = (0,) * len(conv.kernel_size) if conv.padding == "valid" else conv.padding
+    sizes = zip(images.shape[2:], padding, conv.kernel_size, strict=True)
+    grid = tuple((size + 2 * pad) // P for size, pad, P in sizes)
+    return (padding, grid) if min(grid) > 0 else None
