@@ -10,6 +10,7 @@ import torch
 import vitkernels as vk
 from vitkernels import dispatch
 from vitkernels.backends.cuda import extension
+from vitkernels.gpu import NOMINAL
 
 HALF, F32, U8 = torch.bfloat16, torch.float32, torch.uint8
 RESULTS = Path(__file__).parent.parent / "benchmarks/results/nvidia-h200"
@@ -55,8 +56,9 @@ MIXED = dict(forward="triton", weight="reference", images="triton")
         (dict(patch=14, D=1024), MIXED, MIXED),
         (dict(keep=49), MIXED, MIXED),
         (dict(pixels=F32, weights=F32), REFERENCE, REFERENCE),
-        (dict(gpu="B200"), dict.fromkeys(("forward", "weight", "images"), "triton"), None),
-        (dict(gpu="sm_80"), dict.fromkeys(("forward", "weight", "images"), "triton"), None),
+        *((dict(gpu=gpu), MIXED, None) for gpu in ("B200", "L4", "sm_80", "sm_120")),
+        (dict(gpu="sm_80", pixels=U8), dict(forward="triton", weight="reference"), None),
+        (dict(gpu="sm_89", pixels=F32, weights=F32), REFERENCE, None),
     ],
     ids=str,
 )
@@ -72,10 +74,39 @@ def test_what_auto_takes(arguments, expected, without, extension_here, monkeypat
 def test_the_switch_of_tf32_is_looked_at_in_each_call(monkeypatch):
     p = vk.explain(**call(pixels=F32, weights=F32), gpu="sm_90").problem
     taken = []
+    monkeypatch.setitem(dispatch.MEASURED, (90, "forward", "tf32"), dispatch.Row(("triton", "reference"), "a test"))
     for rounded in (False, True, False):
         monkeypatch.setattr(dispatch, "tf32", lambda rounded=rounded: rounded)
         taken.append(dispatch.choose(p, "auto").__name__.rpartition(".")[2])
     assert taken == ["reference", "triton", "reference"]
+
+
+@pytest.mark.parametrize("arch", NOMINAL)
+@pytest.mark.parametrize("direction", dispatch.DIRECTIONS)
+@pytest.mark.parametrize("kind", ["half", "half, not by wgmma", "tf32", "fp32", "fp64"])
+def test_there_is_a_row_that_ends_with_what_takes_everything(arch, direction, kind, monkeypatch):
+    dtype = {"half": HALF, "tf32": F32, "fp32": F32, "fp64": torch.float64}[kind.partition(",")[0]]
+    patch = 14 if "wgmma" in kind else 16
+    p = vk.explain(**call(patch, dtype, dtype), gpu=f"sm_{arch}").problem
+    monkeypatch.setattr(dispatch, "tf32", lambda: kind == "tf32")
+    row = dispatch.row_of(p, direction)
+    assert row.backends[-1] == "reference"
+    assert arch == 90 or "not measured" in row.why
+    assert dispatch.choose(p, "auto", direction) is not None
+
+
+def test_an_amd_gpu_is_no_hopper(monkeypatch):
+    """It calls itself cuda, and its capability 9.4; the reference runs."""
+    monkeypatch.setattr(torch.version, "hip", "6.4.1")
+    why = vk.explain(**call(), gpu="sm_90")
+    assert why.chosen == "reference"
+    for name in ("triton", "cuda"):
+        assert why[name] == ["this PyTorch is for AMD GPUs (ROCm 6.4.1); the kernels are for NVIDIA's"] or (
+            name == "cuda" and extension.missing()
+        )
+    assert {name for name, _ in why.auto.values()} == {"reference"}
+    with pytest.raises(NotImplementedError, match="for AMD GPUs"):
+        dispatch.choose(why.problem, "triton")
 
 
 def test_why_is_said():

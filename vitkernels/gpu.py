@@ -22,6 +22,13 @@ NOMINAL = {
 }  # fmt: skip
 
 
+def not_nvidia() -> str:
+    """Why no kernel of ours runs on what this PyTorch calls "cuda"; "" on NVIDIA's. An AMD GPU calls itself so too, and
+    its capability, 9.4, reads like a Hopper's."""
+    hip = torch.version.hip
+    return f"this PyTorch is for AMD GPUs (ROCm {hip}); the kernels are for NVIDIA's" if hip else ""
+
+
 def tf32() -> bool:
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
@@ -78,4 +85,5 @@ def _gpu_of(device: torch.device) -> Gpu:
         return NOMINAL[device.index]
     properties = torch.cuda.get_device_properties(device)
     arch = properties.major * 10 + properties.minor
-    return Gpu(properties.name, arch, properties.multi_processor_count, properties.shared_memory_per_block_optin)
+    shared_bytes = getattr(properties, "shared_memory_per_block_optin", 0)  # NVIDIA's
+    return Gpu(properties.name, arch, properties.multi_processor_count, shared_bytes)

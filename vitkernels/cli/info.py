@@ -127,10 +127,13 @@ def backend_table() -> str:
 
 def auto_table() -> str:
     """README's table of what `auto` tries where, and why."""
-    from ..dispatch import DIRECTIONS, MEASURED, NOT_MEASURED
+    from ..dispatch import CPU, DIRECTIONS, MEASURED, RULES
 
-    devices = {"cuda": "CUDA GPUs, but for what follows", "cpu": "CPUs"}
-    rows = [f"| {devices[device]} | everything | {_tried(row)} | {row.why} |" for device, row in NOT_MEASURED.items()]
+    rows = [f"| CPUs | everything | {_tried(CPU)} | {CPU.why} |"]
+    for (direction, some), row in RULES.items():
+        kind = f", {PRODUCTS[some]}" if some else ", else" if (direction, "half") in RULES else ""
+        what = DIRECTIONS[direction] + kind
+        rows.append(f"| NVIDIA GPUs, but for what follows | {what} | {_tried(row)} | {row.why} |")
     for (arch, direction, kind), row in MEASURED.items():
         rows.append(f"| sm_{arch} | {DIRECTIONS[direction]}, {PRODUCTS[kind]} | {_tried(row)} | {row.why} |")
     return "\n".join(["| device | what | `auto` tries | because |", "| --- | --- | --- | --- |", *rows])

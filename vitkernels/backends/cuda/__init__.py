@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ...gpu import Gpu, gpu_of, tf32
+from ...gpu import Gpu, gpu_of, not_nvidia, tf32
 from ...problem import PatchProblem
 from .. import fallbacks, reference
 from ..common import Grads, centred, own_tables
@@ -35,6 +35,8 @@ def why_not(p: PatchProblem) -> list[str]:
     device_type = extension.load().device_type
     if p.device.type != device_type:
         return [f"images are on {p.device}; the CUDA C++ kernels need a {device_type.upper()} device"]
+    if device_type == "cuda" and (other := not_nvidia()):
+        return [other]
     arch = gpu_of(p.device).arch
     if device_type == "cuda" and not any(covers(built, arch) for built in _built()):
         built = ", ".join(_built()) or "nobody knows which"

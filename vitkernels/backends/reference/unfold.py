@@ -12,6 +12,7 @@ from math import prod
 import torch
 import torch.nn.functional as F
 
+from ...gpu import not_nvidia
 from ...problem import PatchProblem
 from ..common import centred
 
@@ -158,7 +159,9 @@ def _has_onednn() -> bool:
 
 def product(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """a·b in `dtype`, in which it is summed: fp32 where a GPU multiplies halves."""
-    return a @ b if a.dtype == dtype else torch.mm(a, b, out_dtype=dtype)
+    if a.dtype == dtype or not_nvidia():  # mm's out_dtype is cuBLAS's
+        return (a @ b).to(dtype)
+    return torch.mm(a, b, out_dtype=dtype)
 
 
 def _normalised_dtype(p: PatchProblem, dtype: torch.dtype) -> torch.dtype:

@@ -9,7 +9,7 @@ from types import ModuleType
 import numpy
 import torch
 
-from ...gpu import gpu_of, tf32
+from ...gpu import gpu_of, not_nvidia, tf32
 from ...problem import PatchProblem
 from .. import fallbacks
 from ..patch_layout import product_of
@@ -55,6 +55,8 @@ def _version(module: ModuleType) -> tuple[int, ...]:
 def why_not(p: PatchProblem) -> list[str]:
     if missing := _missing() or fallbacks.unusable(BACKEND):
         return [missing]
+    if p.device.type == "cuda" and (other := not_nvidia()):
+        return [other]
     reasons = []
     if p.device.type == "cuda":
         if lacking := toolchain.missing():
