@@ -293,6 +293,16 @@ def test_hooks_and_replacements_before_and_after():
     close(fused(x)[:, :, 0, 0], (plain[0]._conv_forward(x, fused[0].weight, fused[0].bias) * 2)[:, :, 0, 0])
 
 
+def test_what_is_changed_after_fusing():
+    plain = nn.Conv2d(3, 6, 4, 4)
+    fused, x = copy.deepcopy(plain), torch.randn(2, 3, 9, 11)
+    vk.fuse(fused)
+    for name, value in (("stride", (2, 3)), ("padding", (1, 2)), ("padding", (0, 0)), ("dilation", (2, 2))):
+        for conv in (plain, fused):
+            setattr(conv, name, value)
+        close(fused(x), plain(x))
+
+
 def test_a_named_backend():
     fused = nn.Sequential(nn.Conv2d(3, 6, 4, 4))
     vk.fuse(fused, backend="cuda")

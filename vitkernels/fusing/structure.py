@@ -65,6 +65,6 @@ def _patches(conv: Any, images: torch.Tensor) -> tuple[tuple[int, ...], tuple[in
     if not images.is_floating_point() or not same_dtype or images.shape[0] == 0:
         return None
     padding = (0,) * len(conv.kernel_size) if conv.padding == "valid" else conv.padding
-    sizes = zip(images.shape[2:], padding, conv.kernel_size, strict=True)
-    grid = tuple((size + 2 * pad) // P for size, pad, P in sizes)
+    sizes = zip(images.shape[2:], padding, conv.kernel_size, conv.stride, strict=True)
+    grid = tuple((size + 2 * pad - P) // S + 1 for size, pad, P, S in sizes)
     return (padding, grid) if min(grid) > 0 else None
