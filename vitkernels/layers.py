@@ -283,13 +283,20 @@ def normed_patch_embed(
     prefix: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """Norm of the raw patch in the order (y, x, c), Linear, norm of the token; then position and prefix: [B,T+N,D].
-
-    Normed patches [B,N,K] are an image of K channels and N x 1 pixels, with patches of one pixel: views, no copy.
-    """
-    x = before(to_patches(images, patch_size)).transpose(1, 2).unsqueeze(-1)
-    tokens = patch_embed(x, linear.weight[:, :, None, None], linear.bias, backend=backend)
+    """Norm of the raw patch in the order (y, x, c), Linear, norm of the token; then position and prefix: [B,T+N,D]."""
+    tokens = project_patches(before(to_patches(images, patch_size)), linear, backend)
     return with_position(after(tokens), pos_embed, prefix)
+
+
+def project_patches(patches: torch.Tensor, linear: nn.Linear, backend: str = "auto") -> torch.Tensor:
+    """Cut patches [B,…,K] to tokens [B,…,D]: an image of K channels and N x 1 pixels, with patches of one pixel.
+
+    These are views: nothing is copied.
+    """
+    x = patches.flatten(1, -2).transpose(1, 2).unsqueeze(-1)
+    weight = linear.weight[:, :, None, None]
+    tokens = patch_embed(x, weight, linear.bias, out_dtype=eager_dtype(weight), backend=backend)
+    return tokens.unflatten(1, patches.shape[1:-1])
 
 
 def eager_dtype(weight: torch.Tensor, *added: torch.Tensor | None) -> torch.dtype:

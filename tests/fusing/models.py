@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def timm(**kwargs):
@@ -128,3 +129,45 @@ def close(a, b, tolerance=1e-5):
     assert (a.shape, a.dtype) == (b.shape, b.dtype)
     largest = float(b.detach().abs().max()) if b.numel() else 0
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * max(1, largest))
+
+
+def first(output):
+    return output if isinstance(output, torch.Tensor) else output[0]
+
+
+def gradients(model, images):
+    out = first(model(images))
+    model.zero_grad()
+    out.backward(torch.linspace(-1, 1, out.numel()).view(out.shape))
+    return out.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+class Calls(TorchDispatchMode):
+    """Counts calls of the registered operation."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.vitkernels.patch_embed.default
+        return func(*args, **(kwargs or {}))
+
+
+def taken(model, images) -> bool:
+    with torch.no_grad(), Calls() as calls:
+        model(images)
+    return calls.count > 0
+
+
+def outcome(function, *args):
+    try:
+        with torch.no_grad():
+            return function(*args)
+    except Exception as error:
+        return type(error), str(error)
+
+
+def same(got, expected):
+    if isinstance(expected, tuple) or isinstance(got, tuple):
+        assert got == expected
+    else:
+        close(got, expected)

@@ -152,6 +152,7 @@ def fused_table() -> str:
         for name, row in import_module(f"vitkernels.fusing.{library}").TABLE.items():
             rows.append(f"| {library} | `{name.rpartition('.')[2]}` | {row.what} |")
     rows.append("| any | `Conv2d`, `Conv3d` of patches that do not overlap, at most 4 channels | projection |")
+    rows.append("| any | `Rearrange` of einops, a norm or none, `Linear` in a `Sequential` | projection |")
     return "\n".join(rows)
 
 

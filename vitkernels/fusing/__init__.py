@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache, partial
 from importlib import import_module
@@ -14,7 +15,8 @@ from .report import FrontEnd, Report
 from .swapping import Fused, Row, full_name, fused_class, overridden, restore
 
 # Each has an adapter here of its own name, imported when a class of that library was found and not before.
-ADAPTERS = ("timm", "torchvision", "transformers", "vit_pytorch")
+ADAPTERS = ("timm", "torchvision", "transformers")
+REARRANGE = "einops.layers.torch.Rearrange"
 
 __all__ = ["FrontEnd", "Report", "fuse", "unfuse"]
 
@@ -120,19 +122,14 @@ def _by_structure(
     """Fuse the projections that adapters left, or say why not: an entry for each owner of what looks like one."""
     listed = refused.copy()
     for path, module in model.named_modules():
-        rearranges = type(module).__name__ == "Rearrange" and "(h p1)" in str(getattr(module, "pattern", ""))
-        if module in known or not (rearranges or structure.patchifies(module)):
+        if module in known or (kind := _kind(module)) is None:
             continue
         owner_path, owner = _owner(model, path)
         if full_name(type(owner)).startswith("vitkernels."):
             continue
-        if rearranges:
-            above = type(model.get_submodule(owner_path.rpartition(".")[0])).__name__
-            where = type(owner).__name__ + (f" in {above}" if owner_path else "")
-            reason: str | None = f"no adapter for {where} yet"
-        else:
-            of: dict[str, tuple[type[Fused], str]] = {"": (structure.Projection, full_name(type(module)))}
-            reason, _ = _swap(module, Row(of, partial(structure.why_not, owner=owner), ""), backend)
+        mixin, why_not = kind
+        of = {"": (mixin, full_name(type(module)))}
+        reason, _ = _swap(module, Row(of, partial(why_not, owner=owner), ""), backend)
         at = listed.get(module, listed.get(owner))
         if at is None:
             at = listed[owner] = len(report)
@@ -141,6 +138,18 @@ def _by_structure(
         if reason is None and not entry.fused:
             because = f": {entry.note}" if entry.note else ""
             report[at] = replace(entry, fused=True, note=f"projection only{because}")
+
+
+def _kind(module: nn.Module) -> tuple[type[Fused], Callable[..., str | None]] | None:
+    """What goes in front of a module that looks like the projection of a front end, and what says why it can't."""
+    if structure.patchifies(module):
+        return structure.Projection, structure.why_not
+    if isinstance(module, nn.Sequential) and len(module) and full_name(type(module[0])) == REARRANGE:
+        from . import rearrange  # needs einops, which who has this class has
+
+        if rearrange.projects(module):
+            return rearrange.ToPatchEmbedding, rearrange.why_not
+    return None
 
 
 def _owner(model: nn.Module, path: str) -> tuple[str, nn.Module]:
