@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vitkernels as vk
-from vitkernels.fusing import structure
+from vitkernels.fusing import pending, structure
 
 
 def gradients(model, images, call):
@@ -419,9 +419,12 @@ def test_left_alone(name):
         assert [type(m) for m in model.modules()] == classes
     else:
         assert entry.fused
-        assert entry.note.startswith("projection only: ")
-        changed = [m for m, before in zip(model.modules(), classes, strict=True) if type(m) is not before]
-        assert [type(m)._vk_mixin for m in changed] == [structure.Projection]
+        changed = [
+            type(m)._vk_mixin for m, before in zip(model.modules(), classes, strict=True) if type(m) is not before
+        ]
+        own = changed == [pending.Embedding, structure.Projection]
+        assert own or changed == [structure.Projection]
+        assert entry.note.startswith("projection; position and prefix where its own" if own else "projection only: ")
     close(result(model(images, **call)), expected, 0 if name in ALONE else 1e-5)
 
 

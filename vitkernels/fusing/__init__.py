@@ -10,7 +10,7 @@ from importlib import import_module
 from torch import nn
 
 from ..dispatch import check_name
-from . import structure, swapping
+from . import pending, structure, swapping
 from .report import FrontEnd, Report
 from .swapping import Fused, Row, full_name, fused_class, overridden, restore
 
@@ -130,6 +130,9 @@ def _by_structure(
         mixin, why_not = kind
         of = {"": (mixin, full_name(type(module)))}
         reason, _ = _swap(module, Row(of, partial(why_not, owner=owner), ""), backend)
+        what = "projection only"
+        if reason is None and _embedding_around(model, path, backend):
+            what = "projection; position and prefix where its own code adds them"
         at = listed.get(module, listed.get(owner))
         if at is None:
             at = listed[owner] = len(report)
@@ -137,7 +140,17 @@ def _by_structure(
         entry = report[at]
         if reason is None and not entry.fused:
             because = f": {entry.note}" if entry.note else ""
-            report[at] = replace(entry, fused=True, note=f"projection only{because}")
+            report[at] = replace(entry, fused=True, note=f"{what}{because}")
+
+
+def _embedding_around(model: nn.Module, path: str, backend: str) -> bool:
+    """Fuse what adds position and prefix to a fused projection, where a module does nothing else; whether there is."""
+    if (around := structure.embedding_around(model, path)) is None:
+        return False
+    embedding = model.get_submodule(around)
+    of: dict[str, tuple[type[Fused], str]] = {"": (pending.Embedding, full_name(type(embedding)))}
+    fused = isinstance(embedding, pending.Embedding)
+    return fused or _swap(embedding, Row(of, pending.why_not, ""), backend)[0] is None
 
 
 def _kind(module: nn.Module) -> tuple[type[Fused], Callable[..., str | None]] | None:

@@ -10,11 +10,13 @@ from torch import nn
 
 from ..functional import patch_embed
 from ..layers import eager_dtype, touched
+from .pending import Pending, noting
 from .swapping import Fused, at_each_call
 
 # Of pixels. Later stages of a hierarchy cut features, which have more: on a CPU ConvNeXt's, 2×2 of 96 channels, took
 # twice as long as the convolution.
 MOST_CHANNELS = 4
+WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.MultiheadAttention)
 
 
 class Projection(Fused):
@@ -24,6 +26,8 @@ class Projection(Fused):
         if (front := _patches(self, input)) is None:
             return super().forward(input)
         padding, grid = front
+        if noting():
+            return Pending.map(self, input, padding, grid, self._vk_backend)
         tokens = patch_embed(
             input, self.weight, self.bias, stride=self.stride, padding=padding, out_dtype=eager_dtype(self.weight),
             backend=self._vk_backend,
@@ -54,6 +58,33 @@ def why_not(conv: Any, owner: nn.Module | None = None) -> str | None:
             f"{conv.padding_mode!r}; 1, 1 and zeros are what is fused"
         )
     return None if isinstance(conv, Fused) else touched("the projection", conv)  # a call of a fused one runs them
+
+
+def embedding_around(model: nn.Module, path: str) -> str | None:
+    """Path of the largest module around a projection that has tables, and no weights but the projection's."""
+    conv, found = model.get_submodule(path), None
+    inside: set[nn.Module] = {conv}
+    while path:
+        path = path.rpartition(".")[0]
+        module = model.get_submodule(path)
+        if isinstance(module, nn.ModuleList | nn.ModuleDict) or any(
+            _is_weighted(m) for m in module.modules() if m not in inside and m is not module
+        ):
+            break
+        inside |= set(module.modules())
+        if any(_tables(m) for m in inside if m is not conv):
+            found = path
+    return found
+
+
+def _is_weighted(module: nn.Module) -> bool:
+    matrices = (p.ndim > 1 and p.shape[0] > 1 for p in module.parameters(recurse=False))
+    return isinstance(module, WEIGHTED) or (not isinstance(module, nn.Embedding) and any(matrices))
+
+
+def _tables(module: nn.Module) -> bool:
+    own = (*module.parameters(recurse=False), *module.buffers(recurse=False), *vars(module).values())
+    return any(isinstance(tensor, torch.Tensor) and tensor.ndim > 1 for tensor in own)
 
 
 @at_each_call
