@@ -14,6 +14,23 @@ def timm(**kwargs):
     return module.VisionTransformer(**{**sizes, **kwargs})
 
 
+def eva(**kwargs):
+    module = pytest.importorskip("timm.models.eva")
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
+    return module.Eva(**{**sizes, "use_rot_pos_emb": True, "ref_feat_shape": (4, 4), **kwargs})
+
+
+def beit(**kwargs):
+    module = pytest.importorskip("timm.models.beit")
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
+    return module.Beit(**{**sizes, "use_abs_pos_emb": True, "use_rel_pos_bias": True, **kwargs})
+
+
+def clip(**kwargs):
+    module = pytest.importorskip("transformers")
+    return module.CLIPVisionModel(module.CLIPVisionConfig(**{**HF, "image_size": 32, **kwargs}))
+
+
 def transformers(name="ViTForImageClassification", **kwargs):
     module = pytest.importorskip("transformers")
     sizes = {"image_size": 32, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -74,6 +91,14 @@ CASES = {
     "timm dynamic, no position": (timm, {"dynamic_img_size": True, "pos_embed": "none"}, (3, 40, 16), {}),
     "timm padded": (timm, {"dynamic_img_size": True, "dynamic_img_pad": True}, (3, 37, 9), {}),
     "timm causal": (timm, {}, (3, 32, 32), {"is_causal": True}),
+    "eva": (eva, {}, (3, 32, 32), {}),
+    "eva registers": (eva, {"num_reg_tokens": 2, "no_embed_class": True}, (3, 32, 32), {}),
+    "eva dynamic": (eva, {"dynamic_img_size": True}, (3, 40, 16), {}),
+    "eva no position": (eva, {"use_abs_pos_emb": False, "class_token": False, "global_pool": "avg"}, (3, 32, 32), {}),
+    "beit": (beit, {}, (3, 32, 32), {}),
+    "beit no position": (beit, {"use_abs_pos_emb": False, "in_chans": 1}, (1, 32, 32), {}),
+    "clip": (clip, {}, (3, 32, 32), {}),
+    "clip interpolated": (clip, {}, (3, 40, 24), {"interpolate_pos_encoding": True}),
     "transformers": (transformers, {}, (3, 32, 32), {}),
     "transformers model": (transformers, {"name": "ViTModel"}, (3, 32, 32), {}),
     "transformers masked": (
@@ -105,7 +130,7 @@ CASES = {
 UNFUSED_CALLS = (
     "transformers masked", "transformers interpolated", "transformers interpolated, as built", "mae interpolated",
 )  # fmt: skip
-LIBRARIES = ("timm", "transformers", "mae", "videomae", "torchvision", "vit_pytorch")
+LIBRARIES = ("timm", "eva", "beit", "transformers", "mae", "videomae", "clip", "torchvision", "vit_pytorch")
 
 
 def build(case: str, **more) -> tuple[nn.Module, torch.Tensor, dict]:
@@ -143,19 +168,28 @@ def gradients(model, images):
 
 
 class Calls(TorchDispatchMode):
-    """Counts calls of the registered operation."""
+    """What each call of the registered operation is given: p for a table of positions, + for tokens in front."""
 
-    count = 0
+    def __init__(self):
+        super().__init__()
+        self.given = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func is torch.ops.vitkernels.patch_embed.default
+        if func is torch.ops.vitkernels.patch_embed.default:
+            _, _, _, pos, prefix, *_ = args
+            self.given.append(("p" if pos is not None else "") + ("+" if prefix is not None else ""))
         return func(*args, **(kwargs or {}))
 
 
-def taken(model, images) -> bool:
-    with torch.no_grad(), Calls() as calls:
+def given(model, images) -> list[str]:
+    with Calls() as calls:
         model(images)
-    return calls.count > 0
+    return sorted(calls.given)
+
+
+def taken(model, images) -> bool:
+    with torch.no_grad():
+        return bool(given(model, images))
 
 
 def outcome(function, *args):

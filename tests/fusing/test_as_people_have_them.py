@@ -17,6 +17,9 @@ from vitkernels.fusing import swapping
 
 PARTS = {  # what the adapters read
     "timm": ("", "patch_embed", "patch_embed.proj", "patch_embed.norm"),
+    "eva": ("", "patch_embed", "patch_embed.proj"),
+    "beit": ("", "patch_embed", "patch_embed.proj", "pos_drop"),
+    "clip": ("embeddings", "embeddings.patch_embedding"),
     "transformers": (
         "vit.embeddings", "vit.embeddings.patch_embeddings", "vit.embeddings.patch_embeddings.projection",
     ),

@@ -350,6 +350,9 @@ def hf_patches(path):
 
 PROJECTION = {
     "timm": "patch_embed.proj",
+    "eva": "patch_embed.proj",
+    "beit": "patch_embed.proj",
+    "clip": "embeddings.patch_embedding",
     "transformers": "vit.embeddings.patch_embeddings.projection",
     "mae": "embeddings.patch_embeddings.projection",
     "videomae": "embeddings.patch_embeddings.projection",
@@ -359,7 +362,10 @@ PROJECTION = {
 CHANGES = {
     **{f"{at} hook": (at, hook(path), "has hooks") for at, path in PROJECTION.items()},
     **{f"{at} parametrised": (at, parametrised(path), "Parametrized") for at, path in PROJECTION.items()},
-    **{f"{at} accelerate": (at, replaced(path, "forward"), "forward was replaced") for at, path in PROJECTION.items()},
+    **{
+        f"{at} accelerate": (at, replaced(path, "forward"), "replaced on the instance")
+        for at, path in PROJECTION.items()
+    },
     "timm wrapped": ("timm", put("patch_embed.proj"), "proj is a Lora"),
     "timm dilated": ("timm", put("patch_embed.proj", nn.Conv2d, dilation=2, padding=4), r"dilation (2, 2)"),
     "timm circular": ("timm", put("patch_embed.proj", nn.Conv2d, padding=2, padding_mode="circular"), "circular"),
@@ -437,6 +443,10 @@ def test_a_change_after_fusing_is_not_passed_by(change):
         torch.manual_seed(9)
         change(each)
     close(result(model(images, **call)), result(plain(images, **call)))
+    if change.__qualname__.startswith("parametrised") and library in ("eva", "beit", "clip"):  # of a fused class
+        with pytest.raises(RuntimeError, match="Parametrized"):
+            vk.fuse(model)
+        return
     (entry,) = vk.fuse(model)
     assert reason in entry.note
 
@@ -512,12 +522,6 @@ def test_odd_masks_are_what_the_library_makes_of_them(mask):
 
 
 LEFT = {
-    "timm distilled": (
-        lambda: pytest.importorskip("timm.models.deit").VisionTransformerDistilled(
-            img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2
-        ),
-        "overrides _pos_embed",
-    ),
     "timm norm": (lambda: timm(embed_norm_layer=nn.LayerNorm), "norm is a LayerNorm"),
     "timm layout": (
         lambda: timm(embed_layer=timm_embed(output_fmt="NCL"), pos_embed="none"), "gives NCL",

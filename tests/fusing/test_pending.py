@@ -7,9 +7,8 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
-from models import close, gradients
+from models import close, given, gradients
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import vitkernels as vk
@@ -17,20 +16,6 @@ from vitkernels.fusing import pending, swapping
 
 B, N, D = 2, 6, 8
 GRID = 2, 3
-
-
-class Seen(TorchDispatchMode):
-    """What each call of the operation was given: p for a table of positions, + for tokens in front."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.vitkernels.patch_embed.default:
-            _, _, _, pos, prefix, *_ = args
-            self.calls.append(("p" if pos is not None else "") + ("+" if prefix is not None else ""))
-        return func(*args, **(kwargs or {}))
 
 
 class Embeddings(nn.Module):
@@ -179,9 +164,7 @@ def test_agrees(name):
     assert found.keys() == expected_gradients.keys()
     for parameter, gradient in found.items():
         close(gradient, expected_gradients[parameter])
-    with Seen() as seen:
-        model(images)
-    assert sorted(seen.calls) == calls
+    assert given(model, images) == calls
 
 
 WHOLE = "prefix, positions"

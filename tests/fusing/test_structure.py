@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from models import close, gradients, outcome, same, taken
+from models import close, given, gradients, outcome, same, taken
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -30,30 +30,67 @@ def transformers(name, **config):
 
 
 HF = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48, "image_size": 32}
-KNOWN = {  # library's builder, image
-    "timm ConvNeXt": (lambda: timm("convnext_atto", depths=(1, 1, 1, 1), dims=(8, 8, 8, 8)), (3, 64, 64)),
+ONLY, OWN = "projection only", "projection; position and prefix where its own code adds them"
+KNOWN = {  # library's builder, image, note, what the calls of the operation are given
+    "timm ConvNeXt": (
+        lambda: timm("convnext_atto", depths=(1, 1, 1, 1), dims=(8, 8, 8, 8)), (3, 64, 64), ONLY, [""],
+    ),
     "timm Swin": (
         lambda: timm("swin_tiny_patch4_window7_224", img_size=56, embed_dim=8, depths=(1, 1), num_heads=(1, 1)),
-        (3, 56, 56),
+        (3, 56, 56), ONLY, [""],
     ),
-    "timm EVA": (lambda: timm("eva02_tiny_patch14_224", depth=1, img_size=28), (3, 28, 28)),
-    "timm BEiT": (lambda: timm("beit_base_patch16_224", depth=1, embed_dim=48, num_heads=2, img_size=32), (3, 32, 32)),
-    "timm CrossViT": (lambda: timm("crossvit_9_240"), (3, 240, 240)),
-    "timm AIMv2": (lambda: timm("aimv2_large_patch14_224", depth=1, embed_dim=32, num_heads=2), (3, 224, 224)),
+    "timm EVA": (
+        lambda: timm("eva02_tiny_patch14_224", depth=1, img_size=28), (3, 28, 28),
+        "projection, position and prefix tokens", ["p+"],
+    ),
+    "timm DINOv3": (
+        lambda: timm("vit_small_patch16_dinov3", depth=1, embed_dim=48, num_heads=2, img_size=32), (3, 48, 32),
+        "projection, position and prefix tokens", ["+"],
+    ),
+    "timm BEiT": (
+        lambda: timm("beit_base_patch16_224", depth=1, embed_dim=48, num_heads=2, img_size=32), (3, 32, 32),
+        "projection, position and class token", ["+"],
+    ),
+    "timm CaiT": (
+        lambda: timm("cait_xxs24_224", depth=1, embed_dim=48, num_heads=2, img_size=32), (3, 32, 32),
+        "projection and position", ["p"],
+    ),
+    "timm ConViT": (
+        lambda: timm("convit_tiny", depth=1, embed_dim=12, num_heads=2, img_size=32), (3, 32, 32),
+        "projection and position", ["p"],
+    ),
+    "timm Qwen3": (
+        lambda: timm("qwen3_vit_88m", depth=1, embed_dim=48, num_heads=2), (3, 64, 64),
+        "projection, position and prefix tokens", ["p"],
+    ),
+    "timm CrossViT": (
+        lambda: timm("crossvit_9_240"), (3, 240, 240), "projections, position and class token", ["p+", "p+"],
+    ),
+    "timm AIMv2": (
+        lambda: timm("aimv2_large_patch14_224", depth=1, embed_dim=32, num_heads=2), (3, 224, 224), ONLY, [""],
+    ),
     "timm distilled": (
         lambda: timm("deit_tiny_distilled_patch16_224", depth=1, embed_dim=32, num_heads=2, img_size=32), (3, 32, 32),
+        "projection, position and prefix tokens", ["p+"],
     ),
-    "torchvision ConvNeXt": (lambda: torchvision("convnext_tiny"), (3, 64, 64)),
-    "torchvision Swin3D": (lambda: torchvision("video.swin3d_t"), (3, 4, 32, 32)),
-    "transformers CLIP": (lambda: transformers("CLIPVision", patch_size=8, **HF), (3, 32, 32)),
-    "transformers SigLIP": (lambda: transformers("SiglipVision", patch_size=8, **HF), (3, 32, 32)),  # padding="valid"
-    "transformers DINOv2": (lambda: transformers("Dinov2", patch_size=14, **HF | {"image_size": 28}), (3, 28, 28)),
+    "torchvision ConvNeXt": (lambda: torchvision("convnext_tiny"), (3, 64, 64), ONLY, [""]),
+    "torchvision Swin3D": (lambda: torchvision("video.swin3d_t"), (3, 4, 32, 32), ONLY, [""]),
+    "transformers CLIP": (lambda: transformers("CLIPVision", patch_size=8, **HF), (3, 32, 32), OWN, ["p+"]),
+    "transformers SigLIP": (lambda: transformers("SiglipVision", patch_size=8, **HF), (3, 32, 32), OWN, ["p"]),
+    "transformers DINOv2": (
+        lambda: transformers("Dinov2", patch_size=14, **HF | {"image_size": 28}), (3, 42, 28), OWN, ["p+"],
+    ),
+    "transformers BLIP": (lambda: transformers("BlipVision", patch_size=8, **HF), (3, 32, 32), OWN, ["p+"]),
+    "transformers SAM": (
+        lambda: transformers("SamVision", patch_size=8, output_channels=8, **HF | {"image_size": 64}), (3, 64, 64),
+        ONLY, [""],
+    ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", KNOWN)
 def test_agrees(name):
-    build, size = KNOWN[name]
+    build, size, note, calls = KNOWN[name]
     torch.manual_seed(0)
     model, images = build()().eval(), torch.randn(2, *size)
     expected, expected_gradients = gradients(model, images)
@@ -61,10 +98,8 @@ def test_agrees(name):
     report = vk.fuse(model)
     assert report.fused
     assert not report.skipped
-    own = "projection; position and prefix where its own code adds them"
-    expected_note = own if name.startswith("transformers") else "projection only"
-    assert {e.note.partition(":")[0] for e in report} == {expected_note}
-    assert taken(model, images)
+    assert {e.note.partition(":")[0] for e in report} == {note}
+    assert given(model, images) == calls
     out, found = gradients(model, images)
     close(out, expected, 5e-5)
     assert found.keys() == expected_gradients.keys()

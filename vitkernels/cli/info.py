@@ -149,8 +149,10 @@ def fused_table() -> str:
 
     rows = ["| library | class | what becomes one call |", "| --- | --- | --- |"]
     for library in ADAPTERS:
+        classes: dict[str, list[str]] = {}
         for name, row in import_module(f"vitkernels.fusing.{library}").TABLE.items():
-            rows.append(f"| {library} | `{name.rpartition('.')[2]}` | {row.what} |")
+            classes.setdefault(row.what, []).append(f"`{name.rpartition('.')[2]}`")
+        rows += [f"| {library} | {', '.join(names)} | {what} |" for what, names in classes.items()]
     rows.append("| any | `Conv2d`, `Conv3d` of patches that do not overlap, at most 4 channels | projection |")
     rows.append("| any | `Rearrange` of einops, a norm or none, `Linear` in a `Sequential` | projection |")
     return "\n".join(rows)

@@ -44,18 +44,18 @@ def fuse(model: nn.Module, backend: str = "auto") -> Report:
     unfuse(model)
     report = Report()
     known: set[nn.Module] = set()  # of front ends that adapters took, or could not even read
-    refused: dict[nn.Module, int] = {}  # modules of a front end that its adapter left alone -> the entry
+    left: dict[nn.Module, int] = {}  # modules of a front end whose projection its adapter left -> the entry
     for name, module in model.named_modules():
         row = _row_of(module)
         if row is None:
             continue
         cls, (reason, is_error) = full_name(type(module)), _swap(module, row, backend)
-        if reason is None or is_error:
+        if is_error or (reason is None and row.projects):
             known.update(module.modules())
         else:
-            refused.update(dict.fromkeys(module.modules(), len(report)))
+            left.update(dict.fromkeys(module.modules(), len(report)))
         report.append(FrontEnd(name, cls, reason is None, reason or row.what))
-    _by_structure(model, backend, report, known, refused)
+    _by_structure(model, backend, report, known, left)
     return report
 
 
@@ -117,10 +117,10 @@ def _why_not(module: nn.Module, row: Row) -> str | None:
 
 
 def _by_structure(
-    model: nn.Module, backend: str, report: Report, known: set[nn.Module], refused: dict[nn.Module, int]
+    model: nn.Module, backend: str, report: Report, known: set[nn.Module], left: dict[nn.Module, int]
 ) -> None:
     """Fuse the projections that adapters left, or say why not: an entry for each owner of what looks like one."""
-    listed = refused.copy()
+    listed = left.copy()
     for path, module in model.named_modules():
         if module in known or (kind := _kind(module)) is None:
             continue

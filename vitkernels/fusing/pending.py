@@ -12,7 +12,7 @@ what is written in place is written to the source.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -256,20 +256,28 @@ def noting() -> bool:
     return _NOTING.on
 
 
-def noted(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """A call in which fused convolutions give `Pending` tokens; what it returns is computed."""
+def noted(forward: Callable[..., Any], inside: Iterable[nn.Module], *args: Any, **kwargs: Any) -> Any:
+    """A forward in which fused convolutions give `Pending` tokens, and what it returns, computed. The plain forward,
+    where a hook on a module inside, a compiler or a tracer would see what is pending, or something takes no such thing.
+    """
+    hidden = not (torch.compiler.is_compiling() or torch.jit.is_tracing() or _has_any_global_hook())
+    if not hidden or any(touched("", module) for module in inside):
+        return forward(*args, **kwargs)
+    mistake = None
     before, _NOTING.on = _NOTING.on, True
     try:
-        return computed(call(*args, **kwargs))
+        return computed(forward(*args, **kwargs))
+    except Elsewhere:
+        pass
+    except Exception as error:  # the library's, which is raised below again; or of what takes nothing but tensors
+        mistake = error if swapping.STRICT else None
     finally:
         _NOTING.on = before
-
-
-def may_note(*modules: nn.Module) -> bool:
-    """Whether nobody would see what is pending between these modules: no hook, no compiler, no tracing."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or _has_any_global_hook():
-        return False
-    return not any(touched("", module) for module in modules)
+    # Not before the exception is gone, and with it what it keeps open: a checkpoint, in torch 2.11.
+    out = forward(*args, **kwargs)
+    if mistake is not None:
+        raise mistake
+    return out
 
 
 def why_not(embedding: nn.Module) -> str | None:
@@ -283,17 +291,4 @@ class Embedding(Fused):
 
     def forward(self, *args, **kwargs):
         _, *inside = self.modules()
-        if not may_note(*inside):
-            return super().forward(*args, **kwargs)
-        mistake = None
-        try:
-            return noted(super().forward, *args, **kwargs)
-        except Elsewhere:
-            pass
-        except Exception as error:  # the library's, which is raised below again; or of what takes nothing but tensors
-            mistake = error if swapping.STRICT else None
-        # Not before the exception is gone, and with it what it keeps open: a checkpoint, in torch 2.11.
-        out = super().forward(*args, **kwargs)
-        if mistake is not None:
-            raise mistake
-        return out
+        return noted(super().forward, inside, *args, **kwargs)

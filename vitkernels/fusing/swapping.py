@@ -81,6 +81,7 @@ class Row(NamedTuple):
     parts: dict[str, tuple[type[Fused], str]]  # path ("" is the module itself) -> what goes in front of which class
     why_not: Callable[[nn.Module], str | None]  # what stands in the way in this instance; asked at every call as well
     what: str
+    projects: bool = True  # whether the projection is among the parts; otherwise it is fused by its structure
 
 
 def fused_class(mixin: type[Fused], base: type[nn.Module], backend: str) -> type[nn.Module]:

@@ -1,6 +1,7 @@
-"""timm: tokens are finished in `forward_features` and handed on through the calls that would have made them.
+"""timm: the tokens of VisionTransformer are finished in `forward_features` and handed on through the calls that would
+have made them. `patch_embed` lets finished `Tokens` pass, `_pos_embed` unpacks them.
 
-`patch_embed` lets finished `Tokens` pass, `_pos_embed` unpacks them.
+Other classes' own code runs on `Pending` tokens, up to the end of `_pos_embed` or to `pos_drop`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from timm.layers import resample_abs_pos_embed
 from torch import nn
 
 from ..layers import in_layout, touched, why_not_plain
+from . import structure
+from .pending import computed, noted
 from .swapping import Fused, Row, Tokens, at_each_call, embed, grid_of, replaced, takes
 
 
@@ -37,6 +40,33 @@ class VisionTransformer(Fused):
         if not isinstance(x, Tokens):
             return super()._pos_embed(x)
         return x.tokens if self.pos_embed is None else self.pos_drop(x.tokens)
+
+
+class PosEmbed(Fused):
+    """A model with `_pos_embed`."""
+
+    def forward_features(self, x, *args, **kwargs):
+        if replaced(self, "_pos_embed"):
+            return super().forward_features(x, *args, **kwargs)
+        return noted(super().forward_features, self.patch_embed.modules(), x, *args, **kwargs)
+
+    def _pos_embed(self, x):
+        return computed(super()._pos_embed(x))
+
+
+class BeforePosDrop(Fused):
+    """A model that adds position and prefix right before `pos_drop`."""
+
+    def forward_features(self, x, *args, **kwargs):
+        if not isinstance(self.pos_drop, PosDrop):
+            return super().forward_features(x, *args, **kwargs)
+        inside = (*self.patch_embed.modules(), self.pos_drop)
+        return noted(super().forward_features, inside, x, *args, **kwargs)
+
+
+class PosDrop(Fused):
+    def forward(self, input):
+        return super().forward(computed(input))
 
 
 @at_each_call
@@ -104,13 +134,41 @@ def _prefix(model: Any) -> torch.Tensor | None:
     return torch.cat(tokens, 1) if len(tokens) > 1 else tokens[0] if tokens else None
 
 
+def _why_not_inside(model: Any) -> str | None:
+    """Of the projections, which are fused by their structure, and what is around them."""
+    for name, module in model.patch_embed.named_modules(prefix="patch_embed"):
+        reason = structure.why_not(module) if structure.patchifies(module) else touched(name, module)
+        if reason:
+            return reason
+    return None
+
+
+MODELS = "timm.models."
+DROPOUT = "torch.nn.modules.dropout.Dropout"
 TABLE = {
-    "timm.models.vision_transformer.VisionTransformer": Row(
+    MODELS + "vision_transformer.VisionTransformer": Row(
         {
-            "": (VisionTransformer, "timm.models.vision_transformer.VisionTransformer"),
+            "": (VisionTransformer, MODELS + "vision_transformer.VisionTransformer"),
             "patch_embed": (PatchEmbed, "timm.layers.patch_embed.PatchEmbed"),
         },
         _why_not,
         "projection, position and prefix tokens",
     ),
+    **{
+        MODELS + name: Row(
+            {"": (PosEmbed, MODELS + name)}, _why_not_inside, "projection, position and prefix tokens", projects=False
+        )
+        for name in ("eva.Eva", "deit.VisionTransformerDistilled", "qwen3_vit.Qwen3VitEncoder")
+    },
+    **{
+        MODELS + name: Row(
+            {"": (BeforePosDrop, MODELS + name), "pos_drop": (PosDrop, DROPOUT)}, _why_not_inside, what, projects=False
+        )
+        for name, what in {
+            "beit.Beit": "projection, position and class token",
+            "cait.Cait": "projection and position",
+            "convit.ConVit": "projection and position",
+            "crossvit.CrossVit": "projections, position and class token",
+        }.items()
+    },
 }
