@@ -30,6 +30,14 @@ def transformers(name, **config):
 
 
 HF = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48, "image_size": 32}
+
+
+def llama4():
+    library = pytest.importorskip("transformers.models.llama4.modeling_llama4")
+    config = pytest.importorskip("transformers").Llama4VisionConfig(hidden_size=32, patch_size=16)
+    return library.Llama4UnfoldConvolution(config)
+
+
 ONLY, OWN = "projection only", "projection; position and prefix where its own code adds them"
 KNOWN = {  # library's builder, image, note, what the calls of the operation are given
     "timm ConvNeXt": (
@@ -81,6 +89,7 @@ KNOWN = {  # library's builder, image, note, what the calls of the operation are
         lambda: transformers("Dinov2", patch_size=14, **HF | {"image_size": 28}), (3, 42, 28), OWN, ["p+"],
     ),
     "transformers BLIP": (lambda: transformers("BlipVision", patch_size=8, **HF), (3, 32, 32), OWN, ["p+"]),
+    "transformers Llama 4": (lambda: llama4, (3, 32, 48), "projection", [""]),
     "transformers SAM": (
         lambda: transformers("SamVision", patch_size=8, output_channels=8, **HF | {"image_size": 64}), (3, 64, 64),
         ONLY, [""],
@@ -260,12 +269,26 @@ def test_the_result_is_a_view_of_tokens_that_may_be_written():
     close(fused.shared.weight.grad, plain.shared.weight.grad)
 
 
+@pytest.mark.parametrize("images", [(2, 3, 33, 47), (2, 3, 15, 47), (2, 4, 32, 48), (3, 32, 48)], ids=str)
+@pytest.mark.parametrize("change", ["", "stride", "dilation", "Linear"])
+def test_llama_4_with_other_images_and_parts(images, change):
+    plain = llama4()
+    fused = copy.deepcopy(plain)
+    vk.fuse(fused)
+    for model in (plain, fused):
+        if change == "Linear":
+            torch.manual_seed(1)
+            model.linear = nn.Sequential(nn.Linear(3 * 16 * 16, 8))
+        elif change:
+            setattr(model.unfold, change, 2 if change == "dilation" else (7, 3))
+    same(outcome(fused, torch.randn(images, generator=torch.Generator().manual_seed(0))),
+         outcome(plain, torch.randn(images, generator=torch.Generator().manual_seed(0))))  # fmt: skip
+
+
 def test_masks_of_sam_are_no_front_end():
     library = pytest.importorskip("transformers.models.sam.modeling_sam")
     config = pytest.importorskip("transformers").SamPromptEncoderConfig(hidden_size=16, mask_input_channels=8)
-    (entry,) = vk.fuse(library.SamMaskEmbedding(config))
-    assert not entry.fused
-    assert entry.note == "it embeds masks (SAM)"
+    assert vk.fuse(library.SamMaskEmbedding(config)) == []
 
 
 def test_hooks_and_replacements_before_and_after():

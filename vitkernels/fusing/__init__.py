@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from importlib import import_module
 
 from torch import nn
@@ -56,6 +56,8 @@ def fuse(model: nn.Module, backend: str = "auto") -> Report:
             left.update(dict.fromkeys(module.modules(), len(report)))
         report.append(FrontEnd(name, cls, reason is None, reason or row.what))
     _by_structure(model, backend, report, known, left)
+    if not report:
+        report.extend(_linears_on_patches(model))
     return report
 
 
@@ -125,11 +127,12 @@ def _by_structure(
         if module in known or (kind := _kind(module)) is None:
             continue
         owner_path, owner = _owner(model, path)
-        if full_name(type(owner)).startswith("vitkernels."):
+        ours, masks = full_name(type(owner)).startswith("vitkernels."), "MaskEmbedding" in type(owner).__name__  # SAM's
+        if ours or masks:
             continue
         mixin, why_not = kind
         of = {"": (mixin, full_name(type(module)))}
-        reason, _ = _swap(module, Row(of, partial(why_not, owner=owner), ""), backend)
+        reason, _ = _swap(module, Row(of, why_not, ""), backend)
         what = "projection only"
         if reason is None and _embedding_around(model, path, backend):
             what = "projection; position and prefix where its own code adds them"
@@ -163,6 +166,16 @@ def _kind(module: nn.Module) -> tuple[type[Fused], Callable[..., str | None]] | 
         if rearrange.projects(module):
             return rearrange.ToPatchEmbedding, rearrange.why_not
     return None
+
+
+def _linears_on_patches(model: nn.Module) -> Iterator[FrontEnd]:
+    """Front ends that are handed patches in rows (NaFlex, SigLIP 2, Llama 4, NaViT): a Linear is all there is."""
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Linear) and structure.of_patches(module.in_features):
+            owner_path, owner = _owner(model, path)
+            where = f"{path} {type(owner).__name__}".lower()
+            if "patch" in where or "naflexembeds" in where:
+                yield FrontEnd(owner_path, full_name(type(owner)), False, "a Linear on cut patches: nothing to gain")
 
 
 def _owner(model: nn.Module, path: str) -> tuple[str, nn.Module]:

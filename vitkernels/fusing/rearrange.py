@@ -108,7 +108,7 @@ def projects(module: Any) -> bool:
     return one_axis and K <= MOST_CHANNELS * math.prod(lengths)
 
 
-def why_not(sequential: Any, owner: nn.Module | None = None) -> str | None:
+def why_not(sequential: Any) -> str | None:
     """Why this front end can't be a `patch_embed` of its Linear's parameters; asked at every call as well."""
     rearrange, (_, linear, _) = sequential[0], _modules(sequential)
     if type(linear) is not nn.Linear:

@@ -3,6 +3,7 @@ takes what no adapter did; position and prefix stay with the model."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -44,13 +45,16 @@ def patchifies(module: Any) -> bool:
     return module.kernel_size == module.stride and max(module.stride) > 1 and module.in_channels <= MOST_CHANNELS
 
 
-def why_not(conv: Any, owner: nn.Module | None = None) -> str | None:
+def of_patches(K: int) -> bool:
+    """Whether rows of K elements may be square patches of pixels, of a frame or of two."""
+    return any(K % C == 0 and math.isqrt(K // C) ** 2 == K // C > 1 for C in (1, 3, 4, 6))
+
+
+def why_not(conv: Any) -> str | None:
     """Why this projection can't be a `patch_embed` of the convolution's parameters; asked at every call as well."""
     plain = getattr(type(conv), "_vk_base", type(conv))
     if plain not in (nn.Conv2d, nn.Conv3d):
         return f"the projection is a {plain.__name__}, not a plain Conv2d or Conv3d"
-    if "MaskEmbedding" in type(owner).__name__:
-        return "it embeds masks (SAM)"
     padded = conv.padding not in ("valid", (0,) * len(conv.kernel_size))
     if conv.groups != 1 or set(conv.dilation) != {1} or (padded and conv.padding_mode != "zeros"):
         return (

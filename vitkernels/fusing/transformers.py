@@ -9,12 +9,13 @@ import torch
 from torch import nn
 
 from ..functional import patch_embed
-from ..layers import eager_dtype, touched, why_not_plain
+from ..layers import eager_dtype, pair, touched, why_not_plain
 from .swapping import Fused, Row, at_each_call, embed, full_name, replaced, takes
 
 VIT = "transformers.models.vit.modeling_vit."
 MAE = "transformers.models.vit_mae.modeling_vit_mae."
 VIDEO = "transformers.models.videomae.modeling_videomae."
+LLAMA4 = "transformers.models.llama4.modeling_llama4."
 
 
 class ViTEmbeddings(Fused):
@@ -53,6 +54,37 @@ class VideoMAEEmbeddings(Fused):
             pixel_values.transpose(1, 2), conv.weight, conv.bias, keep=keep, pos_embed=position,
             out_dtype=eager_dtype(conv.weight), backend=self._vk_backend,
         )  # fmt: skip
+
+
+class Llama4UnfoldConvolution(Fused):
+    def forward(self, hidden_states):
+        if (weight := _unfolded_weight(self, hidden_states)) is None:
+            return super().forward(hidden_states)
+        return patch_embed(
+            hidden_states, weight, self.linear.bias, stride=self.unfold.stride, out_dtype=eager_dtype(weight),
+            backend=self._vk_backend,
+        )  # fmt: skip
+
+
+@at_each_call
+def _unfolded_weight(patches: Any, images: torch.Tensor) -> torch.Tensor | None:
+    """The Linear's as a convolution's, [D,C,P_h,P_w]."""
+    if _why_not_unfold(patches) or images.ndim != 4:
+        return None
+    weight, P = patches.linear.weight, pair("kernel_size", patches.unfold.kernel_size)
+    same_dtype = images.dtype == weight.dtype or torch.is_autocast_enabled(images.device.type)
+    if not images.is_floating_point() or not same_dtype or min(images.shape[2] - P[0], images.shape[3] - P[1]) < 0:
+        return None
+    return weight.unflatten(1, (-1, *P)) if weight.shape[1] == images.shape[1] * P[0] * P[1] else None
+
+
+def _why_not_unfold(patches: Any) -> str | None:
+    unfold, linear = patches.unfold, patches.linear
+    if type(linear) is not nn.Linear:
+        return f"linear is a {type(linear).__name__}, not a plain Linear"
+    if type(unfold) is not nn.Unfold or (unfold.padding, unfold.dilation) != (0, 1):
+        return f"unfold is {unfold}"
+    return touched("unfold", unfold) or touched("linear", linear)
 
 
 @at_each_call
@@ -158,4 +190,5 @@ TABLE = {
         VideoMAEEmbeddings, VIDEO + "VideoMAEEmbeddings", _why_not_video,
         "projection of the tubelets, of the visible ones where there is a mask, and position",
     ),
+    **_row(Llama4UnfoldConvolution, LLAMA4 + "Llama4UnfoldConvolution", _why_not_unfold, "projection"),
 }  # fmt: skip
