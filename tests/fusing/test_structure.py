@@ -38,7 +38,7 @@ def llama4():
     return library.Llama4UnfoldConvolution(config)
 
 
-ONLY, OWN = "projection only", "projection; position and prefix where its own code adds them"
+ONLY, OWN = "projection only", "projection; position and prefix as its code adds them"
 KNOWN = {  # library's builder, image, note, what the calls of the operation are given
     "timm ConvNeXt": (
         lambda: timm("convnext_atto", depths=(1, 1, 1, 1), dims=(8, 8, 8, 8)), (3, 64, 64), ONLY, [""],

@@ -33,8 +33,9 @@ def fuse(model: nn.Module, backend: str = "auto") -> Report:
     has hooks or was replaced since, where all modules have hooks, and under torch.jit and torch.fx.
 
     Returns:
-        A list of `FrontEnd`, one for each that was found, fused or not; it prints as a table. What can't be read (a
-        model that an older release of its library pickled) is left alone, with the reason.
+        A list of `FrontEnd`, one for each that was found, fused or not; it prints a line for each. What can't be read
+        (a model that an older release of its library pickled) is left alone, with the reason. Its `calls()` say, after
+        a run, how often each was one call, and how often and why the library's own code ran.
 
     Raises:
         ValueError: no such backend. A backend that can't take a problem raises NotImplementedError when it meets it.
@@ -42,7 +43,7 @@ def fuse(model: nn.Module, backend: str = "auto") -> Report:
     """
     check_name(backend)
     unfuse(model)
-    report = Report()
+    report = Report(model)
     known: set[nn.Module] = set()  # of front ends that adapters took, or could not even read
     left: dict[nn.Module, int] = {}  # modules of a front end whose projection its adapter left -> the entry
     for name, module in model.named_modules():
@@ -135,7 +136,7 @@ def _by_structure(
         reason, _ = _swap(module, Row(of, why_not, ""), backend)
         what = "projection only"
         if reason is None and _embedding_around(model, path, backend):
-            what = "projection; position and prefix where its own code adds them"
+            what = "projection; position and prefix as its code adds them"
         at = listed.get(module, listed.get(owner))
         if at is None:
             at = listed[owner] = len(report)

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_map
 from ..functional import patch_embed
 from ..layers import eager_dtype, touched
 from . import swapping
-from .swapping import Fused
+from .swapping import ONE_CALL, Fused, count
 
 SIZES = ("shape", "ndim", "dim", "ndimension", "size", "numel", "nelement")
 VIEWS = ("transpose", "swapaxes", "swapdims", "permute", "movedim", "view", "unflatten", "squeeze", "unsqueeze")
@@ -256,24 +256,33 @@ def noting() -> bool:
     return _NOTING.on
 
 
-def noted(forward: Callable[..., Any], inside: Iterable[nn.Module], *args: Any, **kwargs: Any) -> Any:
+def noted(forward: Any, inside: Iterable[nn.Module], *args: Any, **kwargs: Any) -> Any:
     """A forward in which fused convolutions give `Pending` tokens, and what it returns, computed. The plain forward,
     where a hook on a module inside, a compiler or a tracer would see what is pending, or something takes no such thing.
     """
-    hidden = not (torch.compiler.is_compiling() or torch.jit.is_tracing() or _has_any_global_hook())
-    if not hidden or any(touched("", module) for module in inside):
+    if torch.compiler.is_compiling():
+        return forward(*args, **kwargs)
+    module = forward.__self__
+    reason = "hooks on all modules" if _has_any_global_hook() else "tracing" if torch.jit.is_tracing() else None
+    if reason := reason or next((reason for part in inside if (reason := touched("a module inside", part))), None):
+        count(module, reason)
         return forward(*args, **kwargs)
     mistake = None
     before, _NOTING.on = _NOTING.on, True
     try:
-        return computed(forward(*args, **kwargs))
+        out = computed(forward(*args, **kwargs))
     except Elsewhere:
-        pass
+        reason = "needed without gradients, or in a checkpoint"
     except Exception as error:  # the library's, which is raised below again; or of what takes nothing but tensors
+        reason = f"{type(error).__name__}: {error}"
         mistake = error if swapping.STRICT else None
+    else:
+        count(module, ONE_CALL)
+        return out
     finally:
         _NOTING.on = before
     # Not before the exception is gone, and with it what it keeps open: a checkpoint, in torch 2.11.
+    count(module, reason)
     out = forward(*args, **kwargs)
     if mistake is not None:
         raise mistake

@@ -110,6 +110,8 @@ def projects(module: Any) -> bool:
 
 def why_not(sequential: Any) -> str | None:
     """Why this front end can't be a `patch_embed` of its Linear's parameters; asked at every call as well."""
+    if not projects(sequential):
+        return "it does not start with a Rearrange that cuts patches any more"
     rearrange, (_, linear, _) = sequential[0], _modules(sequential)
     if type(linear) is not nn.Linear:
         return f"the projection is a {type(linear).__name__}, not a plain Linear"
@@ -128,10 +130,10 @@ def _modules(sequential: Any) -> tuple[nn.Module | None, Any, list[nn.Module]]:
     return sequential[1] if normed else None, sequential[at], list(sequential)[at + 1 :]
 
 
-@at_each_call
+@at_each_call(why_not)
 def _front_end(sequential: Any, images: torch.Tensor) -> tuple[Cut, dict[str, int]] | None:
     """The pattern, and the number of patches along each axis of the grid."""
-    if not projects(sequential) or why_not(sequential) or (cut := read(sequential[0].pattern)) is None:
+    if (cut := read(sequential[0].pattern)) is None:
         return None
     (_, linear, _), lengths = _modules(sequential), sequential[0].axes_lengths
     same_dtype = images.dtype == linear.weight.dtype or torch.is_autocast_enabled(images.device.type)

@@ -91,10 +91,10 @@ def _tables(module: nn.Module) -> bool:
     return any(isinstance(tensor, torch.Tensor) and tensor.ndim > 1 for tensor in own)
 
 
-@at_each_call
+@at_each_call(why_not)
 def _patches(conv: Any, images: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
     """Padding and grid, of images that the convolution takes and gives as many dimensions as it was given."""
-    if why_not(conv) or images.ndim != len(conv.kernel_size) + 2 or images.shape[1] != conv.in_channels:
+    if images.ndim != len(conv.kernel_size) + 2 or images.shape[1] != conv.in_channels:
         return None
     same_dtype = images.dtype == conv.weight.dtype or torch.is_autocast_enabled(images.device.type)
     if not images.is_floating_point() or not same_dtype or images.shape[0] == 0:

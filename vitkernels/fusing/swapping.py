@@ -7,9 +7,11 @@ Pickles of fused models name this file's `_rebuilt` and the adapters' classes: t
 from __future__ import annotations
 
 import types
+from collections import Counter
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -20,6 +22,7 @@ from ..layers import eager_dtype
 
 STRICT = False  # whether what goes wrong in reading a module is raised: for our own tests
 Read = TypeVar("Read")
+Reader: TypeAlias = Callable[..., Read | None]
 
 
 class Fused:
@@ -52,27 +55,51 @@ class Tokens(NamedTuple):
     tokens: torch.Tensor  # [B, T+N, D]
 
 
-def at_each_call(read: Callable[..., Read | None]) -> Callable[..., Read | None]:
-    """Decorates what reads a fused module, and perhaps its input, before a front end is run as one operation.
+def at_each_call(why_not: Callable[[Any], str | None]) -> Callable[[Reader[Read]], Reader[Read]]:
+    """Decorates what reads a fused module and its input before a front end is run as one operation.
 
-    None, and then the library's own code runs, where that says so; where torch.jit or torch.fx traces, whose graphs
-    are to run without this package; where a hook on all modules (profilers, FLOP counters) wants to see every call; and
-    where something can't be read, as of an older release's model or a part that was replaced: an error, if it is one,
-    is the library's.
+    None, and then the library's own code runs, where that or `why_not` says so; where torch.jit or torch.fx traces,
+    whose graphs are to run without this package; where a hook on all modules (profilers, FLOP counters) wants to see
+    every call; and where something can't be read, as of an older release's model or a part that was replaced: an
+    error, if it is one, is the library's.
     """
 
-    @wraps(read)
-    def guarded(module: Any, images: Any, *others: Any) -> Read | None:
-        if _has_any_global_hook() or not isinstance(images, torch.Tensor) or torch.jit.is_tracing():
-            return None
-        try:
-            return read(module, images, *others)
-        except Exception:
-            if STRICT:
-                raise
+    def decorated(read: Reader[Read]) -> Reader[Read]:
+        @wraps(read)
+        def guarded(module: Any, images: Any, *others: Any) -> Read | None:
+            if (reason := unreadable(images)) is None:
+                try:
+                    if (reason := why_not(module)) is None and (front := read(module, images, *others)) is not None:
+                        count(module, ONE_CALL)
+                        return front
+                except Exception as error:
+                    if STRICT:
+                        raise
+                    reason = f"{type(error).__name__}: {error}"
+            count(module, reason or f"{list(images.shape)} {images.dtype}")
             return None
 
-    return guarded
+        return guarded
+
+    return decorated
+
+
+def unreadable(images: Any) -> str | None:
+    if _has_any_global_hook():
+        return "hooks on all modules"
+    return None if isinstance(images, torch.Tensor) and not torch.jit.is_tracing() else "tracing"
+
+
+ONE_CALL = "one call"
+CALLS: WeakKeyDictionary[nn.Module, Counter[str]] = WeakKeyDictionary()  # of fused modules: one call, or why it was not
+MOST_REASONS = 20
+
+
+def count(module: nn.Module, how: str) -> None:
+    if torch.compiler.is_compiling():
+        return
+    calls = CALLS.setdefault(module, Counter())
+    calls[how if how in calls or len(calls) < MOST_REASONS else "and others"] += 1
 
 
 class Row(NamedTuple):
@@ -119,6 +146,7 @@ def restore(name: str, module: nn.Module) -> None:
     if "_vk_base" not in vars(cls):
         raise RuntimeError(f"{name or 'the model'} got the class {cls.__name__} after it was fused: undo that first")
     module.__class__ = cls._vk_base
+    CALLS.pop(module, None)
 
 
 def full_name(cls: type) -> str:

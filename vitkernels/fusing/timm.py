@@ -69,22 +69,6 @@ class PosDrop(Fused):
         return super().forward(computed(input))
 
 
-@at_each_call
-def _projection(patches: Any, x: torch.Tensor) -> tuple[torch.Tensor, str, tuple[int, int]] | None:
-    """The images to be projected, the layout that is wanted, and the grid."""
-    images = _images(patches, x) if why_not_plain("", patches.proj) is None else None
-    return None if images is None else (images, _layout(patches), grid_of(patches.proj, images))
-
-
-@at_each_call
-def _front_end(model: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None] | None:
-    """Images, position table and prefix tokens."""
-    if not isinstance(model.patch_embed, PatchEmbed) or replaced(model, "_pos_embed") or _why_not(model):
-        return None
-    images = _images(model.patch_embed, x)
-    return None if images is None else (images, _position(model, images), _prefix(model))
-
-
 def _why_not(model: Any) -> str | None:
     patches = model.patch_embed
     if not isinstance(patches.norm, nn.Identity):
@@ -97,6 +81,26 @@ def _why_not(model: Any) -> str | None:
         or touched("patch_embed.norm", patches.norm)
         or why_not_plain("patch_embed.proj", patches.proj)
     )
+
+
+@at_each_call(lambda patches: why_not_plain("proj", patches.proj))
+def _projection(patches: Any, x: torch.Tensor) -> tuple[torch.Tensor, str, tuple[int, int]] | None:
+    """The images to be projected, the layout that is wanted, and the grid."""
+    images = _images(patches, x)
+    return None if images is None else (images, _layout(patches), grid_of(patches.proj, images))
+
+
+def _why_not_now(model: Any) -> str | None:
+    if not isinstance(model.patch_embed, PatchEmbed):
+        return "patch_embed was replaced"
+    return replaced(model, "_pos_embed") or _why_not(model)
+
+
+@at_each_call(_why_not_now)
+def _front_end(model: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None] | None:
+    """Images, position table and prefix tokens."""
+    images = _images(model.patch_embed, x)
+    return None if images is None else (images, _position(model, images), _prefix(model))
 
 
 def _layout(patches: Any) -> str:

@@ -33,27 +33,29 @@ class Encoder(Fused):
         return self.ln(self.layers(self.dropout(input.tokens)))
 
 
-@at_each_call
+def _why_not(model: Any) -> str | None:
+    return why_not_plain("conv_proj", model.conv_proj) or touched("encoder", model.encoder)
+
+
+def _why_not_now(model: Any) -> str | None:
+    if not isinstance(model.encoder, Encoder):
+        return "encoder was replaced"
+    return replaced(model, "_process_input") or _why_not(model)
+
+
+@at_each_call(_why_not_now)
 def _front_end(model: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Position table and class token."""
-    if not isinstance(model.encoder, Encoder) or replaced(model, "_process_input") or _why_not(model):
-        return None
-    if not _fits(model, x):
-        return None
-    return model.encoder.pos_embedding, model.class_token  # type: ignore[attr-defined]
+    return (model.encoder.pos_embedding, model.class_token) if _fits(model, x) else None
 
 
-@at_each_call
-def _projects(model: Any, x: torch.Tensor) -> bool:
-    return why_not_plain("", model.conv_proj) is None and _fits(model, x)
+@at_each_call(lambda model: why_not_plain("conv_proj", model.conv_proj))
+def _projects(model: Any, x: torch.Tensor) -> bool | None:
+    return _fits(model, x) or None
 
 
 def _fits(model: Any, x: torch.Tensor) -> bool:
     return takes(model.conv_proj, x) and tuple(x.shape[-2:]) == (model.image_size, model.image_size)
-
-
-def _why_not(model: Any) -> str | None:
-    return why_not_plain("conv_proj", model.conv_proj) or touched("encoder", model.encoder)
 
 
 TABLE = {

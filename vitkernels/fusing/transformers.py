@@ -10,7 +10,7 @@ from torch import nn
 
 from ..functional import patch_embed
 from ..layers import eager_dtype, pair, touched, why_not_plain
-from .swapping import Fused, Row, at_each_call, embed, full_name, replaced, takes
+from .swapping import Fused, Row, at_each_call, count, embed, full_name, replaced, takes
 
 VIT = "transformers.models.vit.modeling_vit."
 MAE = "transformers.models.vit_mae.modeling_vit_mae."
@@ -20,8 +20,10 @@ LLAMA4 = "transformers.models.llama4.modeling_llama4."
 
 class ViTEmbeddings(Fused):
     def forward(self, pixel_values, bool_masked_pos=None, interpolate_pos_encoding=False):
-        plain = bool_masked_pos is None and not interpolate_pos_encoding
-        if not plain or (front := _front_end(self, pixel_values)) is None:
+        if bool_masked_pos is not None or interpolate_pos_encoding:
+            count(self, "bool_masked_pos or interpolate_pos_encoding")
+            return super().forward(pixel_values, bool_masked_pos, interpolate_pos_encoding)
+        if (front := _front_end(self, pixel_values)) is None:
             return super().forward(pixel_values, bool_masked_pos, interpolate_pos_encoding)
         conv, position, token = front
         return self.dropout(embed(conv, pixel_values, self._vk_backend, pos_embed=position, prefix=token))
@@ -29,7 +31,10 @@ class ViTEmbeddings(Fused):
 
 class ViTMAEEmbeddings(Fused):
     def forward(self, pixel_values, noise=None, interpolate_pos_encoding=False):
-        if interpolate_pos_encoding or (front := _masked_front_end(self, pixel_values, noise)) is None:
+        if interpolate_pos_encoding:
+            count(self, "interpolate_pos_encoding")
+            return super().forward(pixel_values, noise, interpolate_pos_encoding)
+        if (front := _masked_front_end(self, pixel_values, noise)) is None:
             return super().forward(pixel_values, noise, interpolate_pos_encoding)
         conv, position, token, numbers = front
         # Its own masking, of the patches' numbers in place of the patches: what it keeps is the list.
@@ -66,85 +71,6 @@ class Llama4UnfoldConvolution(Fused):
         )  # fmt: skip
 
 
-@at_each_call
-def _unfolded_weight(patches: Any, images: torch.Tensor) -> torch.Tensor | None:
-    """The Linear's as a convolution's, [D,C,P_h,P_w]."""
-    if _why_not_unfold(patches) or images.ndim != 4:
-        return None
-    weight, P = patches.linear.weight, pair("kernel_size", patches.unfold.kernel_size)
-    same_dtype = images.dtype == weight.dtype or torch.is_autocast_enabled(images.device.type)
-    if not images.is_floating_point() or not same_dtype or min(images.shape[2] - P[0], images.shape[3] - P[1]) < 0:
-        return None
-    return weight.unflatten(1, (-1, *P)) if weight.shape[1] == images.shape[1] * P[0] * P[1] else None
-
-
-def _why_not_unfold(patches: Any) -> str | None:
-    unfold, linear = patches.unfold, patches.linear
-    if type(linear) is not nn.Linear:
-        return f"linear is a {type(linear).__name__}, not a plain Linear"
-    if type(unfold) is not nn.Unfold or (unfold.padding, unfold.dilation) != (0, 1):
-        return f"unfold is {unfold}"
-    return touched("unfold", unfold) or touched("linear", linear)
-
-
-@at_each_call
-def _front_end(
-    embeddings: Any, images: torch.Tensor, why_not: Callable[[Any], str | None] | None = None
-) -> tuple[nn.Module, torch.Tensor, torch.Tensor] | None:
-    """Projection, position table and class token."""
-    if (why_not or _why_not)(embeddings):
-        return None
-    patches = embeddings.patch_embeddings
-    if tuple(images.shape[1:]) != (patches.num_channels, *patches.image_size) or not takes(patches.projection, images):
-        return None
-    return patches.projection, embeddings.position_embeddings, embeddings.cls_token
-
-
-@at_each_call
-def _masked_front_end(
-    embeddings: Any, images: torch.Tensor, noise: torch.Tensor | None
-) -> tuple[nn.Module, torch.Tensor, torch.Tensor, torch.Tensor] | None:
-    """The same, and the patches' numbers, [B,N,1]."""
-    front = None if replaced(embeddings, "random_masking") else _front_end(embeddings, images, _why_not_mae)
-    if front is None:
-        return None
-    B, N = images.shape[0], embeddings.patch_embeddings.num_patches
-    if not (noise is None or tuple(noise.shape) == (B, N)):
-        return None
-    return *front, torch.arange(N, device=images.device).expand(B, N).unsqueeze(2)
-
-
-@at_each_call
-def _video_front_end(
-    embeddings: Any, videos: torch.Tensor, masked: torch.Tensor | None
-) -> tuple[nn.Module, torch.Tensor, torch.Tensor | None] | None:
-    """Projection, position table, and the visible tubelets where there is a mask."""
-    if _why_not_video(embeddings):
-        return None
-    patches = embeddings.patch_embeddings
-    size = (embeddings.config.num_frames, patches.num_channels, *patches.image_size)
-    if tuple(videos.shape[1:]) != size or not videos.is_floating_point():
-        return None
-    keep = None if masked is None else _visible(masked, (videos.shape[0], patches.num_patches), videos.device)
-    if keep is None and masked is not None:
-        return None
-    # No buffer: it stays on the CPU
-    return patches.projection, embeddings.position_embeddings.detach().to(videos.device), keep
-
-
-def _visible(masked: torch.Tensor, size: tuple[int, int], device: torch.device) -> torch.Tensor | None:
-    """Indices [B,N_keep] of what a mask [B,N] leaves, in order; None unless it is as many in every image.
-
-    Their number has to be read back, as for the selection by the mask that this replaces. A compiler can't.
-    """
-    if torch.compiler.is_compiling() or masked.dtype != torch.bool or tuple(masked.shape) != size:
-        return None
-    counts = set((~masked).sum(1).tolist())
-    if len(counts) != 1 or counts == {0}:
-        return None
-    return masked.to(device, torch.uint8).argsort(dim=1, stable=True)[:, : counts.pop()]
-
-
 def _why_not(embeddings: Any, of: str = VIT + "ViTPatchEmbeddings") -> str | None:
     return _why_not_patches(embeddings, of) or why_not_plain(
         "patch_embeddings.projection", embeddings.patch_embeddings.projection
@@ -174,6 +100,79 @@ def _why_not_patches(embeddings: Any, of: str) -> str | None:
     if full_name(type(patches)) != of:
         return f"patch_embeddings is a {type(patches).__name__}"
     return touched("patch_embeddings", patches)
+
+
+def _why_not_unfold(patches: Any) -> str | None:
+    unfold, linear = patches.unfold, patches.linear
+    if type(linear) is not nn.Linear:
+        return f"linear is a {type(linear).__name__}, not a plain Linear"
+    if type(unfold) is not nn.Unfold or (unfold.padding, unfold.dilation) != (0, 1):
+        return f"unfold is {unfold}"
+    return touched("unfold", unfold) or touched("linear", linear)
+
+
+@at_each_call(_why_not)
+def _front_end(embeddings: Any, images: torch.Tensor) -> tuple[nn.Module, torch.Tensor, torch.Tensor] | None:
+    """Projection, position table and class token."""
+    return _parts(embeddings, images)
+
+
+def _parts(embeddings: Any, images: torch.Tensor) -> tuple[nn.Module, torch.Tensor, torch.Tensor] | None:
+    patches = embeddings.patch_embeddings
+    if tuple(images.shape[1:]) != (patches.num_channels, *patches.image_size) or not takes(patches.projection, images):
+        return None
+    return patches.projection, embeddings.position_embeddings, embeddings.cls_token
+
+
+@at_each_call(lambda embeddings: replaced(embeddings, "random_masking") or _why_not_mae(embeddings))
+def _masked_front_end(
+    embeddings: Any, images: torch.Tensor, noise: torch.Tensor | None
+) -> tuple[nn.Module, torch.Tensor, torch.Tensor, torch.Tensor] | None:
+    """The same, and the patches' numbers, [B,N,1]."""
+    B, N = images.shape[0], embeddings.patch_embeddings.num_patches
+    if (parts := _parts(embeddings, images)) is None or not (noise is None or tuple(noise.shape) == (B, N)):
+        return None
+    return *parts, torch.arange(N, device=images.device).expand(B, N).unsqueeze(2)
+
+
+@at_each_call(_why_not_video)
+def _video_front_end(
+    embeddings: Any, videos: torch.Tensor, masked: torch.Tensor | None
+) -> tuple[nn.Module, torch.Tensor, torch.Tensor | None] | None:
+    """Projection, position table, and the visible tubelets where there is a mask."""
+    patches = embeddings.patch_embeddings
+    size = (embeddings.config.num_frames, patches.num_channels, *patches.image_size)
+    if tuple(videos.shape[1:]) != size or not videos.is_floating_point():
+        return None
+    keep = None if masked is None else _visible(masked, (videos.shape[0], patches.num_patches), videos.device)
+    if keep is None and masked is not None:
+        return None
+    # No buffer: it stays on the CPU
+    return patches.projection, embeddings.position_embeddings.detach().to(videos.device), keep
+
+
+def _visible(masked: torch.Tensor, size: tuple[int, int], device: torch.device) -> torch.Tensor | None:
+    """Indices [B,N_keep] of what a mask [B,N] leaves, in order; None unless it is as many in every image.
+
+    Their number has to be read back, as for the selection by the mask that this replaces. A compiler can't.
+    """
+    if torch.compiler.is_compiling() or masked.dtype != torch.bool or tuple(masked.shape) != size:
+        return None
+    counts = set((~masked).sum(1).tolist())
+    if len(counts) != 1 or counts == {0}:
+        return None
+    return masked.to(device, torch.uint8).argsort(dim=1, stable=True)[:, : counts.pop()]
+
+
+@at_each_call(_why_not_unfold)
+def _unfolded_weight(patches: Any, images: torch.Tensor) -> torch.Tensor | None:
+    """The Linear's as a convolution's, [D,C,P_h,P_w]."""
+    weight, P = patches.linear.weight, pair("kernel_size", patches.unfold.kernel_size)
+    same_dtype = images.dtype == weight.dtype or torch.is_autocast_enabled(images.device.type)
+    if images.ndim != 4 or not images.is_floating_point() or not same_dtype:
+        return None
+    fits = images.shape[2] >= P[0] and images.shape[3] >= P[1] and weight.shape[1] == images.shape[1] * P[0] * P[1]
+    return weight.unflatten(1, (-1, *P)) if fits else None
 
 
 def _row(mixin: type[Fused], of: str, why_not: Callable[[Any], str | None], what: str) -> dict[str, Row]:
