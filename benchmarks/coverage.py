@@ -1,7 +1,8 @@
 """What `vk.fuse` takes of every architecture of the installed libraries: `python benchmarks/coverage.py`.
 
-Every model is built without memory (on the meta device, transformers' with few layers), fused and, where that can be
-seen without data, run to see what its one call holds. Writes docs/coverage.md; --json prints the rows.
+Every model is built without memory (on the meta device, transformers' with few layers), fused and run to see what its
+one call holds. transformers' embeddings are run with random weights, fused beside plain: another result or gradient is
+an error. Writes docs/coverage.md; --json prints the rows.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import copy
 import importlib
 import inspect
 import json
+import math
 import pkgutil
 import sys
 import warnings
@@ -125,32 +127,52 @@ def _shallow(config: Any) -> Any:
 
 
 def _run_embeddings(model: Any) -> None:
-    """The modules that add position and prefix, each by itself, of images or of a clip."""
+    """The modules that add position and prefix, each by itself, with random weights, fused beside plain."""
     configs = model.config, getattr(model.config, "vision_config", None)
     size = next((c.image_size for c in configs if getattr(c, "image_size", None)), 224)
     size = (size, size) if isinstance(size, int) else tuple(size)
     frames = next((c.num_frames for c in configs if getattr(c, "num_frames", None)), 1)
     for module in model.modules():
         if isinstance(module, Embedding):
-            module = copy.deepcopy(module).to_empty(device="cpu")
-            for tensor in (*module.parameters(), *module.buffers()):
-                tensor.zero_()
+            fused = copy.deepcopy(module).to_empty(device="cpu").float().eval()
+            for parameter in fused.parameters():
+                parameter.normal_()
+            for buffer in fused.buffers():  # indices, of which none is wrong
+                buffer.zero_()
+            plain = copy.deepcopy(fused)
+            vk.unfuse(plain)
             conv = next(m for m in module.modules() if structure.patchifies(m))
             grid = [s // P for s, P in zip(size, conv.stride[-2:], strict=True)]
-            mask = {"patch_attention_mask": torch.ones(2, *grid, dtype=torch.bool, device="cpu")}
-            tries = [((2, 3, *size), {}), ((2, frames, 3, *size), {}), ((2, 3, *size), mask)]
-            _first(lambda shape, options, m=module: m(torch.zeros(shape, device="cpu"), **options), tries)
+            mask = torch.ones(2, *grid, dtype=torch.bool, device="cpu")
+            tries = [
+                ((2, 3, *size), {}), ((2, frames, 3, *size), {}), ((2, 3, *size), {"patch_attention_mask": mask}),
+                ((1, 3, *size), {"target_sizes": torch.tensor([grid], device="cpu")}),
+            ]  # fmt: skip
+            with torch.device("cpu"), torch.enable_grad():
+                shape, options, (expected, gradients) = _first(plain, tries)
+                out, found = _result(fused, torch.linspace(-1, 1, math.prod(shape)).view(shape), options)
+            for a, b in ((out, expected), *zip(found, gradients, strict=True)):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().sum() and b.abs().max()))
 
 
-def _first(call: Callable[..., Any], tries: list[tuple[Any, ...]]) -> None:
-    """The first that goes through."""
-    for last, args in enumerate(tries, 1 - len(tries)):
+def _first(plain: nn.Module, tries: list[tuple[Any, ...]]) -> tuple[Any, ...]:
+    """The first that goes through, and its result."""
+    for last, (shape, options) in enumerate(tries, 1 - len(tries)):
         try:
-            call(*args)
-            return
+            return shape, options, _result(plain, torch.linspace(-1, 1, math.prod(shape)).view(shape), options)
         except Exception:
             if not last:
                 raise
+    raise AssertionError
+
+
+def _result(
+    module: nn.Module, images: torch.Tensor, options: dict[str, Any]
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    trained = [parameter.requires_grad_() for parameter in module.parameters()]
+    out = module(images, **options)
+    out = out if isinstance(out, torch.Tensor) else out[0]
+    return out, list(torch.autograd.grad(out.square().sum(), trained, materialize_grads=True))
 
 
 def vit_pytorch_models() -> Iterator[tuple[str, Callable[[], Built]]]:
@@ -210,6 +232,8 @@ def row_of(library: str, name: str, build: Callable[[], Built]) -> tuple[str, di
         try:
             if run is not None:
                 run()
+        except AssertionError as error:
+            row["note"] = f"WRONG: {error}".partition("\n")[0]
         except Exception as error:
             row["note"] = f"not run: {type(error).__name__}"
     adapter = "position" in best.note and not best.note.startswith("projection;")
@@ -262,10 +286,13 @@ def main(argv: list[str] | None = None) -> None:
                 name, row = found
                 before = rows[library].get(name, row)
                 rows[library][name] = min(before, row, key=lambda r: [*LEVELS, "not built"].index(r["level"]))
+    wrong = [name for found in rows.values() for name, row in found.items() if row["note"].startswith("WRONG")]
     if args.json:
         print(json.dumps(rows, indent=1))
     else:
         Path(__file__).parents[1].joinpath("docs", "coverage.md").write_text(page(rows))
+    if wrong:
+        sys.exit(f"fused models of these give other results: {', '.join(wrong)}")
 
 
 if __name__ == "__main__":
