@@ -288,7 +288,9 @@ def test_llama_4_with_other_images_and_parts(images, change):
 def test_masks_of_sam_are_no_front_end():
     library = pytest.importorskip("transformers.models.sam.modeling_sam")
     config = pytest.importorskip("transformers").SamPromptEncoderConfig(hidden_size=16, mask_input_channels=8)
-    assert vk.fuse(library.SamMaskEmbedding(config)) == []
+    mask_embed = library.SamMaskEmbedding(config)
+    prompt_encoder = nn.ModuleDict({"mask_embed": mask_embed, "mask_downscaling": nn.Sequential(nn.Conv2d(1, 4, 2, 2))})
+    assert vk.fuse(prompt_encoder) == []
 
 
 def test_hooks_and_replacements_before_and_after():

@@ -128,8 +128,8 @@ def _by_structure(
         if module in known or (kind := _kind(module)) is None:
             continue
         owner_path, owner = _owner(model, path)
-        ours, masks = full_name(type(owner)).startswith("vitkernels."), "MaskEmbedding" in type(owner).__name__  # SAM's
-        if ours or masks:
+        masks = any(part.startswith("mask_") for part in path.split(".")[-2:])  # SAM embeds them: no front end
+        if masks or full_name(type(owner)).startswith("vitkernels."):
             continue
         mixin, why_not = kind
         of = {"": (mixin, full_name(type(module)))}
