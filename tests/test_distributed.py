@@ -22,16 +22,51 @@ pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_avai
 WORLD, STEPS, SECONDS = 2, 2, 300
 
 
-def model():
-    torch.manual_seed(0)
-    vit = vision_transformer.VisionTransformer(
+def vit():
+    return vision_transformer.VisionTransformer(
         img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=5
     )
+
+
+def eva():
+    module = pytest.importorskip("timm.models.eva")
+    return module.Eva(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=5)
+
+
+class Embeddings(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 32, 8, 8)
+        self.table = torch.nn.Parameter(torch.empty(1, 16, 32))
+
+    def forward(self, images):
+        return self.conv(images).flatten(2).transpose(1, 2) + self.table
+
+
+def embedding():
+    return torch.nn.Sequential(Embeddings(), torch.nn.GELU(), torch.nn.Flatten(), torch.nn.Linear(16 * 32, 5))
+
+
+def projection():
+    return torch.nn.Sequential(
+        torch.nn.Conv2d(3, 32, 8, 8), torch.nn.GELU(), torch.nn.Flatten(), torch.nn.Linear(512, 5)
+    )
+
+
+def rearranged():
+    cut = pytest.importorskip("einops.layers.torch").Rearrange("b c (h p1) (w p2) -> b (h w) (p1 p2 c)", p1=8, p2=8)
+    front_end = torch.nn.Sequential(cut, torch.nn.Linear(192, 32))
+    return torch.nn.Sequential(front_end, torch.nn.GELU(), torch.nn.Flatten(), torch.nn.Linear(16 * 32, 5))
+
+
+def model(build=vit):
+    torch.manual_seed(0)
+    made = build()
     with torch.no_grad():
-        for name, parameter in vit.named_parameters():
+        for name, parameter in made.named_parameters():
             if "norm" not in name:
                 parameter.normal_(std=0.2)
-    return vit
+    return made
 
 
 def fuse(vit):
@@ -60,8 +95,7 @@ def result(vit):
     return {n: t.detach().clone() for n, t in vit.state_dict().items()}
 
 
-def assert_moved_alike(found, expected, tolerance):
-    start = model().state_dict()
+def assert_moved_alike(found, expected, start, tolerance):
     assert found.keys() == expected.keys() == start.keys()
     for name, before in start.items():
         moved, error = (expected[name] - before).norm(), (found[name] - expected[name]).norm()
@@ -78,8 +112,8 @@ class Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def ddp(rank, when, frozen, options):
-    vit = freeze(model()) if frozen else model()
+def ddp(rank, build, when, frozen, options):
+    vit = freeze(model(build)) if frozen else model(build)
     if when == "before":
         fuse(vit)
     wrapped = DistributedDataParallel(vit, **options)
@@ -95,13 +129,13 @@ def ddp(rank, when, frozen, options):
     return result(vit)
 
 
-def fsdp(rank, when, reshard, policy):
+def fsdp(rank, build, when, reshard, policy):
     mesh = dist.init_device_mesh("cpu", (WORLD,))
-    vit = model()
+    vit = model(build)
     if when == "before":
         fuse(vit)
     kwargs = dict(mesh=mesh, reshard_after_forward=reshard, mp_policy=policy)
-    for block in vit.blocks:
+    for block in getattr(vit, "blocks", ()):
         fully_shard(block, **kwargs)
     fully_shard(vit, **kwargs)
     if when == "after":
@@ -110,14 +144,14 @@ def fsdp(rank, when, reshard, policy):
     with calls:
         steps(vit, rank, WORLD)
     assert calls.count == STEPS
-    if when == "before":
+    if when == "before" and hasattr(vit, "_vk_mixin"):
         with pytest.raises(RuntimeError, match="FSDP"):  # it swapped the class since
             vk.unfuse(vit)
     full = get_model_state_dict(vit, options=StateDictOptions(full_state_dict=True))
     return {n: t.clone() for n, t in full.items()}
 
 
-# name -> what runs in both processes, its arguments, and how near it comes to one process
+# name -> what runs in both processes, its arguments, the model first, and how near it comes to one process
 BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 DDP = {
     "plain": {},
@@ -127,16 +161,29 @@ DDP = {
 }
 RUNS = {
     **{
-        f"DDP, {name}, fused {when}{', frozen' * frozen}": (ddp, (when, frozen, options), 1e-3)
+        f"DDP, {name}, fused {when}{', frozen' * frozen}": (ddp, (vit, when, frozen, options), 1e-3)
         for name, options in DDP.items()
         for when in ("before", "after")
         for frozen in (False, True)
     },
     **{
-        f"FSDP2, {name}, fused {when}, {'' if reshard else 'not '}resharded": (fsdp, (when, reshard, policy), tolerance)
+        f"FSDP2, {name}, fused {when}, {'' if reshard else 'not '}resharded": (
+            fsdp,
+            (vit, when, reshard, policy),
+            tolerance,
+        )
         for name, policy, tolerance in (("fp32", MixedPrecisionPolicy(), 1e-3), ("bf16", BF16, 0.1))
         for when in ("before", "after")
         for reshard in (True, False)
+    },
+    **{
+        f"{name}, {build.__name__}": (work, (build, when, *options), 1e-3)
+        for name, work, when, options in (
+            ("DDP", ddp, "before", (False, {})),
+            ("FSDP2, fused before", fsdp, "before", (True, MixedPrecisionPolicy())),
+            ("FSDP2, fused after", fsdp, "after", (True, MixedPrecisionPolicy())),
+        )
+        for build in (eva, embedding, projection, rearranged)
     },
 }
 
@@ -173,12 +220,12 @@ def in_two_processes(tmp_path_factory):
 
 @pytest.mark.parametrize("name", RUNS)
 def test_as_one_process(name, in_two_processes):
-    _, _, tolerance = RUNS[name]
+    _, (build, *_), tolerance = RUNS[name]
     found = [torch.load(in_two_processes / f"{list(RUNS).index(name)}.{rank}") for rank in range(WORLD)]
     for each in found:
         assert isinstance(each, dict), each
-    expected = result(steps(freeze(model()) if "frozen" in name else model()))
+    expected = result(steps(freeze(model(build)) if "frozen" in name else model(build)))
     for ours in filter(None, found):  # FSDP's full state is on rank 0 alone, unless it is broadcast
-        assert_moved_alike(ours, expected, tolerance)
-        model().load_state_dict(ours, strict=True)
+        assert_moved_alike(ours, expected, model(build).state_dict(), tolerance)
+        model(build).load_state_dict(ours, strict=True)
     assert found[0]

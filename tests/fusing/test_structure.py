@@ -71,6 +71,14 @@ KNOWN = {  # library's builder, image, note, what the calls of the operation are
         lambda: timm("qwen3_vit_88m", depth=1, embed_dim=48, num_heads=2), (3, 64, 64),
         "projection, position and prefix tokens", ["p"],
     ),
+    "timm NaFlex": (
+        lambda: timm("naflexvit_base_patch16_gap", depth=1, embed_dim=48, num_heads=2), (3, 64, 48),
+        "of images", ["p+"],
+    ),
+    "timm NaFlex factorised": (
+        lambda: timm("naflexvit_base_patch16_parfac_gap", depth=1, embed_dim=48, num_heads=2), (3, 48, 48),
+        "of images", ["p+"],
+    ),
     "timm CrossViT": (
         lambda: timm("crossvit_9_240"), (3, 240, 240), "projections, position and class token", ["p+", "p+"],
     ),
@@ -283,6 +291,49 @@ def test_llama_4_with_other_images_and_parts(images, change):
             setattr(model.unfold, change, 2 if change == "dilation" else (7, 3))
     same(outcome(fused, torch.randn(images, generator=torch.Generator().manual_seed(0))),
          outcome(plain, torch.randn(images, generator=torch.Generator().manual_seed(0))))  # fmt: skip
+
+
+def naflex(**kwargs):
+    torch.manual_seed(0)
+    return timm("naflexvit_base_patch16_gap", depth=1, embed_dim=48, num_heads=2, **kwargs)().eval()
+
+
+NAFLEX = {  # input, whether it is one call
+    "images": (torch.randn(2, 3, 64, 48), True),
+    "channels last": (torch.randn(2, 3, 64, 48).to(memory_format=torch.channels_last), False),
+    "to be padded": (torch.randn(2, 3, 50, 48), False),
+    "double": (torch.randn(2, 3, 64, 48).double(), False),
+    "bytes": (torch.ones(2, 3, 64, 48).byte(), False),
+    "channels": (torch.randn(2, 4, 64, 48), False),
+    "no batch": (torch.randn(3, 64, 48), False),
+}
+
+
+@pytest.mark.parametrize("name", NAFLEX)
+def test_naflex_of_images(name):
+    plain, (images, one_call) = naflex(), NAFLEX[name]
+    fused = copy.deepcopy(plain)
+    report = vk.fuse(fused)
+    same(outcome(fused, images), outcome(plain, images))
+    assert ("one call" in report.calls().get("embeds", {})) == one_call
+
+
+def test_naflex_in_other_ways():
+    """Patches that were cut before; a compiler; channels first; other parts."""
+    plain, images = naflex(), torch.randn(2, 3, 64, 48)
+    fused = copy.deepcopy(plain)
+    vk.fuse(fused)
+    coord = torch.stack(torch.meshgrid(torch.arange(4), torch.arange(3), indexing="ij"), -1).reshape(1, 12, 2)
+    cut = {"patches": torch.randn(2, 12, 768), "patch_coord": coord.expand(2, -1, -1)}
+    cut["patch_valid"] = torch.ones(2, 12, dtype=torch.bool)
+    close(fused(cut), plain(cut), 0)
+    close(torch.compile(fused, backend="aot_eager")(images), plain(images))
+    for model in (plain, fused):
+        model.embeds.channels_last = False
+    close(fused(images), plain(images))
+    for model in (plain, fused):
+        model.embeds.norm_input = nn.LayerNorm(768)
+    close(fused(images), plain(images), 0)
 
 
 def test_masks_of_sam_are_no_front_end():

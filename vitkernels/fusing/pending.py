@@ -33,8 +33,8 @@ ADD = ("add", "__add__", "__radd__")
 
 
 class Elsewhere(Exception):
-    """Pending tokens are needed where the convolution was not called: without gradients, as inside an
-    autograd.Function, or in a checkpoint. There the plain call is right, and this one given up."""
+    """The plain call is right, and this one given up. So where pending tokens are needed and the projection was not
+    called: without gradients, as inside an autograd.Function, or in a checkpoint."""
 
 
 def _modes() -> tuple[Any, ...]:
@@ -48,9 +48,19 @@ def _modes() -> tuple[Any, ...]:
 class Source:
     """Tokens [B,T+N,D]: a convolution's, with what was added to them and put in front."""
 
-    def __init__(self, conv: Any, images: torch.Tensor, padding: Sequence[int], grid: Sequence[int], backend: str):
-        self.conv, self.images, self.padding, self.grid, self.backend = conv, images, padding, grid, backend
-        self.dtype = eager_dtype(conv.weight)
+    def __init__(
+        self,
+        images: torch.Tensor,  # [B,C,(T,)H,W]
+        weight: torch.Tensor,  # [D,C,(P_t,)P_h,P_w]
+        bias: torch.Tensor | None,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        grid: Sequence[int],
+        backend: str,
+    ):
+        self.images, self.weight, self.bias, self.stride, self.padding = images, weight, bias, stride, padding
+        self.grid, self.backend = grid, backend
+        self.dtype = eager_dtype(weight)
         self.modes = _modes()
         self.pos: torch.Tensor | None = None
         self.prefix: torch.Tensor | None = None
@@ -60,7 +70,7 @@ class Source:
         T, N = 0 if self.prefix is None else self.prefix.shape[-2], 1
         for size in self.grid:
             N *= size
-        return self.images.shape[0], T + N, self.conv.out_channels
+        return self.images.shape[0], T + N, self.weight.shape[0]
 
     def plus(self, *, pos: torch.Tensor | None = None, prefix: torch.Tensor | None = None) -> Source:
         new = Source.__new__(Source)
@@ -74,10 +84,10 @@ class Source:
     def tokens(self) -> torch.Tensor:
         if self.value is None:
             if _modes() != self.modes:
-                raise Elsewhere
+                raise Elsewhere("needed without gradients, or in a checkpoint")
             self.value = patch_embed(
-                self.images, self.conv.weight, self.conv.bias, pos_embed=self.pos, prefix=self.prefix,
-                stride=self.conv.stride, padding=self.padding, out_dtype=self.dtype, backend=self.backend,
+                self.images, self.weight, self.bias, pos_embed=self.pos, prefix=self.prefix,
+                stride=self.stride, padding=self.padding, out_dtype=self.dtype, backend=self.backend,
             )  # fmt: skip
         return self.value
 
@@ -97,7 +107,8 @@ class Pending:
     @classmethod
     def map(cls, conv: Any, images: torch.Tensor, padding: Sequence[int], grid: Sequence[int], backend: str) -> Pending:
         """What a convolution gives, [B,D,(G_t,)G_h,G_w]."""
-        return cls.tokens(Source(conv, images, padding, grid, backend)).transpose(1, 2).unflatten(2, grid)
+        source = Source(images, conv.weight, conv.bias, conv.stride, padding, grid, backend)
+        return cls.tokens(source).transpose(1, 2).unflatten(2, grid)
 
     def computed(self) -> torch.Tensor:
         tokens = self.source.tokens()
@@ -256,13 +267,16 @@ def noting() -> bool:
     return _NOTING.on
 
 
-def noted(forward: Any, inside: Iterable[nn.Module], *args: Any, **kwargs: Any) -> Any:
-    """A forward in which fused convolutions give `Pending` tokens, and what it returns, computed. The plain forward,
-    where a hook on a module inside, a compiler or a tracer would see what is pending, or something takes no such thing.
+def noted(
+    module: nn.Module, inside: Iterable[nn.Module], forward: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    """A module's forward in which fused projections give `Pending` tokens, and what it returns, computed.
+
+    The plain forward, where a hook on a module inside, a compiler or a tracer would see what is pending, or something
+    takes no such thing.
     """
     if torch.compiler.is_compiling():
         return forward(*args, **kwargs)
-    module = forward.__self__
     reason = "hooks on all modules" if _has_any_global_hook() else "tracing" if torch.jit.is_tracing() else None
     if reason := reason or next((reason for part in inside if (reason := touched("a module inside", part))), None):
         count(module, reason)
@@ -271,8 +285,8 @@ def noted(forward: Any, inside: Iterable[nn.Module], *args: Any, **kwargs: Any) 
     before, _NOTING.on = _NOTING.on, True
     try:
         out = computed(forward(*args, **kwargs))
-    except Elsewhere:
-        reason = "needed without gradients, or in a checkpoint"
+    except Elsewhere as elsewhere:
+        reason = str(elsewhere)
     except Exception as error:  # the library's, which is raised below again; or of what takes nothing but tensors
         reason = f"{type(error).__name__}: {error}"
         mistake = error if swapping.STRICT else None
@@ -300,4 +314,4 @@ class Embedding(Fused):
 
     def forward(self, *args, **kwargs):
         _, *inside = self.modules()
-        return noted(super().forward, inside, *args, **kwargs)
+        return noted(self, inside, super().forward, *args, **kwargs)

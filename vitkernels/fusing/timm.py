@@ -14,8 +14,9 @@ from timm.layers import resample_abs_pos_embed
 from torch import nn
 
 from ..layers import in_layout, touched, why_not_plain
-from . import structure
-from .pending import computed, noted
+from . import pending, structure
+from .pending import Elsewhere, computed, noted, noting
+from .pixels import Pixels
 from .swapping import Fused, Row, Tokens, at_each_call, embed, grid_of, replaced, takes
 
 
@@ -48,7 +49,7 @@ class PosEmbed(Fused):
     def forward_features(self, x, *args, **kwargs):
         if replaced(self, "_pos_embed"):
             return super().forward_features(x, *args, **kwargs)
-        return noted(super().forward_features, self.patch_embed.modules(), x, *args, **kwargs)
+        return noted(self, self.patch_embed.modules(), super().forward_features, x, *args, **kwargs)
 
     def _pos_embed(self, x):
         return computed(super()._pos_embed(x))
@@ -61,12 +62,30 @@ class BeforePosDrop(Fused):
         if not isinstance(self.pos_drop, PosDrop):
             return super().forward_features(x, *args, **kwargs)
         inside = (*self.patch_embed.modules(), self.pos_drop)
-        return noted(super().forward_features, inside, x, *args, **kwargs)
+        return noted(self, inside, super().forward_features, x, *args, **kwargs)
 
 
 class PosDrop(Fused):
     def forward(self, input):
         return super().forward(computed(input))
+
+
+class NaFlexEmbeds(Fused):
+    """A Linear, given images to cut."""
+
+    def forward(self, x, patch_coord=None, patch_valid=None):
+        forward = super().forward
+        if patch_coord is not None:
+            return forward(x, patch_coord, patch_valid)
+
+        def of_images():
+            if not noting():
+                return forward(x)
+            if reason := _why_not_naflex(self):
+                raise Elsewhere(reason)
+            return forward(Pixels(x, self._vk_backend))
+
+        return noted(self, [module for module in self.modules() if module is not self], of_images)
 
 
 def _why_not(model: Any) -> str | None:
@@ -147,6 +166,16 @@ def _why_not_inside(model: Any) -> str | None:
     return None
 
 
+def _why_not_naflex(embeds: Any) -> str | None:
+    if not embeds.is_linear:
+        return "it projects by a convolution"
+    if embeds.norm_input is not None:
+        return f"norm_input is a {type(embeds.norm_input).__name__}"
+    if type(embeds.proj) is not nn.Linear:
+        return f"proj is a {type(embeds.proj).__name__}, not a plain Linear"
+    return pending.why_not(embeds)
+
+
 MODELS = "timm.models."
 DROPOUT = "torch.nn.modules.dropout.Dropout"
 TABLE = {
@@ -175,4 +204,9 @@ TABLE = {
             "crossvit.CrossVit": "projections, position and class token",
         }.items()
     },
+    MODELS + "naflexvit.NaFlexEmbeds": Row(
+        {"": (NaFlexEmbeds, MODELS + "naflexvit.NaFlexEmbeds")},
+        _why_not_naflex,
+        "of images: projection, position and prefix tokens",
+    ),
 }
