@@ -167,6 +167,15 @@ def test_agrees(name):
     assert given(model, images) == calls
 
 
+def test_planes_in_front_are_no_tokens_in_front():
+    """Of as many channels as patches."""
+    model = Embeddings(lambda m, x: torch.cat((m.each[:, :1, :N], x.flatten(2)), 1), nn.Conv2d(3, N, 4, 4))
+    images = torch.randn(B, 3, 8, 12)
+    expected = model(images)
+    vk.fuse(model)
+    close(model(images), expected)
+
+
 WHOLE = "prefix, positions"
 
 
