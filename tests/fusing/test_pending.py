@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import vitkernels as vk
-from vitkernels.fusing import pending, swapping
+from vitkernels.fusing import pending, pixels, swapping
 
 B, N, D = 2, 6, 8
 GRID = 2, 3
@@ -373,3 +373,37 @@ def test_the_module_around():
     for model in (nn.Sequential(nn.Conv2d(3, D, 4, 4), nn.LayerNorm((2, 3))), nn.ModuleList([nn.Conv2d(3, D, 4, 4)])):
         (entry,) = vk.fuse(model)
         assert entry.note == "projection only"
+
+
+CUTS = {  # order of the axes [B, C, G_h, P_h, G_w, P_w], whether these are patches in raster order
+    "channels last": ((0, 2, 4, 3, 5, 1), True),
+    "channels first": ((0, 2, 4, 1, 3, 5), True),
+    "columns of a patch first": ((0, 2, 4, 1, 5, 3), True),
+    "columns of patches first": ((0, 4, 2, 3, 5, 1), False),
+    "patches of strided pixels": ((0, 3, 5, 2, 4, 1), False),
+    "not cut": ((0, 1, 2, 3, 4, 5), False),
+}
+
+
+@pytest.mark.parametrize("name", CUTS)
+def test_images_that_are_cut_for_a_linear(name):
+    order, raster = CUTS[name]
+    images = torch.randn(B, 2, 8, 12)
+    cut = (B, 2, 2, 4, 2, 6)  # P_h = 4, P_w = 6
+    weight, bias = torch.randn(D, 48), torch.randn(D)
+
+    def projected(x):
+        return F.linear(x.view(*cut).permute(*order).reshape(B, 4, 48).flatten(2), weight, bias)
+
+    if raster:
+        close(pending.computed(projected(pixels.Pixels(images, "auto"))), projected(images))
+    else:
+        with pytest.raises(pending.Elsewhere):
+            projected(pixels.Pixels(images, "auto"))
+
+
+def test_images_that_something_else_is_done_with():
+    images = pixels.Pixels(torch.randn(B, 2, 8, 12), "auto")
+    for other in (lambda x: x.mean(), lambda x: F.relu(x), lambda x: F.linear(x, torch.randn(D, 12))):
+        with pytest.raises(pending.Elsewhere):
+            other(images)

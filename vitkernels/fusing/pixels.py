@@ -53,7 +53,7 @@ class Pixels:
         same_dtype = images.dtype == matrix.dtype or torch.is_autocast_enabled(images.device.type)
         if cut is None or cut.ndim != 6 or not same_dtype:
             raise Elsewhere("images are not cut into patches")
-        P_h, P_w = cut.stride(1) // W, cut.stride(2)
+        P_h, P_w = max(cut.stride(1) // W, 1), max(cut.stride(2), 1)
         axes = list(zip(cut.shape, cut.stride(), strict=True))
         element = [(C, H * W), (P_h, W), (P_w, 1)]
         raster = axes[:3] == [(B, C * H * W), (H // P_h, P_h * W), (W // P_w, P_w)]
