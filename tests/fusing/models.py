@@ -205,3 +205,23 @@ def same(got, expected):
         assert got == expected
     else:
         close(got, expected)
+
+
+def per_sample(model, x):
+    parameters = {k: v.detach() for k, v in model.named_parameters() if v.requires_grad}
+
+    def loss(parameters, image):
+        return torch.func.functional_call(model, parameters, (image[None],)).sum()
+
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
+    return torch.cat([g.flatten() for g in each.values()])
+
+
+def backward_through(run):
+    def gradient(model, x):
+        run(model, x).square().sum().backward()
+        found = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        model.zero_grad()
+        return found
+
+    return gradient

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from models import CASES, LIBRARIES, build, close, result
+from models import CASES, LIBRARIES, build, close, result, same
 from torch import nn
 from torch.nn.modules import module as hooks
 from torch.utils.flop_counter import FlopCounterMode
@@ -42,13 +42,6 @@ def outcome(model, images, call):
             return result(model(images, **call))
     except Exception as error:
         return type(error), str(error)
-
-
-def same(got, expected):
-    if isinstance(expected, tuple) or isinstance(got, tuple):
-        assert got == expected
-    else:
-        close(got, expected)
 
 
 def attributes(module):

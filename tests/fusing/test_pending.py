@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
-from models import close, given, gradients
+from models import backward_through, close, given, gradients, per_sample
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -139,6 +139,7 @@ NOTED = {
     "columns first": (lambda m, x: x.transpose(2, 3).flatten(2).transpose(1, 2) + m.patches, [""]),
     "more images": (lambda m, x: tokens(x).unsqueeze(1) + m.patches.expand(1, 3, N, D), [""]),
     "wider table": (lambda m, x: tokens(x) + m.patches.double(), ["p"]),
+    "bits": (lambda m, x: tokens(x).view(torch.int32).view(torch.float32) + m.patches, [""]),
     "list": (lambda m, x: torch.stack(list(tokens(x))), [""]),
     "mask": (lambda m, x: torch.where(tokens(x) > 0, m.patches, tokens(x)), [""]),
     "stats first": (stats_first, [""]),
@@ -187,26 +188,6 @@ def pair(run=NOTED[WHOLE][0]):
     return plain, fused, torch.randn(B, 3, 8, 12)
 
 
-def backward(run):
-    def gradient(model, x):
-        run(model, x).square().sum().backward()
-        found = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-        model.zero_grad()
-        return found
-
-    return gradient
-
-
-def per_sample(model, x):
-    parameters = {k: v.detach() for k, v in model.named_parameters()}
-
-    def loss(parameters, image):
-        return torch.func.functional_call(model, parameters, (image[None],)).square().sum()
-
-    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
-    return torch.cat([g.flatten() for g in each.values()])
-
-
 USES = {
     "compile": lambda m, x: torch.compile(m, fullgraph=True, backend="aot_eager")(x),
     "export": lambda m, x: torch.export.export(m, (x,)).module()(x),
@@ -217,9 +198,11 @@ USES = {
     "inference mode": torch.inference_mode()(lambda m, x: m(x)),
     "channels last": lambda m, x: m(x.to(memory_format=torch.channels_last)),
     "other sizes of batch": lambda m, x: m(x[:1]),
-    "backward": backward(lambda m, x: m(x)),
-    "checkpoint": backward(lambda m, x: checkpoint(m, x, use_reentrant=False)),
-    "checkpoint, reentrant": backward(lambda m, x: checkpoint(m, x.clone().requires_grad_(), use_reentrant=True)),
+    "backward": backward_through(lambda m, x: m(x)),
+    "checkpoint": backward_through(lambda m, x: checkpoint(m, x, use_reentrant=False)),
+    "checkpoint, reentrant": backward_through(
+        lambda m, x: checkpoint(m, x.clone().requires_grad_(), use_reentrant=True)
+    ),
     "per sample": per_sample,
     "bfloat16": lambda m, x: copy.deepcopy(m).bfloat16()(x.bfloat16()).float(),
     "autocast": lambda m, x: torch.autocast("cpu", torch.bfloat16)(m)(x).float(),

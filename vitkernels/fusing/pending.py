@@ -11,6 +11,7 @@ what is written in place is written to the source.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -67,10 +68,8 @@ class Source:
         self.value: torch.Tensor | None = None
 
     def sizes(self) -> tuple[int, int, int]:
-        T, N = 0 if self.prefix is None else self.prefix.shape[-2], 1
-        for size in self.grid:
-            N *= size
-        return self.images.shape[0], T + N, self.weight.shape[0]
+        T = 0 if self.prefix is None else self.prefix.shape[-2]
+        return self.images.shape[0], T + math.prod(self.grid), self.weight.shape[0]
 
     def plus(self, *, pos: torch.Tensor | None = None, prefix: torch.Tensor | None = None) -> Source:
         new = Source.__new__(Source)
@@ -159,6 +158,8 @@ class Pending:
 
     def _view(self, name: str, args: tuple, kwargs: dict) -> Any:
         like = getattr(self.like, name)(*args, **kwargs)
+        if like.dtype != self.like.dtype:  # a view of the bits
+            return getattr(self.computed(), name)(*args, **kwargs)
         if name in MAYBE_VIEWS:
             try:
                 name, args, kwargs = "view", (like.shape,), {}
