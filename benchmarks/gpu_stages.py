@@ -358,7 +358,7 @@ def once(args) -> None:
     for case, backend in product(TINY, dispatch.MODULES):
         call = case.call(args.device)
         if backend != "reference" and not dispatch.why_not(problem(call), backend):
-            for step, leaves in steps(backend, [call], grad=True):
+            for step, leaves in steps(backend, [call], "both"):
                 tokens = step()
                 torch.autograd.grad(tokens, leaves, torch.ones_like(tokens))
     if args.device != "cpu":

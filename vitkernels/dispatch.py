@@ -175,8 +175,8 @@ class Explanation(dict[str, list[str]]):
         self.fallbacks = fallbacks.of(p)
 
     def takes(self, mode: str) -> str:
-        """What `auto` takes in "forward", "backward" (of the parameters) or "both": "triton, then cuda"."""
-        directions = {"forward": ["forward"], "backward": ["weight"]}.get(mode, ["forward", "weight"])
+        """What `auto` takes in "forward", "backward" (of the parameters), "both" or "images": "triton, then cuda"."""
+        directions = {"backward": ["weight"], "both": ["forward", "weight"]}.get(mode, [mode])
         return ", then ".join(dict.fromkeys(self.auto[direction][0] for direction in directions))
 
     def __str__(self) -> str:

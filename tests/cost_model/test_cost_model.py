@@ -111,7 +111,7 @@ def test_each_operator_of_the_peers_moves_what_the_model_says(case, mode):
     assert len(found) == 3
     for name, one in found.items():
         impl = "timm_eager" if name == "embed_all_then_gather" else name
-        [(step, leaves)] = implementations.steps(impl, [call], mode == "backward")
+        [(step, leaves)] = implementations.steps(impl, [call], mode)
         out = step() if mode == "backward" else None
         grad = None if out is None else torch.randn_like(out)
         with Operators() as operators:
@@ -128,7 +128,7 @@ def test_what_the_peers_keep_for_the_backward(case):
     p = problem(call)
     inputs = {call[name].untyped_storage().data_ptr() for name in NAMES if call.get(name) is not None}
     for name, one in peers_model.algorithms(p, "forward")[0].items():
-        [(step, leaves)] = implementations.steps("timm_eager" if "embed" in name else name, [call], True)
+        [(step, leaves)] = implementations.steps("timm_eager" if "embed" in name else name, [call], "both")
         known = inputs | {leaf.untyped_storage().data_ptr() for leaf in leaves}
         saved = {}
 

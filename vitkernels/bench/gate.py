@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 
 from ..problem import PatchProblem
 from ..testing import accuracy
 from .cases import Call
-from .implementations import LEARNT, problem, steps
+from .implementations import gradients_of, problem, steps
 
 
 def gate(impl: str | Callable, call: Call, mode: str = "forward") -> str | None:
@@ -17,10 +17,10 @@ def gate(impl: str | Callable, call: Call, mode: str = "forward") -> str | None:
     p, grad = problem(call), mode != "forward"
     with torch.set_grad_enabled(grad):
         torch.full(p.out_shape, torch.nan, dtype=p.out_dtype, device=p.device)  # poison: the next output lies here
-        [(step, leaves)] = steps(impl, [call], grad)
+        [(step, leaves)] = steps(impl, [call], mode)
         out = step()
         grads = torch.autograd.grad(out, leaves, probe(p)) if grad else ()
-    return judged(call, out, grads)
+    return judged(call, out, dict(zip(gradients_of(call, mode), grads, strict=True)))
 
 
 def _looked_at(p: PatchProblem) -> list[int]:
@@ -34,8 +34,9 @@ def probe(p: PatchProblem) -> torch.Tensor:
     return whole.index_copy_(0, index, accuracy.weighting((len(index), *p.out_shape[1:])).to(whole))
 
 
-def judged(call: Call, out: torch.Tensor, grads: Sequence[torch.Tensor]) -> str | None:
-    """Why tokens, and gradients of `probe`, break the rule; what is compared are three images of the batch."""
+def judged(call: Call, out: torch.Tensor, grads: dict[str, torch.Tensor]) -> str | None:
+    """Why tokens, and gradients of `probe` by the inputs' names, break the rule; what is compared are three images of
+    the batch."""
     p = problem(call)
     if out.shape != p.out_shape or out.dtype != p.out_dtype:
         return f"result is {list(out.shape)} {out.dtype}, wanted {list(p.out_shape)} {p.out_dtype}"
@@ -43,8 +44,6 @@ def judged(call: Call, out: torch.Tensor, grads: Sequence[torch.Tensor]) -> str 
         return "result is not finite"
     index = _looked_at(p)
     part = call | {name: call[name][index] for name in ("images", "keep") if call.get(name) is not None}
-    learnt = [name for name in LEARNT if call.get(name) is not None]
-    results = {"tokens": out[index], **dict(zip(learnt, grads, strict=bool(grads)))}
+    results = {"tokens": out[index], **{n: g[index] if n == "images" else g for n, g in grads.items()}}
     broken = (row for row in accuracy.judge(part, results) if not row["ok"])
-    names = {"tokens": "tokens", **{name: f"gradient of {name}" for name in learnt}}
-    return next((f"{names[row['what']]}: {row['reason']}" for row in broken), None)
+    return next((f"{'gradient of ' * (row['what'] in grads)}{row['what']}: {row['reason']}" for row in broken), None)

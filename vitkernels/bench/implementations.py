@@ -15,8 +15,9 @@ from .baselines import PEERS, conv
 from .cases import Call
 from .timing import Step
 
-MODES = ("forward", "backward", "both")
 LEARNT = ("weight", "bias", "pos_embed", "prefix")
+GRADIENTS = {"forward": (), "backward": LEARNT, "both": LEARNT, "images": ("images",)}  # mode -> of which inputs
+MODES = tuple(GRADIENTS)
 
 
 def problem(call: Call) -> PatchProblem:
@@ -44,22 +45,27 @@ def default_impls(call: Call, *, compiled: bool | None = None) -> list[str]:
     return ["auto", *(others if gpu else ()), *peers, *CEILINGS]
 
 
-def _leaf(t: torch.Tensor | None, grad: bool) -> torch.Tensor | None:
-    return t if t is None or not grad else t.detach().requires_grad_()
+def gradients_of(call: Call, mode: str) -> list[str]:
+    """The inputs that are there and whose gradients a mode takes."""
+    return [name for name in GRADIENTS[mode] if call.get(name) is not None]
 
 
-def steps(impl: str | Callable, calls: Sequence[Call], grad: bool = False) -> list[tuple[Step, list[torch.Tensor]]]:
-    """Per call: images in, tokens out, ready to be timed; and the parameters that want gradients.
+def steps(
+    impl: str | Callable, calls: Sequence[Call], mode: str = "forward"
+) -> list[tuple[Step, list[torch.Tensor]]]:  # fmt: skip
+    """Per call: images in, tokens out, ready to be timed; and the inputs whose gradients the mode takes.
 
     `impl` is a backend, one of PEERS, or a function with patch_embed's arguments.
     """
+    wanted = gradients_of(calls[0], mode)
+    calls = [call | {name: call[name].detach().requires_grad_() for name in wanted} for call in calls]
+    leaves = [[call[name] for name in wanted] for call in calls]
     if impl not in PEERS:
         embed = impl if callable(impl) else partial(patch_embed, backend=impl)
-        ours = [call | {name: _leaf(call.get(name), grad) for name in LEARNT} for call in calls]
-        return [(partial(embed, **c), [c[n] for n in LEARNT if c[n] is not None]) for c in ours]
+        return [(partial(embed, **call), own) for call, own in zip(calls, leaves, strict=True)]
     function = PEERS[impl]()
     result: list[tuple[Step, list[torch.Tensor]]] = []
-    for call in calls:
+    for call, own in zip(calls, leaves, strict=True):
         p = problem(call)
         a = b = None
         if p.normalised or p.scale != 1:  # folded: y = a·x + b
@@ -70,16 +76,18 @@ def steps(impl: str | Callable, calls: Sequence[Call], grad: bool = False) -> li
         tensors: dict[str, Any] = {name: call.get(name) for name in LEARNT}
         if impl == "conv_channels_last":  # the weight as model.to(memory_format=...) leaves it
             memory_format = torch.channels_last_3d if p.video else torch.channels_last
-            tensors["weight"] = tensors["weight"].contiguous(memory_format=memory_format)
+            lying = tensors["weight"].detach().contiguous(memory_format=memory_format)
+            tensors["weight"] = lying.requires_grad_("weight" in wanted)
+            own = [tensors.get(name, call[name]) for name in wanted]
             function = partial(conv, memory_format=memory_format)
-        tensors = {name: _leaf(t, grad) for name, t in tensors.items()}
         step = partial(function, call["images"], *tensors.values(), call.get("keep"), a, b)
-        result.append((step, [t for t in tensors.values() if t is not None]))
+        result.append((step, own))
     return result
 
 
 def ceiling_steps(impl: str, calls: Sequence[Call], mode: str) -> list[Step]:
-    """copy: the bytes of `cost_model.work`, half read, half written; gemm: the bare product; empty: a tiny launch."""
+    """copy: the bytes of `cost_model.work`, half read, half written; gemm: the bare product, or that of the gradients;
+    empty: a tiny launch."""
     p = problem(calls[0])
     times = 2 if mode == "both" else 1
     new = partial(torch.empty, device=p.device)
@@ -95,7 +103,9 @@ def ceiling_steps(impl: str, calls: Sequence[Call], mode: str) -> list[Step]:
             )
             forward: Step = partial(torch.mm, x, w.t(), out=y)
             backward: Step = partial(torch.mm, y.t(), x)
-            result.append({"forward": forward, "backward": backward}.get(mode) or partial(_each, forward, backward))
+            images: Step = partial(torch.mm, y, w)
+            only = {"forward": forward, "backward": backward, "images": images}
+            result.append(only.get(mode) or partial(_each, forward, backward))
         else:
             result.append(new(1).zero_)
     return result

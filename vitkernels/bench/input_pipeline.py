@@ -146,7 +146,7 @@ class _Pipeline:
         for stage in self.pipeline(name):
             x = stage(x)
         images = torch.from_numpy(np.stack(self.arrays)).to(self.device).permute(0, 3, 1, 2)
-        return judged({"images": images, **self.learnt, **IMAGENET}, x, ())
+        return judged({"images": images, **self.learnt, **IMAGENET}, x, {})
 
     # --- The clock.
 

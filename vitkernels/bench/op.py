@@ -21,7 +21,7 @@ from ..problem import PatchProblem
 from .baselines import PEERS
 from .cases import Call, Case
 from .gate import gate, judged, probe
-from .implementations import CEILINGS, OURS, ceiling_steps, default_impls, problem, steps
+from .implementations import CEILINGS, OURS, ceiling_steps, default_impls, gradients_of, problem, steps
 from .memory import peak_bytes
 from .peaks import Peaks
 from .peaks import peaks as peaks_of
@@ -63,7 +63,8 @@ def bench(
     Args:
         case: the shape.
         device: where.
-        mode: "forward", "backward" (the gradients of weight, bias, position and prefix alone) or "both".
+        mode: "forward", "backward" (the gradients of weight, bias, position and prefix alone), "both", or "images"
+            (the pixels' gradient alone).
         impls: backends, names of PEERS and of CEILINGS; by default `default_impls`. The first is what every `ratio`
             refers to: this time / its time, the median over rounds, with its spread.
         seconds: time for samples, per implementation.
@@ -100,7 +101,9 @@ def _bench(
     case, device, mode, impls, seconds, compiled, keep_samples, against, others, progress
 ) -> list[dict[str, Any]]:
     calls = [case.call(device)]
-    p = problem(calls[0])
+    p, names = problem(calls[0]), gradients_of(calls[0], mode)
+    if "images" in names and not p.image_dtype.is_floating_point:
+        raise ValueError(f"pixels of {p.image_dtype} have no gradient to time")
     impls = default_impls(calls[0], compiled=compiled) if impls is None else impls
     if unknown := [name for name in impls if name not in (*OURS, *PEERS, *CEILINGS)]:
         raise ValueError(f"no implementation {unknown}; there are {', '.join((*OURS, *PEERS, *CEILINGS))}")
@@ -122,9 +125,11 @@ def _bench(
         row, sample = common | {"impl": f"auto@{name}"}, None
         try:
             other = others.enter_context(
-                closing(Other(folder, case, mode=mode, device=device, sets=sets, grad=grad, probe=probe(p)))
+                closing(
+                    Other(folder, case, mode=mode, gradients=names, device=device, sets=sets, grad=grad, probe=probe(p))
+                )
             )
-            if wrong := judged(calls[0], other.tokens, other.grads):
+            if wrong := judged(calls[0], other.tokens, dict(zip(names, other.grads, strict=True))):
                 row["error"] = wrong
             else:
                 sample = other.sample
@@ -159,7 +164,7 @@ def _prepared(
             if wrong := gate(impl, calls[0], mode):
                 yield row | {"error": wrong}, None
                 return
-            todo = [modal(mode, *made, grad) for made in steps(impl, calls, mode != "forward")]
+            todo = [modal(mode, *made, grad) for made in steps(impl, calls, mode)]
         for step in todo[:2]:  # warm: compilers, cuDNN's search, pools
             step()
         alive(device)

@@ -24,7 +24,6 @@ import torch
 # Seconds between a sample of one process and one of the other: OpenMP's threads spin for some milliseconds after their
 # work, and would take the cores from those of the other.
 REST = 0.02
-LEARNT = ("weight", "bias", "pos_embed", "prefix")
 
 
 @contextmanager
@@ -51,18 +50,18 @@ def checkouts(names: Sequence[str]) -> Iterator[dict[str, Path]]:
 
 
 class Other:
-    """The other version's process: the `tokens` of its first call, their `grads` where `probe` is the tokens' gradient;
-    `sample()` is the milliseconds of one call in which that is `grad`."""
+    """The other version's process: the `tokens` of its first call, `grads` of the inputs named where `probe` is the
+    tokens' gradient; `sample()` is the milliseconds of one call in which that is `grad`."""
 
     def __init__(
-        self, folder: Path, case: Any, *, mode: str, device: torch.device, sets: int, grad: torch.Tensor | None,
-        probe: torch.Tensor,
+        self, folder: Path, case: Any, *, mode: str, gradients: Sequence[str], device: torch.device, sets: int,
+        grad: torch.Tensor | None, probe: torch.Tensor,
     ):  # fmt: skip
         self.exchange = TemporaryDirectory()
         file = Path(self.exchange.name) / "exchange.pt"
         torch.save((grad, probe), file)
-        work = {"case": asdict(case), "mode": mode, "device": str(device), "sets": sets, "file": str(file),
-                "threads": torch.get_num_threads()}  # fmt: skip
+        work = {"case": asdict(case), "mode": mode, "gradients": gradients, "device": str(device), "sets": sets,
+                "file": str(file), "threads": torch.get_num_threads()}  # fmt: skip
         self.process = subprocess.Popen(
             [sys.executable, __file__, str(folder), json.dumps(work)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=subprocess.PIPE, text=True,
@@ -129,9 +128,7 @@ def main(folder: str, work: dict[str, Any]) -> None:
     with torch.set_grad_enabled(mode != "forward"):
         for seed in range(work["sets"]):
             call = case.call(device, seed)
-            leaves = [call[name] for name in LEARNT if call.get(name) is not None]
-            for leaf in leaves:
-                leaf.requires_grad_(mode != "forward")
+            leaves = [call[name].requires_grad_() for name in work["gradients"]]
             step = partial(vk.patch_embed, **call)
             if seed == 0:
                 tokens = step()

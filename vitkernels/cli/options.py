@@ -11,7 +11,7 @@ from . import positive
 if TYPE_CHECKING:
     from ..bench.cases import Case
 
-MODES = ("forward", "backward", "both")
+MODES = ("forward", "backward", "both", "images")
 
 
 def shape_arguments(

@@ -14,7 +14,8 @@ from typing import Any
 from .options import case_of, device_of, dtype_of, shape_arguments
 
 HELP = "search the fastest tiles for your shapes on this GPU and remember them"
-DIRECTIONS = {"forward": ("forward",), "backward": ("weight", "images"), "both": ("forward", "weight", "images")}
+DIRECTIONS = {"forward": ("forward",), "backward": ("weight", "images"), "both": ("forward", "weight", "images"),
+              "images": ("images",)}  # fmt: skip
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:

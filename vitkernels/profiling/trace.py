@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from .. import cost_model
-from ..bench import gate, implementations, memory, op, peaks
+from ..bench import gate, implementations, memory, op, peaks, timing
 from ..bench.cases import Case
 from ..functional import explain
 
@@ -46,15 +46,10 @@ def calls_of(case: Case, impl: str, mode: str, device: torch.device) -> tuple[st
     """The name of what runs (of "auto", the backend it takes) and one call of the mode, ready to be made."""
     call = case.call(device)
     name = explain(**call).chosen if impl == "auto" else impl
-    [(step, leaves)] = implementations.steps(impl, [call], mode != "forward")
-    if mode == "forward":
-        return name, step
+    [(step, leaves)] = implementations.steps(impl, [call], mode)
     p = implementations.problem(call)
-    dY = torch.randn(p.out_shape, device=device).to(p.out_dtype)
-    if mode == "both":
-        return name, lambda: torch.autograd.grad(step(), leaves, dY)
-    out = step()
-    return name, lambda: torch.autograd.grad(out, leaves, dY, retain_graph=True)
+    dY = None if mode == "forward" else torch.randn(p.out_shape, device=device).to(p.out_dtype)
+    return name, timing.modal(mode, step, leaves, dY)
 
 
 def trace(

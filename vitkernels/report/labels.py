@@ -29,6 +29,7 @@ MODES = {
     "forward": "forward",
     "backward": "backward alone",
     "both": "forward and backward",
+    "images": "images' gradient alone",
     "inference": "inference",
     "training": "training step",
     "pipeline": "input pipeline",
