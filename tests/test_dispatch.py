@@ -10,7 +10,7 @@ import torch
 import vitkernels as vk
 from vitkernels import dispatch
 from vitkernels.backends.cuda import extension
-from vitkernels.gpu import NOMINAL
+from vitkernels.gpu import NOMINAL, OLDEST
 
 HALF, F32, U8 = torch.bfloat16, torch.float32, torch.uint8
 RESULTS = Path(__file__).parent.parent / "benchmarks/results/nvidia-h200"
@@ -56,7 +56,8 @@ MIXED = dict(forward="triton", weight="reference", images="triton")
         (dict(patch=14, D=1024), MIXED, MIXED),
         (dict(keep=49), MIXED, MIXED),
         (dict(pixels=F32, weights=F32), REFERENCE, REFERENCE),
-        *((dict(gpu=gpu), MIXED, None) for gpu in ("B200", "L4", "sm_80", "sm_120")),
+        *((dict(gpu=gpu.name), MIXED, None) for arch, gpu in NOMINAL.items() if arch not in (75, 90)),
+        (dict(gpu="T4"), dict.fromkeys(MIXED, "reference"), None),
         (dict(gpu="sm_80", pixels=U8), dict(forward="triton", weight="reference"), None),
         (dict(gpu="sm_89", pixels=F32, weights=F32), REFERENCE, None),
     ],
@@ -92,7 +93,9 @@ def test_there_is_a_row_that_ends_with_what_takes_everything(arch, direction, ki
     row = dispatch.row_of(p, direction)
     assert row.backends[-1] == "reference"
     assert arch == 90 or "not measured" in row.why
-    assert dispatch.choose(p, "auto", direction) is not None
+    taken = dispatch.choose(p, "auto", direction).__name__.rpartition(".")[2]
+    assert taken == "reference" or arch >= OLDEST
+    assert arch >= OLDEST or "need sm_80 or later" in dispatch.why_not(p, "triton")[-1]
 
 
 def test_an_amd_gpu_is_no_hopper(monkeypatch):

@@ -10,7 +10,7 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
-from .backends import fallbacks
+from .backends import fallbacks, measured
 from .backends.cuda import extension
 from .gpu import gpu_of, not_nvidia, tf32
 from .problem import PatchProblem
@@ -24,10 +24,11 @@ DIRECTIONS = {"forward": "tokens", "weight": "parameters' gradients", "images": 
 class Row(NamedTuple):
     backends: tuple[str, ...]  # what `auto` tries, first to last
     why: str
+    source: str = "rule"
 
 
-# What was measured: (architecture, direction, kind of product) -> row. Microseconds are of CUDA-graph replays on an
-# H200, B = 256, at commit b74a4aa, from benchmarks/results/nvidia-h200; ViT-B/16 unless it says otherwise.
+# What was measured and ships: (architecture, direction, kind of product) -> row. Microseconds are of CUDA-graph replays
+# on an H200, B = 256, at commit b74a4aa, from benchmarks/results/nvidia-h200; ViT-B/16 unless it says otherwise.
 MEASURED: dict[tuple[int, str, str], Row] = {
     (90, "forward", "half"): Row(
         ("triton", "cuda", "reference"),
@@ -67,20 +68,37 @@ CPU = Row(("reference",), "the definition is the fast way on a CPU")
 
 
 def row_of(p: PatchProblem, direction: str) -> Row:
-    """Which backends `auto` tries for this problem, and why in that order."""
+    """Which backends `auto` tries for this problem, and why in that order: what was measured on this machine
+    (`vitkernels tune --backends`) goes before what ships, and that before the rules."""
     if p.device.type != "cuda":
         return CPU if p.device.type == "cpu" else Row(("reference",), "there are no kernels for this device")
+    kind, gpu = kind_of(p, direction), gpu_of(p.device)
+    if not_nvidia():
+        return RULES.get((direction, kind)) or RULES[direction, None]
+    if here := measured.rows(gpu.name).get((direction, kind)):
+        return Row(tuple(here["backends"]), here["why"], f"measured here on {here['date']}")
+    if shipped := MEASURED.get((gpu.arch, direction, kind)):
+        return shipped._replace(source="shipped")
+    return RULES.get((direction, kind)) or RULES[direction, None]
+
+
+def kind_of(p: PatchProblem, direction: str) -> str:
+    """The kind of product of a direction: half, fp32, tf32, fp64, or half where `cuda` would not use wgmma."""
     from .backends.patch_layout import product_of  # a call on a CPU does without
 
     kind = product_of(p, tf32())
     if (direction, kind) == ("weight", "half") and not extension.missing() and backend("cuda").no_wgmma(p):
-        kind = "half, not by wgmma"
-    measured = None if not_nvidia() else MEASURED.get((gpu_of(p.device).arch, direction, kind))
-    return measured or RULES.get((direction, kind)) or RULES[direction, None]
+        return "half, not by wgmma"
+    return kind
 
 
 def backend(name: str) -> ModuleType:
     return importlib.import_module(MODULES[name], __package__)
+
+
+def forget() -> None:
+    """What was chosen so far: other measurements are there."""
+    _choose.cache_clear()
 
 
 def check_name(name: str) -> None:
@@ -158,17 +176,18 @@ class Explanation(dict[str, list[str]]):
     """Backend -> the reasons why it would not run; an empty list: it would.
 
     `chosen` is what `auto` takes for the tokens, and `auto` maps each of DIRECTIONS to (backend, why it comes first);
-    `notes` are how each backend would do it, and `fallbacks` why some no longer do it in another way, since a call in
-    this process.
+    `sources` says where that comes from, "shipped", "rule" or "measured here on 2026-01-31". `notes` are how each
+    backend would do it, and `fallbacks` why some no longer do it in another way, since a call in this process.
     """
 
     def __init__(self, p: PatchProblem):
         super().__init__((name, why_not(p, name)) for name in MODULES)
         self.problem = p
+        rows = {d: row_of(p, d) for d in DIRECTIONS if d != "images" or p.image_dtype.is_floating_point}
+        self.sources = {direction: row.source for direction, row in rows.items()}
         self.auto = {
-            direction: (choose(p, "auto", direction).__name__.rpartition(".")[2], row_of(p, direction).why)
-            for direction in DIRECTIONS
-            if direction != "images" or p.image_dtype.is_floating_point
+            direction: (choose(p, "auto", direction).__name__.rpartition(".")[2], row.why)
+            for direction, row in rows.items()
         }
         self.chosen = self.auto["forward"][0]
         self.notes = {name: backend(name).how(p) for name, reasons in self.items() if not reasons}
@@ -187,7 +206,10 @@ class Explanation(dict[str, list[str]]):
             if name in self.fallbacks:
                 lines.append(f"  {'':<10}fell back: {self.fallbacks[name]}")
         if self.problem.device.type == "cuda":
-            lines += [f"  auto takes {n} for the {DIRECTIONS[what]}: {why}" for what, (n, why) in self.auto.items()]
+            lines += [
+                f"  auto takes {name} for the {DIRECTIONS[what]}: {why} ({self.sources[what]})"
+                for what, (name, why) in self.auto.items()
+            ]
         return "\n".join(lines)
 
 

@@ -15,11 +15,14 @@ class Gpu(NamedTuple):
     shared_bytes: int  # of one program, at most
 
 
-# One GPU of each architecture, for compiling without one.
+# One GPU of each architecture, for compiling without one. Shared memory: CUDA programming guide, compute capabilities.
 NOMINAL = {
-    80: Gpu("A100", 80, 108, 166912), 89: Gpu("L4", 89, 58, 101376), 90: Gpu("H100", 90, 132, 232448),
-    100: Gpu("B200", 100, 148, 232448), 120: Gpu("RTX 5090", 120, 170, 101376),
+    75: Gpu("T4", 75, 40, 65536), 80: Gpu("A100", 80, 108, 166912), 86: Gpu("A10", 86, 72, 101376),
+    89: Gpu("L4", 89, 58, 101376), 90: Gpu("H100", 90, 132, 232448), 100: Gpu("B200", 100, 148, 232448),
+    103: Gpu("B300", 103, 148, 232448), 110: Gpu("Jetson Thor", 110, 20, 232448),
+    120: Gpu("RTX 5090", 120, 170, 101376), 121: Gpu("GB10", 121, 48, 101376),
 }  # fmt: skip
+OLDEST = 80  # sm_80, which the kernels of both languages need
 
 
 def not_nvidia() -> str:

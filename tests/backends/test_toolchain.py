@@ -163,6 +163,15 @@ def test_a_named_backend_says_what_to_do_in_its_first_call(monkeypatch, device):
         vk.patch_embed(**call, backend="triton")
 
 
+@pytest.mark.filterwarnings("ignore:backend 'triton' is not used")
+def test_a_gpu_that_is_newer_than_triton(monkeypatch, device):
+    call = arguments(B=2, H=32, W=32, P=8, D=16, device=device)
+    said = "PTXAS error: `ptxas` stderr: ptxas fatal   : Value 'sm_110a' is not defined for option 'gpu-name'"
+    failing(monkeypatch, type("PTXASError", (Exception,), {})(said), FORWARD)
+    with pytest.raises(NotImplementedError, match=r"sm_110a.*take a newer Triton"):
+        vk.patch_embed(**call, backend="triton")
+
+
 @pytest.mark.parametrize("name", OTHER)
 def test_any_other_error_is_one(name, monkeypatch, device):
     call = arguments(B=2, H=32, W=32, P=8, D=16, device=device)

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from vitkernels import __version__, cli
+from vitkernels import __version__, cli, dispatch
 
 
 def test_help_of_all(capsys):
@@ -37,7 +37,9 @@ def test_module_and_version():
 def test_info(capsys):
     assert cli.main(["info", "--json"]) == 0
     info = json.loads(capsys.readouterr().out)
-    assert {"machine", "versions", "backends", "auto"} <= info.keys()
+    assert {"machine", "versions", "backends", "auto", "choices"} <= info.keys()
+    [first, *_] = info["choices"].values()
+    assert first["weight"] == {"backend": "reference", "source": "rule", "why": dispatch.CPU.why}
     assert info["machine"]["cpu"]
     assert info["versions"]["vitkernels"] == __version__
     backends = {backend["name"]: backend for backend in info["backends"]}

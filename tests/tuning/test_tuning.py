@@ -14,7 +14,7 @@ import torch
 
 import vitkernels as vk
 from vitkernels import cli
-from vitkernels.backends import triton
+from vitkernels.backends import triton, user_cache
 from vitkernels.backends.triton import (
     backward_launch,
     backward_plan,
@@ -37,7 +37,7 @@ DIRECTIONS = ("forward", "weight", "images")
 def cache(tmp_path, monkeypatch):
     """A cache of the test's own, nothing shipped, and no plan that an entry of another test has made."""
     monkeypatch.setenv("VITKERNELS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(config_cache, "SHIPPED", tmp_path / "shipped")
+    monkeypatch.setattr(user_cache, "SHIPPED", tmp_path / "shipped")
     config_cache.forget_plans()
     yield tmp_path / "cache"
     while OPEN:
@@ -311,7 +311,7 @@ def test_tune_keeps_what_the_plan_then_takes(direction, cache):
 
 def test_tune_ships_into_the_package(cache):
     result = tune.tune(call(), gpu=H100, timer=FakeClock(lambda c: 1.0), ship=True)
-    assert Path(result["file"]) == config_cache.SHIPPED / "some-gpu-9000.json"
+    assert Path(result["file"]) == user_cache.SHIPPED / "some-gpu-9000.json"
     assert config_cache.measured(H100.name)
     assert not list(cache.glob("*.json"))
 
@@ -381,7 +381,7 @@ def test_an_entry_that_does_not_fit_is_not_used(name, cache):
     p = compile_triton.problem(16, "bf16")
     default = planned(p, "forward")
     cache.mkdir()
-    file = config_cache.file_of(H100.name)
+    file = user_cache.file_of(H100.name)
     file.write_text(json.dumps({config_cache.key(p, "half", True): WRONG[name]}))
     config_cache.measured.cache_clear()
     assert planned(p, "forward") == default
@@ -400,7 +400,7 @@ def test_the_users_entries_go_before_the_shipped():
 @pytest.mark.parametrize("text", ["{", "[]", "null", "\x00"])
 def test_a_damaged_file_is_set_aside(text, cache):
     cache.mkdir()
-    file = config_cache.file_of(H100.name)
+    file = user_cache.file_of(H100.name)
     file.write_text(text)
     with pytest.warns(UserWarning, match="some-gpu-9000"):
         assert config_cache.measured(H100.name) == {}
@@ -413,7 +413,7 @@ def test_a_damaged_file_is_set_aside(text, cache):
 REMEMBER = """
 import sys, time
 from pathlib import Path
-from vitkernels.backends.triton import config_cache
+from vitkernels.backends import user_cache
 
 name, folder = sys.argv[1], Path(sys.argv[2])
 (folder / name).touch()
@@ -421,7 +421,7 @@ while not (folder / "go").exists():
     time.sleep(0.001)
 for i in range(25):
     entry = {"kernel": "gather", "config": [64, 64, 64, 4, 2]}
-    config_cache.write_entry(config_cache.file_of("g"), f"{name} {i}", entry)
+    user_cache.write(user_cache.file_of("g"), {f"{name} {i}": entry})
 """
 
 
@@ -443,14 +443,14 @@ def test_processes_that_remember_at_once_lose_nothing(tmp_path):
         time.sleep(0.01)
     (tmp_path / "go").touch()
     assert [p.wait(60) for p in running] == [0, 0]
-    assert len(config_cache.read(config_cache.file_of("g"))) == 50
+    assert len(user_cache.read(user_cache.file_of("g"))) == 50
 
 
 def test_without_fcntl_it_remembers_too(monkeypatch):
     monkeypatch.setitem(sys.modules, "fcntl", None)
     for key in "ab":
-        config_cache.write_entry(config_cache.file_of("g"), key, entry())
-    assert list(config_cache.read(config_cache.file_of("g"))) == ["a", "b"]
+        user_cache.write(user_cache.file_of("g"), {key: entry()})
+    assert list(user_cache.read(user_cache.file_of("g"))) == ["a", "b"]
 
 
 def test_keys_tell_apart_what_has_a_say_in_the_tile():

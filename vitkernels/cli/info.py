@@ -43,6 +43,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "versions": versions(),
         "backends": [_backend(name, problems) for name in next(iter(problems.values()))],
         "auto": {title: explanation.chosen for title, explanation in problems.items()},
+        "choices": {title: _choices(explanation) for title, explanation in problems.items()},
         "fallbacks": fallbacks.listed(),
     }
 
@@ -77,6 +78,9 @@ def show(result: dict[str, Any]) -> None:
             here = "yes" if backend["available"] else "no"
             table.add_row(*((backend["name"], here) if i == 0 else ("", "")), title + taken, "; ".join(reasons))
     console.print(table)
+    for title, choices in result["choices"].items():
+        for what, found in choices.items() if "cuda" in title else ():
+            console.print("{}, {}: auto takes {backend} ({source})".format(title, what, **found), highlight=False)
     for fallback in result["fallbacks"]:
         console.print(escape("{backend} fell back for {problem}: {reason}".format(**fallback)), soft_wrap=True)
     if not result["fallbacks"]:
@@ -185,6 +189,14 @@ def _backend(name: str, problems: dict[str, Any]) -> dict[str, Any]:
     available = not all(each.values())
     reasons = [] if available else list(dict.fromkeys(reason for reasons in each.values() for reason in reasons))
     return {"name": name, "available": available, "reasons": reasons, "problems": each}
+
+
+def _choices(explanation: Any) -> dict[str, dict[str, str]]:
+    """Direction -> which backend `auto` takes, why, and where that comes from: shipped, rule or measured here."""
+    return {
+        what: {"backend": backend, "why": why, "source": explanation.sources[what]}
+        for what, (backend, why) in explanation.auto.items()
+    }
 
 
 def _gpus() -> list[dict[str, str]]:

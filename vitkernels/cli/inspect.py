@@ -43,8 +43,10 @@ def run(args) -> dict[str, Any]:
     cache = os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache"
     os.environ["TRITON_CACHE_DIR"] = str(Path(cache, f"vitkernels-{compiled_from()['source']}"))
 
-    known = {f"sm_{n}": n for n in gpu.NOMINAL}
+    known = {f"sm_{n}": n for n in gpu.NOMINAL if n >= gpu.OLDEST}
     archs, patches, dtypes = (getattr(args, n).split(",") for n in ("arch", "patch", "dtype"))
+    if old := [arch for arch in archs if arch in {f"sm_{n}" for n in gpu.NOMINAL} and arch not in known]:
+        raise ValueError(f"{', '.join(old)}: the kernels need sm_{gpu.OLDEST} or later")
     for values, choices in (
         (archs, known),
         (patches, [str(n) for n in range(1, 225)]),

@@ -1,7 +1,8 @@
 """Search the fastest tile for a shape on this GPU and remember it in the user's cache.
 
-Later calls of `patch_embed` with the same shape (batches count by their power of two) use what it found. Killed, it
-goes on where it was when it is started again. --list and --forget work without a GPU.
+Later calls of `patch_embed` with the same shape (batches count by their power of two) use what it found. With
+--backends it times whole backends instead, over a table of shapes, and later calls with backend="auto" take the
+fastest. Killed, it goes on where it was when it is started again. --list and --forget work without a GPU.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", metavar="SPEC", help="the shape of this model's front end: timm:NAME, transformers:CLASS, …")
     shape_arguments(parser, batch="1,8,64,256")
     add("--seconds", type=float, default=60, help="at most, for each batch and kernel (60)")
+    add("--backends", action="store_true", help="time the backends, for `auto` to take the fastest on this GPU")
     add("--ship", action="store_true", help="keep what is found in the package itself: for its maintainers")
     add("--list", action="store_true", help="show what is remembered, for every GPU")
     add("--forget", nargs="?", const="", metavar="GPU", help="clear the user's cache of this GPU, or of the one named")
@@ -35,6 +37,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         return _forgotten(args.forget)
     import torch
 
+    if args.backends:
+        return _backends(args)
     from ..bench import op
     from ..bench.timing import alive, short
     from ..tuning.tune import tune
@@ -66,6 +70,19 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                         return {"gpu": None, "tuned": found, "ok": False}
     gpu = torch.cuda.get_device_name(device)
     return {"gpu": gpu, "tuned": found, "ok": not any("error" in row for row in found)}
+
+
+def _backends(args: argparse.Namespace) -> dict[str, Any]:
+    from ..tuning.backends import tune_backends
+
+    if args.ship:
+        raise ValueError("--ship keeps tiles; what --backends finds ships as a row of dispatch.MEASURED: docs/gpus.md")
+    with _progress(args.json) as bar:
+        try:
+            found = tune_backends(device_of(args), progress=bar("backends"))
+        except RuntimeError as error:  # the GPU is lost to this process
+            return {"rows": [], "failed": [str(error)], "ok": False}
+    return found | {"ok": not found["failed"]}
 
 
 def _front_end(spec: str, dtype: str, pixels: str | None) -> Callable[[int, str], dict[str, Any]]:
@@ -114,14 +131,21 @@ def _front_end(spec: str, dtype: str, pixels: str | None) -> Callable[[int, str]
 
 
 def _listed() -> dict[str, Any]:
+    from ..backends import measured, user_cache
     from ..backends.triton import config_cache
 
-    entries = [{**entry, "stale": config_cache.is_stale(entry)} for entry in config_cache.listed()]
-    return {**config_cache.compiled_from(), "folder": str(config_cache.folder()), "entries": entries}
+    kinds = ((measured.sound, measured.is_stale), (lambda _, entry: config_cache.sound(entry), config_cache.is_stale))
+    entries = [
+        {**entry, "stale": is_stale(entry)}
+        for entry in user_cache.listed()
+        for sound, is_stale in kinds
+        if sound(entry["key"], entry)
+    ]
+    return {**config_cache.compiled_from(), "folder": str(user_cache.folder()), "entries": entries}
 
 
 def _forgotten(gpu: str) -> dict[str, Any]:
-    from ..backends.triton import config_cache
+    from ..backends import user_cache
 
     if not gpu:
         import torch
@@ -129,11 +153,11 @@ def _forgotten(gpu: str) -> dict[str, Any]:
         if torch.cuda.is_available():
             gpu = torch.cuda.get_device_name()
         else:
-            names = sorted({f.stem for f in config_cache.folder().glob("*.json")})
+            names = sorted({f.stem for f in user_cache.folder().glob("*.json")})
             if len(names) > 1:
                 raise ValueError(f"there is no GPU here: say which to forget, --forget {' | '.join(names)}")
             gpu = names[0] if names else "no GPU"
-    return {"gpu": gpu, "forgotten": [str(f) for f in config_cache.forget(gpu)]}
+    return {"gpu": gpu, "forgotten": [str(f) for f in user_cache.forget(gpu)]}
 
 
 @contextmanager
@@ -173,12 +197,16 @@ def show(result: dict[str, Any]) -> None:
         console.print("\n".join(f"removed {file}" for file in result["forgotten"]) or "there was nothing to forget")
         return
     if "entries" in result:
-        table = Table("GPU", "problems", "tile", "µs", "× default", "measured", box=box.SIMPLE_HEAD)
+        table = Table("GPU", "problems", "tile, or backends", "µs", "× default", "measured", box=box.SIMPLE_HEAD)
         for entry in result["entries"]:
             when = f"{entry.get('date', '?')}, Triton {entry.get('triton', '?')}" + ", stale" * entry["stale"]
             source = ", shipped" * entry["shipped"]
-            table.add_row(entry["gpu"], entry["key"], *_cells(entry), when + source)
+            cells = (", ".join(entry["backends"]), "", "") if "backends" in entry else _cells(entry)
+            table.add_row(entry["gpu"], entry["key"], *cells, when + source)
         console.print(table if result["entries"] else f"nothing is remembered in {result['folder']}")
+        return
+    if "rows" in result:
+        _show_backends(result, console)
         return
     table = Table("batch", "kernel", "tile", "µs", "× default", "tried", title=result["gpu"], box=box.SIMPLE_HEAD)
     for row in result["tuned"]:
@@ -190,6 +218,27 @@ def show(result: dict[str, Any]) -> None:
         if "error" in row:
             text = f"B={row['batch']} {row['direction']}: {row['error']}"
             console.print(text, style="red", markup=False, highlight=False)
+
+
+def _show_backends(result: dict[str, Any], console: Any) -> None:
+    """Milliseconds of every shape, and what `auto` takes from now on."""
+    from rich import box
+    from rich.table import Table
+
+    from ..dispatch import DIRECTIONS
+
+    for row in result["rows"]:
+        names = list(dict.fromkeys(name for found in row["ms"].values() for name in found))
+        table = Table("shape", *(f"{name}, µs" for name in names), box=box.SIMPLE_HEAD, title_justify="left",
+                      title=f"{DIRECTIONS[row['direction']]}, {row['kind']}")  # fmt: skip
+        for case, found in row["ms"].items():
+            table.add_row(case, *(f"{1e3 * ms:.1f}" if (ms := found.get(name)) else "–" for name in names))
+        console.print(table)
+        console.print(f"auto takes {', then '.join(row['backends'])}: {row['why']}\n", highlight=False)
+    for text in result["failed"]:
+        console.print(text, style="red", markup=False, highlight=False)
+    if result["rows"]:
+        console.print(f"{result['gpu']}: kept in {result['file']}", highlight=False, soft_wrap=True)
 
 
 def _cells(entry: dict[str, Any]) -> tuple[str, str, str]:

@@ -20,6 +20,7 @@ from ..backends.triton import configs, primitives
 from ..backends.triton.backward_plan import Launch, Wanted, image_launch, reduction, weight_tiles
 from ..backends.triton.configs import Config, rows
 from ..backends.triton.forward_plan import Plan, kernels_of, make_plan
+from ..backends.triton.toolchain import unknown_gpu
 from ..gpu import NOMINAL, Gpu
 from ..problem import Arguments, Meta, PatchProblem, build
 from . import sass
@@ -206,7 +207,12 @@ def _compile(name: str, config: Config, scalars, constants, types, absent: list[
         if signature[argument] != "fp32" and "desc" not in argument and value % 16 == 0:
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options(config))
+    try:
+        return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options(config))
+    except Exception as error:
+        if unknown_gpu(error):
+            raise NotImplementedError(f"Triton {triton.__version__} does not know sm_{arch}: it is older") from error
+        raise
 
 
 def _load_bytes(code: str) -> int:

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..backends.triton.config_cache import locked
-from ..backends.triton.configs import Choice, Config
+from ..backends.triton.configs import Choice
+from ..backends.user_cache import locked
 
 SHORT, LONG = 8.0, 25.0  # milliseconds of samples: of a first look, of a finalist in each of the rounds
 SLOWER = 1.3  # times the best so far: no finalist
@@ -51,7 +51,7 @@ class Journal:
     def __init__(self, file: Path, head: dict[str, Any]):
         file.parent.mkdir(parents=True, exist_ok=True)
         self.file = file
-        self.times: dict[Choice, float] = {}
+        self.times: dict[Any, float] = {}
         self._out = file.open("a+b")
         self._lock = locked(self._out, wait=False)
         try:
@@ -67,19 +67,19 @@ class Journal:
             return
         self._out.truncate(lines[-1][1])  # a line that was being written when the process ended
         for line, _ in lines[1:]:
-            choice = (line["kernel"], Config(*line["config"]))
+            choice = _tuples(line["choice"])
             if line["event"] == "withdrawn":
                 self.times.pop(choice, None)
             else:
                 self.times[choice] = line.get("ms") or INF  # begun: until a result follows
 
-    def begun(self, choice: Choice) -> None:
+    def begun(self, choice: tuple[Any, ...]) -> None:
         self._note("begun", choice)
 
-    def done(self, choice: Choice, **result: float | str) -> None:
+    def done(self, choice: tuple[Any, ...], **result: float | str) -> None:
         self._note("done", choice, **result)
 
-    def withdrawn(self, choice: Choice) -> None:
+    def withdrawn(self, choice: tuple[Any, ...]) -> None:
         self._note("withdrawn", choice)
 
     def close(self, *, remove: bool) -> None:
@@ -90,13 +90,18 @@ class Journal:
         if remove:
             self.file.unlink(missing_ok=True)
 
-    def _note(self, event: str, choice: Choice, **result: float | str) -> None:
-        self._write({"event": event, "kernel": choice[0], "config": list(choice[1]), **result})
+    def _note(self, event: str, choice: tuple[Any, ...], **result: float | str) -> None:
+        self._write({"event": event, "choice": choice, **result})
 
     def _write(self, line: dict[str, Any]) -> None:
         self._out.write(json.dumps(line).encode() + b"\n")
         self._out.flush()
         os.fsync(self._out.fileno())
+
+
+def _tuples(value: Any) -> Any:
+    """What JSON made lists of; a `Config` is as good as its tuple."""
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def _lines(data: bytes) -> Iterator[tuple[dict[str, Any], int]]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from .. import dispatch
-from ..backends import reference, triton
+from ..backends import reference, triton, user_cache
 from ..backends.triton import config_cache
 from ..backends.triton.configs import Choice
 from ..bench import environment, timing
@@ -76,7 +76,7 @@ def tune(
     header = environment.header(p.device, "")
     versions = {name: header[name] for name in ("driver", "vitkernels")} | config_cache.compiled_from()
     digest = hashlib.sha1(problem_key.encode()).hexdigest()[:12]
-    file = config_cache.file_of(gpu.name)
+    file = user_cache.file_of(gpu.name)
     with search.journal(
         file.with_name(f"{file.stem}.{digest}.journal"), {"key": problem_key, "gpu": gpu.name, **versions}
     ) as notes:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ...gpu import Gpu, gpu_of, not_nvidia, tf32
+from ...gpu import OLDEST, Gpu, gpu_of, not_nvidia, tf32
 from ...problem import PatchProblem
 from .. import fallbacks, reference
 from ..common import Grads, centred, own_tables
@@ -41,7 +41,7 @@ def why_not(p: PatchProblem) -> list[str]:
     if device_type == "cuda" and not any(covers(built, arch) for built in _built()):
         built = ", ".join(_built()) or "nobody knows which"
         return [f"the GPU is sm_{arch}; the extension was built for {built} (TORCH_CUDA_ARCH_LIST)"]
-    return [f"the GPU is sm_{arch}; the kernels need sm_80 or later"] * (arch < 80) + too_large(p)
+    return [f"the GPU is sm_{arch}; the kernels need sm_{OLDEST} or later"] * (arch < OLDEST) + too_large(p)
 
 
 def too_large(p: PatchProblem) -> list[str]:

@@ -9,7 +9,7 @@ from types import ModuleType
 import numpy
 import torch
 
-from ...gpu import gpu_of, not_nvidia, tf32
+from ...gpu import OLDEST, gpu_of, not_nvidia, tf32
 from ...problem import PatchProblem
 from .. import fallbacks
 from ..patch_layout import product_of
@@ -62,8 +62,8 @@ def why_not(p: PatchProblem) -> list[str]:
         if lacking := toolchain.missing():
             reasons.append(lacking)
         gpu = gpu_of(p.device)
-        if gpu.arch < 80:
-            reasons.append(f"{gpu.name} is sm_{gpu.arch}; the kernels need sm_80 or later")
+        if gpu.arch < OLDEST:
+            reasons.append(f"{gpu.name} is sm_{gpu.arch}; the kernels need sm_{OLDEST} or later")
     elif not (p.device.type == "cpu" and interpreted()):
         reasons.append(f"images are on {p.device}; Triton needs a CUDA device (or its interpreter, TRITON_INTERPRET=1)")
     for name, rows in (("N", p.N), ("B·N", p.B * p.rows), ("B·T", p.B * p.T), ("B·cells", p.B * cells_of(p))):

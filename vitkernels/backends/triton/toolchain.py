@@ -76,14 +76,20 @@ def launch(kernel: Callable[..., Any], **arguments: Any) -> None:
     except Exception as error:
         if not _is_the_machine(error):
             raise
-        text = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise fallbacks.given_up("triton", f"Triton can't compile here ({text}): {REMEDY}") from error
+        text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        remedy = "take a newer Triton" if unknown_gpu(error) else REMEDY
+        raise fallbacks.given_up("triton", f"Triton can't compile here ({text}): {remedy}") from error
 
 
 def _is_the_machine(error: Exception) -> bool:
-    """A compiler that is absent or fails, a folder that can't be written or loses files, a module that can't be loaded;
-    all of it before anything is launched. Any other error is one."""
+    """A compiler that is absent, fails or doesn't know the GPU, a folder that can't be written or loses files, a module
+    that can't be loaded; all of it before anything is launched. Any other error is one."""
     if isinstance(error, OSError | ImportError | subprocess.SubprocessError):
         return True
     texts = "Failed to find C compiler", "Could not create or locate cache dir"  # triton.runtime.build, .cache
-    return isinstance(error, RuntimeError) and str(error).startswith(texts)
+    return (isinstance(error, RuntimeError) and str(error).startswith(texts)) or unknown_gpu(error)
+
+
+def unknown_gpu(error: Exception) -> bool:
+    """Whether Triton's assembler is older than the GPU: Triton 3.6 and sm_110."""
+    return "is not defined for option 'gpu-name'" in str(error)
