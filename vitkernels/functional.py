@@ -68,9 +68,9 @@ def patch_embed(
     dispatch.check_name(backend)
     arguments = arguments_of(images, weight, stride, padding, mean, std, scale, out_dtype)
     tensors = (images, weight, bias, pos_embed, prefix, keep)
-    if not torch.compiler.is_compiling():  # there the operation's fake checks, without being traced itself
-        problem_of(*tensors, arguments)
-    return ops.patch_embed(tensors, arguments, backend)
+    # Under torch.compile the operation's fake checks, without being traced itself.
+    p = None if torch.compiler.is_compiling() else problem_of(*tensors, arguments)
+    return ops.patch_embed(tensors, arguments, backend, p)
 
 
 def explain(

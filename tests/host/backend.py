@@ -8,8 +8,8 @@ from vitkernels.gpu import Gpu
 
 def forget() -> None:
     """What is cached of a GPU or made by a module."""
-    for cached in (cuda._gpu, cuda._prepared, cuda._prepared_backward, cuda._problem, cuda.no_wgmma, dispatch._choose):
-        cached.cache_clear()
+    cuda.forget()
+    dispatch.forget()
 
 
 def use(monkeypatch, module, gpu: Gpu) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from . import ticking
 from .options import MODES, case_of, device_of, dtype_of, shape_arguments
 
-HELP = "the operation beside its peers on a shape of yours; a model before and after fuse"
+HELP = "the operation beside its peers on a shape of yours; a model before and after fuse; what a call costs the host"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,6 +23,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "mae-b16, videomae-b16-masked, …")  # fmt: skip
     add("--task", choices=("inference", "training", "pipeline"), default="inference",
         help="of a --model; pipeline: from the decoder's bytes to tokens (inference)")  # fmt: skip
+    add("--host", action="store_true", help="instead of a shape: what a call costs the host, step by step; without a "
+        "GPU the launch is a stub")  # fmt: skip
     shape_arguments(parser, modes=(*MODES, "all"))
     add("--impl", metavar="NAMES", help="comma-separated, the first is what ratios refer to: auto, triton, reference, "
         "timm_eager, conv_channels_last, reshape_linear, compile_conv, compile_linear, copy, gemm, empty")  # fmt: skip
@@ -34,11 +36,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    from ..bench import environment, implementations, model, op, revisions
+    from ..bench import environment, host, implementations, model, op, revisions
     from ..report import compare, results
 
     device = device_of(args)
     result: dict[str, Any] = {"header": environment.header(device, "vitkernels " + " ".join(sys.argv[1:]))}
+    if args.host:
+        return result | {"host": host.host(device), "ok": True}
     with ticking(args.json) as tick:
         if args.model:
             return result | model.bench_model(
@@ -78,10 +82,13 @@ def show(result: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console, rows = Console(), result["rows"]
+    console, rows = Console(), result.get("rows", [])
     head = result["header"]
     console.print(" · ".join(str(head[k]) for k in ("gpu", "cpu") if head[k]), style="bold")
     console.print(", ".join(f"{k} {head[k]}" for k in ("torch", "triton", "vitkernels", "commit") if head[k]))
+    if "host" in result:
+        _show_host(result["host"], console)
+        return
     several = len({row["timing"] for row in rows}) > 1
     for case, mode in dict.fromkeys((row["case"], row["mode"]) for row in rows):
         look: Any = {"title_justify": "left", "box": box.SIMPLE_HEAD, "pad_edge": False, "padding": (0, 1, 0, 0)}
@@ -112,3 +119,19 @@ def _cell(row: dict[str, Any], of: Callable[[dict[str, Any]], str]) -> str:
         return of(row)
     except (KeyError, TypeError):  # a row doesn't say it: a ceiling has no images, an error no time
         return ""
+
+
+def _show_host(rows: list[dict[str, Any]], console: Any) -> None:
+    from rich import box
+    from rich.table import Table
+
+    titles = {"inference": "a call", "training": "a call that records gradients", "backward": "its backward",
+              "piece": "steps of a call"}  # fmt: skip
+    for mode, title in titles.items():
+        table = Table("", "µs", "× F.linear", title=title, title_justify="left", box=box.SIMPLE_HEAD)
+        for row in (row for row in rows if row["mode"] == mode):
+            ratio = f"{row['ratio']:.2f}" if row["ratio"] else ""
+            table.add_row(row["impl"] + " (stub)" * row["stub"], f"{row['us']:.1f}", ratio)
+        console.print(table)
+    if any(row["stub"] for row in rows):
+        console.print("stub: there is no GPU; the launch is a stub that returns at once", style="dim")

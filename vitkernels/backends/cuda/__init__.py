@@ -210,6 +210,12 @@ def _prepared_backward(
     return extension.load().BackwardPlan(_fields(plan)), plan.scratch_bytes
 
 
+def forget() -> None:
+    """What was planned, of which GPU, and made by which extension."""
+    for cached in (_gpu, _prepared, _prepared_backward, _problem, no_wgmma):
+        cached.cache_clear()
+
+
 def _fields(plan: Any) -> Any:
     """Plans within plans as dictionaries, operands as (number of the loader, chunk)."""
     if isinstance(plan, backward_plan.Operand):

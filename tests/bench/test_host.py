@@ -1,0 +1,50 @@
+"""What a call costs the host: that it is timed, by which parts, and that the stubs leave no trace."""
+
+import json
+
+import pytest
+import torch
+
+import vitkernels as vk
+from vitkernels import cli
+from vitkernels.bench import host
+
+pytest.importorskip("triton")
+
+
+@pytest.fixture(autouse=True)
+def few(monkeypatch):
+    monkeypatch.setattr(host, "CALLS", 2)
+    monkeypatch.setattr(host, "ROUNDS", 2)
+
+
+def test_every_part_is_timed():
+    rows = host.host()
+    by = {(row["mode"], row["impl"]): row for row in rows}
+    for mode in host.MODES:
+        assert {impl for m, impl in by if m == mode} >= {"cuda", "triton", "F.linear", "timm eagerly"}
+        assert by[mode, "F.linear"]["ratio"] == 1
+        assert by[mode, "cuda"]["ratio"] == pytest.approx(by[mode, "cuda"]["us"] / by[mode, "F.linear"]["us"], rel=1e-3)
+        assert by[mode, "cuda"]["stub"] and not by[mode, "F.linear"]["stub"]
+    assert all(row["us"] > 0 for row in rows)
+    assert {"arguments_of", "problem_of", "cuda backend's forward"} <= {impl for m, impl in by if m == "piece"}
+
+
+def test_stubs_are_gone_afterwards(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    call = host.TINY.call("cpu")
+    before = dict(vk.explain(**call))
+    with host.stubs():
+        assert vk.explain(**call)["cuda"] == [] == vk.explain(**call)["triton"]
+        vk.patch_embed(**call, backend="cuda")
+    assert dict(vk.explain(**call)) == before
+    assert before["triton"]
+    assert torch.isfinite(vk.patch_embed(**call)).all()
+
+
+def test_the_command(capsys):
+    assert cli.main(["bench", "--host", "--device", "cpu", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["host"]
+    assert cli.main(["bench", "--host", "--device", "cpu"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "the launch is a stub" in shown and "F.linear" in shown and "timm eagerly" in shown

@@ -1,0 +1,159 @@
+"""What a call costs the host: Python, PyTorch's dispatcher, the allocation of the tokens, and a launch.
+
+Nobody waits for a GPU here, so there a call's time is the host's. Without one the launch is a stub that returns at
+once: what is timed is all that comes before it, for the tensors of a tiny problem. (The launch alone takes csrc 10.7 µs
+and Triton 37.5 on an H200's machine: benchmarks/results/nvidia-h200/host-cost.txt.) Beside it stand F.linear, what timm
+does eagerly, and an operator that does nothing but allocate the tokens.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from .. import dispatch
+from ..backends import cuda
+from ..backends.cuda import extension
+from ..backends.triton import config_cache, launch
+from ..functional import patch_embed
+from ..problem import arguments_of, problem_of
+from .baselines import conv
+from .cases import Call, Case
+from .implementations import LEARNT, problem
+from .timing import rounded
+
+CALLS, ROUNDS = 50, 60
+TINY = Case(batch=1, image=8, patch=4, dim=16, dtype="fp32")
+MODES = ("inference", "training", "backward")  # a call that records nothing, one that does, and its backward
+KERNELS = ("cuda", "triton")
+
+
+def host(device: torch.device | str = "cpu", case: Case = TINY) -> list[dict[str, Any]]:
+    """Microseconds of the host for a call, by mode; the least of 60 samples of 50 calls, all sampled in turns, as
+    whatever else the machine does only adds.
+
+    Returns:
+        [{"mode": one of MODES or "piece" (of a call without gradients), "impl", "us", "stub" (whether the launch is
+        one), "ratio" (to F.linear's in this mode; None of a piece)}]
+    """
+    device = torch.device(device)
+    with stubs() if device.type == "cpu" else nullcontext():
+        call = case.call(device)
+        names = [name for name in KERNELS if not dispatch.why_not(problem(call), name)]
+        rows = []
+        for mode in (*MODES, "piece"):
+            todo = _pieces(call, names) if mode == "piece" else _calls(call, names, mode)
+            with torch.inference_mode(mode in ("inference", "piece")):
+                for impl, us in _least(todo, device).items():
+                    stub = device.type == "cpu" and impl.split()[0] in KERNELS
+                    rows.append({"mode": mode, "impl": impl, "us": us, "stub": stub})
+    linear = {row["mode"]: row["us"] for row in rows if row["impl"] == "F.linear"}
+    return [
+        row | {"ratio": rounded(row["us"] / linear[row["mode"]]) if row["mode"] in linear else None} for row in rows
+    ]
+
+
+def _calls(call: Call, names: list[str], mode: str) -> dict[str, Callable[[], Any]]:
+    if mode != "inference":
+        call = call | {name: call[name].detach().requires_grad_() for name in LEARNT if call.get(name) is not None}
+    p = problem(call)
+    x = torch.randn(p.B * p.N, p.K, device=p.device, dtype=p.compute_dtype)
+    weight = call["weight"].detach().flatten(1).clone().requires_grad_(mode != "inference")
+    learnt = [call[name] for name in LEARNT]
+    todo: dict[str, Callable[[], Any]] = {name: partial(patch_embed, **call, backend=name) for name in names}
+    todo["F.linear"] = partial(F.linear, x, weight, call["bias"])
+    todo["timm eagerly"] = partial(conv, call["images"], *learnt, None, None, None)
+    todo["empty operator"] = partial(torch.ops.aten.new_empty, x, p.out_shape)
+    if mode != "backward":
+        return todo
+    del todo["empty operator"]
+    of = dict.fromkeys(todo, learnt) | {"F.linear": [weight, call["bias"]]}
+    return {name: _backward(step(), of[name]) for name, step in todo.items()}
+
+
+def _backward(out: torch.Tensor, leaves: list[torch.Tensor]) -> Callable[[], Any]:
+    return partial(torch.autograd.grad, out, leaves, torch.ones_like(out), retain_graph=True)
+
+
+def _pieces(call: Call, names: list[str]) -> dict[str, Callable[[], Any]]:
+    """The steps of a call, each alone."""
+    tensors: Any = [call.get(name) for name in ("images", *LEARNT, "keep")]
+    parse = partial(arguments_of, *tensors[:2], None, 0, None, None, None, None)
+    check = partial(problem_of, *tensors, parse())
+    p, canonical = check(), dispatch.canonical(*tensors)
+    todo: dict[str, Callable[[], Any]] = {
+        "arguments_of": parse,
+        "problem_of": check,
+        "canonical": partial(dispatch.canonical, *tensors),
+        "choose": partial(dispatch.choose, p, "auto"),
+    }
+    for name in names:
+        todo[f"{name} backend's forward"] = partial(dispatch.backend(name).forward, p, *canonical)
+    return todo
+
+
+def _least(todo: dict[str, Callable[[], Any]], device: torch.device) -> dict[str, float]:
+    least = dict.fromkeys(todo, float("inf"))
+    for _ in range(ROUNDS):
+        for name, step in todo.items():
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            begin = time.perf_counter()
+            for _ in range(CALLS):
+                step()
+            least[name] = min(least[name], (time.perf_counter() - begin) / CALLS)
+    return {name: rounded(1e6 * seconds) for name, seconds in least.items()}
+
+
+class _Kernel:
+    """Any kernel, whatever the grid: it returns at once."""
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        return lambda **_: None
+
+
+class _Refused(Exception):
+    """What the driver would refuse; a stub never does."""
+
+
+@contextmanager
+def stubs() -> Iterator[None]:
+    """Kernels of both languages that return at once, for tensors on the CPU; both backends plan as for an H100."""
+    nothing = lambda *_: None  # noqa: E731
+    module = SimpleNamespace(
+        device_type="cpu", Refused=_Refused, forward=nothing, backward=nothing, ForwardPlan=dict, BackwardPlan=dict,
+        Problem=lambda fields: SimpleNamespace(**fields),
+    )  # fmt: skip
+    places = {(extension, "load"): lambda: module, (extension, "missing"): lambda: "",
+              (launch, "kernel_of"): lambda _: _Kernel()}  # fmt: skip
+    before = {at: getattr(*at) for at in places}
+    interpreted = os.environ.get("TRITON_INTERPRET")
+    try:
+        for at, stub in places.items():
+            setattr(*at, stub)
+        os.environ["TRITON_INTERPRET"] = "1"
+        _forget()
+        yield
+    finally:
+        for at, true in before.items():
+            setattr(*at, true)
+        if interpreted is None:
+            os.environ.pop("TRITON_INTERPRET", None)
+        else:
+            os.environ["TRITON_INTERPRET"] = interpreted
+        _forget()
+
+
+def _forget() -> None:
+    """What was planned and chosen with other kernels."""
+    cuda.forget()
+    config_cache.forget_plans()
+    dispatch.forget()
