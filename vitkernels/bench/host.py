@@ -48,7 +48,7 @@ def host(device: torch.device | str = "cpu", case: Case = TINY) -> list[dict[str
     with stubs() if device.type == "cpu" else nullcontext():
         call = case.call(device)
         names = [name for name in KERNELS if not dispatch.why_not(problem(call), name)]
-        rows = []
+        rows: list[dict[str, Any]] = []
         for mode in (*MODES, "piece"):
             todo = _pieces(call, names) if mode == "piece" else _calls(call, names, mode)
             with torch.inference_mode(mode in ("inference", "piece")):
@@ -67,10 +67,10 @@ def _calls(call: Call, names: list[str], mode: str) -> dict[str, Callable[[], An
     p = problem(call)
     x = torch.randn(p.B * p.N, p.K, device=p.device, dtype=p.compute_dtype)
     weight = call["weight"].detach().flatten(1).clone().requires_grad_(mode != "inference")
-    learnt = [call[name] for name in LEARNT]
+    kernel, bias, pos_embed, prefix = learnt = [call[name] for name in LEARNT]
     todo: dict[str, Callable[[], Any]] = {name: partial(patch_embed, **call, backend=name) for name in names}
     todo["F.linear"] = partial(F.linear, x, weight, call["bias"])
-    todo["timm eagerly"] = partial(conv, call["images"], *learnt, None, None, None)
+    todo["timm eagerly"] = partial(conv, call["images"], kernel, bias, pos_embed, prefix, None, None, None)
     todo["empty operator"] = partial(torch.ops.aten.new_empty, x, p.out_shape)
     if mode != "backward":
         return todo
@@ -85,14 +85,14 @@ def _backward(out: torch.Tensor, leaves: list[torch.Tensor]) -> Callable[[], Any
 
 def _pieces(call: Call, names: list[str]) -> dict[str, Callable[[], Any]]:
     """The steps of a call, each alone."""
-    tensors: Any = [call.get(name) for name in ("images", *LEARNT, "keep")]
-    parse = partial(arguments_of, *tensors[:2], None, 0, None, None, None, None)
-    check = partial(problem_of, *tensors, parse())
-    p, canonical = check(), dispatch.canonical(*tensors)
+    images, weight, bias, pos_embed, prefix = tensors = [call[name] for name in ("images", *LEARNT)]
+    parse = partial(arguments_of, images, weight, None, 0, None, None, None, None)
+    check = partial(problem_of, images, weight, bias, pos_embed, prefix, None, parse())
+    p, canonical = check(), dispatch.canonical(*tensors, None)
     todo: dict[str, Callable[[], Any]] = {
         "arguments_of": parse,
         "problem_of": check,
-        "canonical": partial(dispatch.canonical, *tensors),
+        "canonical": partial(dispatch.canonical, *tensors, None),
         "choose": partial(dispatch.choose, p, "auto"),
     }
     for name in names:
