@@ -85,14 +85,14 @@ def _backward(out: torch.Tensor, leaves: list[torch.Tensor]) -> Callable[[], Any
 
 def _pieces(call: Call, names: list[str]) -> dict[str, Callable[[], Any]]:
     """The steps of a call, each alone."""
-    images, weight, bias, pos_embed, prefix = tensors = [call[name] for name in ("images", *LEARNT)]
+    images, weight, bias, pos_embed, prefix = (call[name] for name in ("images", *LEARNT))
     parse = partial(arguments_of, images, weight, None, 0, None, None, None, None)
     check = partial(problem_of, images, weight, bias, pos_embed, prefix, None, parse())
-    p, canonical = check(), dispatch.canonical(*tensors, None)
+    p, canonical = check(), dispatch.canonical(images, weight, bias, pos_embed, prefix, None)
     todo: dict[str, Callable[[], Any]] = {
         "arguments_of": parse,
         "problem_of": check,
-        "canonical": partial(dispatch.canonical, *tensors, None),
+        "canonical": partial(dispatch.canonical, images, weight, bias, pos_embed, prefix, None),
         "choose": partial(dispatch.choose, p, "auto"),
     }
     for name in names:
