@@ -53,7 +53,7 @@ def _backward(grad, *args):
     tensors, (*arguments, backend, needs) = args[:6], args[6:]
     p = _problem(*tensors, *arguments)
     grads = [torch.empty_like(t) if need else None for t, need in zip(tensors, needs, strict=False)]
-    with torch.autocast(grad.device.type, enabled=False):  # the product's dtype was settled by the forward
+    with torch._C._DisableAutocast():  # the product's dtype was settled by the forward
         wanted = dispatch.canonical(*grads, None)[:5]
         dispatch.run_backward(p, backend, grad, dispatch.canonical(*tensors), wanted)
     return [g for g in grads if g is not None]
@@ -275,7 +275,7 @@ def _is_plain(tensors) -> bool:
 
 
 def _direct(p: PatchProblem, tensors, backend: str) -> torch.Tensor:
-    with torch._C._AutoDispatchBelowAutograd():
+    with torch._C._AutoDispatchBelowAutograd(), torch._C._DisableAutocast():  # the problem has the dtypes
         check_keep(p, tensors[5])
         return dispatch.run(p, backend, dispatch.canonical(*tensors))
 

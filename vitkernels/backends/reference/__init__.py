@@ -62,11 +62,12 @@ def forward(
 
 def _positions(p, pos_embed, b: slice, n: slice, keep) -> torch.Tensor:
     """What is added to the tokens of one piece, [1|b, n, D]."""
-    pos = pos_embed[:, p.pos_rows - p.N :]  # [1|B, N, D]
+    first = p.pos_rows - p.N
     if p.pos_per_image:
-        pos = pos[b]
+        pos_embed = pos_embed[b]
     if keep is None:
-        return pos[:, n]
+        return pos_embed[:, first + n.start : first + n.stop]
+    pos = pos_embed[:, first:]  # [1|b, N, D]
     return pos[torch.arange(pos.shape[0], device=pos.device)[:, None], keep[b, n].long()]
 
 
