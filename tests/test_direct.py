@@ -53,24 +53,22 @@ def test_a_plain_call_is_direct(asked):
     assert torch.autograd.grad(first.sum(), leaves["weight"])[0].isfinite().all()
 
 
-class Ops(TorchDispatchMode):
+class Seen:
     def __init__(self):
         super().__init__()
         self.seen = []
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def note(self, func, types, args=(), kwargs=None):
         self.seen.append(str(func))
         return func(*args, **(kwargs or {}))
 
 
-class Functions(TorchFunctionMode):
-    def __init__(self):
-        super().__init__()
-        self.seen = []
+class Ops(Seen, TorchDispatchMode):
+    __torch_dispatch__ = Seen.note
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        self.seen.append(str(func))
-        return func(*args, **(kwargs or {}))
+
+class Functions(Seen, TorchFunctionMode):
+    __torch_function__ = Seen.note
 
 
 @pytest.mark.parametrize("mode", [Ops, Functions])

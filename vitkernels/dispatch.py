@@ -72,13 +72,13 @@ def row_of(p: PatchProblem, direction: str) -> Row:
     (`vitkernels tune --backends`) goes before what ships, and that before the rules."""
     if p.device.type != "cuda":
         return CPU if p.device.type == "cpu" else Row(("reference",), "there are no kernels for this device")
-    kind, gpu = kind_of(p, direction), gpu_of(p.device)
-    if not_nvidia():
-        return RULES.get((direction, kind)) or RULES[direction, None]
-    if here := measured.rows(gpu.name).get((direction, kind)):
-        return Row(tuple(here["backends"]), here["why"], f"measured here on {here['date']}")
-    if shipped := MEASURED.get((gpu.arch, direction, kind)):
-        return shipped._replace(source="shipped")
+    kind = kind_of(p, direction)
+    if not not_nvidia():
+        gpu = gpu_of(p.device)
+        if here := measured.rows(gpu.name).get((direction, kind)):
+            return Row(tuple(here["backends"]), here["why"], f"measured here on {here['date']}")
+        if shipped := MEASURED.get((gpu.arch, direction, kind)):
+            return shipped._replace(source="shipped")
     return RULES.get((direction, kind)) or RULES[direction, None]
 
 

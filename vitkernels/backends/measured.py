@@ -59,11 +59,12 @@ def is_stale(entry: Entry) -> bool:
 @lru_cache(maxsize=8)
 def rows(gpu_name: str) -> dict[tuple[str, str], Entry]:
     """(direction, kind of product) -> entry that holds on this GPU today."""
-    return {
-        tuple(key.split("/")[1:]): entry  # type: ignore[misc]
-        for key, entry in user_cache.kept(gpu_name).items()
-        if sound(key, entry) and not is_stale(entry)
-    }
+    found = {}
+    for key, entry in user_cache.kept(gpu_name).items():
+        if sound(key, entry) and not is_stale(entry):
+            _, direction, kind = key.split("/")
+            found[direction, kind] = entry
+    return found
 
 
 def remember(gpu_name: str, entries: dict[tuple[str, str], dict[str, Any]]) -> Path:
