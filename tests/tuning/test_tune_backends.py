@@ -182,7 +182,7 @@ def test_a_lost_gpu_ends_it_and_the_next_goes_on_behind(monkeypatch):
         raise RuntimeError("an illegal memory access was encountered")
 
     monkeypatch.setattr(backends.timing, "alive", alive)
-    with pytest.raises(RuntimeError, match=r"forward triton the GPU is lost.*run again.*illegal memory"):
+    with pytest.raises(backends.GpuLost, match=r"forward triton the GPU is lost.*run again.*illegal memory"):
         tuned(lambda *_: None)
     monkeypatch.setattr(backends.timing, "alive", lambda device: None)
     rows, clock, _ = tuned(even)
@@ -261,7 +261,7 @@ def test_the_command(monkeypatch, capsys):
     assert "auto/weight/tf32" in {e["key"] for e in listed}
     assert cli.main(["tune", "--list"]) == 0
     assert "triton, cuda" in capsys.readouterr().out
-    lost = RuntimeError("after a forward cuda the GPU is lost to this process: run again")
+    lost = backends.GpuLost("after a forward cuda the GPU is lost to this process: run again")
     with monkeypatch.context() as patched:
         patched.setattr(backends, "tune_backends", lambda *_, **__: (_ for _ in ()).throw(lost))
         assert cli.main(["tune", "--backends"]) == 1
@@ -272,9 +272,11 @@ def test_the_command(monkeypatch, capsys):
     assert not list(user_cache.folder().glob("*.json"))
 
 
-def test_no_gpu_no_times():
+def test_no_gpu_no_times(capsys):
     with pytest.raises(NotImplementedError, match="timed on a GPU; the device is cpu"):
         backends.tune_backends("cpu")
+    assert cli.main(["tune", "--backends", "--device", "cpu"]) == 2
+    assert "vitkernels tune: backends are timed on a GPU" in capsys.readouterr().err
 
 
 def test_an_amd_gpu_has_nothing_to_choose(monkeypatch):

@@ -73,14 +73,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _backends(args: argparse.Namespace) -> dict[str, Any]:
-    from ..tuning.backends import tune_backends
+    from ..tuning.backends import GpuLost, tune_backends
 
     if args.ship:
         raise ValueError("--ship keeps tiles; what --backends finds ships as a row of dispatch.MEASURED: docs/gpus.md")
     with _progress(args.json) as bar:
         try:
             found = tune_backends(device_of(args), progress=bar("backends"))
-        except RuntimeError as error:  # the GPU is lost to this process
+        except GpuLost as error:
             return {"rows": [], "failed": [str(error)], "ok": False}
     return found | {"ok": not found["failed"]}
 

@@ -28,6 +28,12 @@ CASES = (
       for dtype in ("fp32", "tf32") for batch, patch, dim in ((8, 16, 768), (64, 16, 768), (64, 14, 1024))),
 )  # fmt: skip
 MODES = {"forward": "forward", "weight": "backward", "images": "images"}  # direction -> bench's mode
+
+
+class GpuLost(RuntimeError):
+    """An error left the GPU unusable to this process."""
+
+
 Timing = tuple[str, str, str]  # case, direction, backend
 Timer = Callable[[Case, str, str], float]  # case, mode, backend -> milliseconds; an exception: no such time
 
@@ -59,7 +65,7 @@ def tune_backends(
     Raises:
         NotImplementedError: the device is no NVIDIA GPU.
         BlockingIOError: another process is at it, on this GPU.
-        RuntimeError: a backend left the device unusable; run again in a new process, it goes on behind it.
+        GpuLost: a backend left the device unusable; run again in a new process, it goes on behind it.
     """
     device = torch.device(device)
     if timer is None:
@@ -123,7 +129,7 @@ def _alive(device: torch.device, at: Timing) -> None:
         timing.alive(device)
     except RuntimeError as error:
         lost = f"after {' '.join(at)} the GPU is lost to this process: run again, it goes on behind that"
-        raise RuntimeError(f"{lost} ({timing.short(error)})") from error
+        raise GpuLost(f"{lost} ({timing.short(error)})") from error
 
 
 def _timer(device: torch.device, seconds: float) -> Timer:
