@@ -99,6 +99,7 @@ def _launches(call, without=()):
 
     from vitkernels import dispatch
     from vitkernels.backends import cuda
+    from vitkernels.backends.common import canonical
     from vitkernels.backends.patch_layout import product_of
     from vitkernels.backends.triton import configs
     from vitkernels.backends.triton.forward_plan import kernels_of
@@ -108,7 +109,7 @@ def _launches(call, without=()):
     from vitkernels.testing import oracle
 
     names = ("images", "weight", "bias", "pos_embed", "prefix", "keep")
-    p, tensors = problem(call), dispatch.canonical(*(call.get(name) for name in names))
+    p, tensors = problem(call), canonical(*(call.get(name) for name in names))
     grad = torch.randn(p.out_shape, device=p.device).to(p.out_dtype)
 
     def forward(module, kernel, **choice):
@@ -187,6 +188,7 @@ def kernels(args, out, deadline):
 
     from vitkernels import dispatch
     from vitkernels.backends import cuda
+    from vitkernels.backends.common import canonical
     from vitkernels.bench.implementations import problem
     from vitkernels.bench.op import settings
     from vitkernels.bench.timing import alive, short
@@ -202,7 +204,7 @@ def kernels(args, out, deadline):
             out.write({"case": case.name, "note": "cuda declines: " + "; ".join(reasons)})
             continue
         names = ("images", "weight", "bias", "pos_embed", "prefix", "keep")
-        tensors = dispatch.canonical(*(call.get(name) for name in names))
+        tensors = canonical(*(call.get(name) for name in names))
         with settings(case), torch.no_grad():
             chosen = cuda.how(p)
             for how, plan in cuda.candidates(p, *tensors[:2]).items():

@@ -5,12 +5,31 @@
 
 #include "backward/backward.h"
 #include "common/errors.h"
+#include "common/launch.h"
 #include "forward/forward.h"
 
 namespace py = pybind11;
 using namespace vk;
 
-// None, or (address, dtype, *strides) with the dtype's place in problem.h's Dtype
+// A forward of which nothing but the addresses is missing: made once for a problem, launched at every call.
+struct PreparedForward {
+    Problem problem;
+    ForwardPlan plan;
+    ForwardTensors tensors;  // without addresses
+    int device;
+};
+
+// None, or (dtype, *strides) with the dtype's place in problem.h's Dtype
+static Tensor layout_of(const py::object& from) {
+    Tensor t{};
+    if (from.is_none()) return t;
+    auto values = from.cast<py::tuple>();
+    t.dtype = static_cast<Dtype>(values[0].cast<int>());
+    for (size_t i = 1; i < values.size() && i < 6; ++i) t.strides[i - 1] = values[i].cast<int64_t>();
+    return t;
+}
+
+// None, or (address, dtype, *strides)
 static Tensor tensor_of(const py::object& from) {
     Tensor t{};
     if (from.is_none()) return t;
@@ -118,13 +137,23 @@ PYBIND11_MODULE(VITKERNELS_MODULE, m) {
         .def_readonly("normalised", &Problem::normalised);
 
     py::class_<ForwardPlan>(m, "ForwardPlan", py::module_local()).def(py::init(&forward_plan_of));
-    m.def("forward", [](const Problem& p, const ForwardPlan& plan, const py::object& images, const py::object& weight,
-                        const py::object& bias, const py::object& pos, const py::object& prefix, const py::object& keep,
-                        const py::object& centred, const py::object& out, uintptr_t scratch, uintptr_t stream) {
-        ForwardTensors t{tensor_of(images), tensor_of(weight), tensor_of(bias), tensor_of(pos), tensor_of(prefix),
-                         tensor_of(keep), tensor_of(centred), tensor_of(out), pointer(scratch)};
-        run_forward(p, plan, t, pointer(stream));
-    });
+    py::class_<PreparedForward>(m, "Forward", py::module_local())
+        // Layouts in ForwardTensors' order; the device's number, or -1 for the current one
+        .def(py::init([](const Problem& p, const ForwardPlan& plan, const py::tuple& t, int device) {
+            ForwardTensors tensors{layout_of(t[0]), layout_of(t[1]), layout_of(t[2]), layout_of(t[3]), layout_of(t[4]),
+                                   layout_of(t[5]), layout_of(t[6]), layout_of(t[7]), nullptr};
+            return PreparedForward{p, plan, tensors, device};
+        }))
+        .def("__call__", [](const PreparedForward& f, uintptr_t images, uintptr_t weight, uintptr_t bias, uintptr_t pos,
+                            uintptr_t prefix, uintptr_t keep, uintptr_t centred, uintptr_t out, uintptr_t scratch,
+                            uintptr_t stream) {
+            ForwardTensors t = f.tensors;
+            t.images.data = pointer(images), t.weight.data = pointer(weight), t.bias.data = pointer(bias);
+            t.pos.data = pointer(pos), t.prefix.data = pointer(prefix), t.keep.data = pointer(keep);
+            t.centred.data = pointer(centred), t.out.data = pointer(out), t.scratch = pointer(scratch);
+            OnDevice guard(f.device);
+            run_forward(f.problem, f.plan, t, pointer(stream));
+        });
 
     py::class_<backward::BackwardPlan>(m, "BackwardPlan", py::module_local()).def(py::init(&backward_plan_of));
     // Tensors in BackwardTensors' order

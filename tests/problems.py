@@ -5,7 +5,7 @@ from math import prod
 
 import torch
 
-from vitkernels.problem import PatchProblem
+from vitkernels.problem import Layout, PatchProblem
 
 
 def arguments(
@@ -56,7 +56,11 @@ def described(
     """A problem of these sizes, of which there need be no tensors."""
     return PatchProblem(
         B=B, C=C, F=F, H=H, W=W, P=P, S=S or P, pad=pad, D=D, T=T, n_keep=keep, video=F > 1,
-        image_strides=strides or dense(B, C, F, H, W), has_bias=True, pos_rows=pos_rows,
+        tensors=(
+            Layout(image, tuple(strides or dense(B, C, F, H, W))), Layout(compute, dense(D, C, *P)),
+            Layout(compute, (1,)), Layout(compute, (0, D, 1)) if pos_rows else None,
+            Layout(compute, (0, D, 1)) if T else None, None if keep is None else Layout(torch.int64, (keep, 1)),
+        ), has_bias=True, pos_rows=pos_rows,
         pos_per_image=False, mean=(0.5,) * C if normalised else None, std=None, scale=scale,
         image_dtype=image, weight_dtype=compute, compute_dtype=compute, out_dtype=compute, device=torch.device("cpu"),
     )  # fmt: skip

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
 from functools import lru_cache
 from types import ModuleType
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 
@@ -16,7 +15,6 @@ from .gpu import gpu_of, not_nvidia, tf32
 from .problem import PatchProblem
 
 MODULES = {"triton": ".backends.triton", "cuda": ".backends.cuda", "reference": ".backends.reference"}
-Result = TypeVar("Result")
 # "weight" stands for all that is learnt: weight, bias, position table and prefix.
 DIRECTIONS = {"forward": "tokens", "weight": "parameters' gradients", "images": "images' gradient"}
 
@@ -113,7 +111,8 @@ def why_not(p: PatchProblem, name: str) -> list[str]:
 
 def choose(p: PatchProblem, name: str, direction: str = "forward") -> ModuleType:
     """The backend that takes the problem; NotImplementedError where the one that is named can't."""
-    return _choose(p, name, direction, name == "auto" and tf32())  # a switch that may be turned between calls
+    rounded = p.compute_dtype is torch.float32 and tf32()  # a switch that may be turned between calls
+    return _choose(p, name, direction, rounded)
 
 
 @lru_cache(maxsize=4096)
@@ -129,10 +128,14 @@ def _choose(p: PatchProblem, name: str, direction: str, rounded: bool) -> Module
 def run(
     p: PatchProblem,
     name: str,
-    tensors: tuple[torch.Tensor | None, ...],  # images … keep, canonical
+    tensors: tuple[torch.Tensor | None, ...],  # images … keep, as the problem has them
 ) -> torch.Tensor:
     """The tokens, by the backend that takes the problem."""
-    return _tried(lambda: choose(p, name).forward(p, *tensors))
+    try:
+        return choose(p, name).forward(p, *tensors)
+    except fallbacks.Unusable:  # on this machine, as the backend found: without it, then
+        _choose.cache_clear()
+        return choose(p, name).forward(p, *tensors)
 
 
 def run_backward(
@@ -143,21 +146,16 @@ def run_backward(
     grads: tuple[torch.Tensor | None, ...],  # of images … prefix, to be written, canonical; None: nobody asks
 ) -> None:
     """The gradients, each by the backend that takes it."""
-
-    def write() -> None:
-        for module, share in shares(p, name, grads).items():
-            module.backward(p, grad, *tensors, grads=share)
-
-    _tried(write)
-
-
-def _tried(call: Callable[[], Result]) -> Result:
-    """Again, where a backend found that it can't be used on this machine, without that backend."""
     try:
-        return call()
+        _write(p, name, grad, tensors, grads)
     except fallbacks.Unusable:
         _choose.cache_clear()
-        return call()
+        _write(p, name, grad, tensors, grads)
+
+
+def _write(p: PatchProblem, name: str, grad, tensors, grads) -> None:
+    for module, share in shares(p, name, grads).items():
+        module.backward(p, grad, *tensors, grads=share)
 
 
 def shares(
@@ -211,10 +209,3 @@ class Explanation(dict[str, list[str]]):
                 for what, (name, why) in self.auto.items()
             ]
         return "\n".join(lines)
-
-
-def canonical(images, weight, bias, pos_embed, prefix, keep) -> tuple[torch.Tensor | None, ...]:
-    """The tensors as every backend reads them: a picture is a video of one frame, tables have a batch dimension."""
-    images, weight = (t if t is None or t.ndim == 5 else t.unsqueeze(2) for t in (images, weight))
-    pos_embed, prefix = (t if t is None or t.ndim == 3 else t.unsqueeze(0) for t in (pos_embed, prefix))
-    return images, weight, bias, pos_embed, prefix, keep

@@ -10,7 +10,7 @@ import torch
 
 from . import dispatch, ops
 from .gpu import nominal
-from .problem import arguments_of, problem_of
+from .problem import arguments_of, call_of
 
 Channels: TypeAlias = float | Sequence[float] | torch.Tensor
 
@@ -66,10 +66,11 @@ def patch_embed(
         NotImplementedError: the backend that was named can't take this problem; the message has its reasons.
     """
     dispatch.check_name(backend)
-    arguments = arguments_of(images, weight, stride, padding, mean, std, scale, out_dtype)
     tensors = (images, weight, bias, pos_embed, prefix, keep)
-    # Under torch.compile the operation's fake checks, without being traced itself.
-    p = None if torch.compiler.is_compiling() else problem_of(*tensors, arguments)
+    if torch.compiler.is_compiling():  # then the operation's fake checks, without being traced itself
+        p, arguments = None, arguments_of(images, weight, stride, padding, mean, std, scale, out_dtype)
+    else:
+        arguments, p = call_of(*tensors, stride, padding, mean, std, scale, out_dtype)
     return ops.patch_embed(tensors, arguments, backend, p)
 
 
@@ -101,6 +102,5 @@ def explain(
             were there, with this machine's packages. Tensors may then be on any device, "meta" among them.
     """
     dispatch.check_name(backend)
-    arguments = arguments_of(images, weight, stride, padding, mean, std, scale, out_dtype)
-    p = problem_of(images, weight, bias, pos_embed, prefix, keep, arguments)
+    _, p = call_of(images, weight, bias, pos_embed, prefix, keep, stride, padding, mean, std, scale, out_dtype)
     return dispatch.Explanation(p if gpu is None else replace(p, device=nominal(gpu)))

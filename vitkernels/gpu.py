@@ -33,7 +33,8 @@ def not_nvidia() -> str:
 
 
 def tf32() -> bool:
-    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+    # What torch.backends.cuda.matmul.fp32_precision returns, without the 1.5 µs of a Python property
+    return torch._C._get_fp32_precision_getter("cuda", "matmul") == "tf32"
 
 
 def indexed(device: torch.device) -> torch.device:

@@ -17,6 +17,7 @@ from torch.autograd.function import _SingleLevelFunction
 from torch.utils.flop_counter import register_flop_formula
 
 from . import dispatch
+from .backends.common import canonical
 from .problem import Arguments, PatchProblem, check_keep, problem_of
 
 _TENSORS = "Tensor images, Tensor weight, Tensor? bias, Tensor? pos_embed, Tensor? prefix, Tensor? keep"
@@ -54,8 +55,7 @@ def _backward(grad, *args):
     p = _problem(*tensors, *arguments)
     grads = [torch.empty_like(t) if need else None for t, need in zip(tensors, needs, strict=False)]
     with torch._C._DisableAutocast():  # the product's dtype was settled by the forward
-        wanted = dispatch.canonical(*grads, None)[:5]
-        dispatch.run_backward(p, backend, grad, dispatch.canonical(*tensors), wanted)
+        dispatch.run_backward(p, backend, grad, canonical(*tensors), canonical(*grads, None)[:5])
     return [g for g in grads if g is not None]
 
 
@@ -277,7 +277,7 @@ def _is_plain(tensors) -> bool:
 def _direct(p: PatchProblem, tensors, backend: str) -> torch.Tensor:
     with torch._C._AutoDispatchBelowAutograd(), torch._C._DisableAutocast():  # the problem has the dtypes
         check_keep(p, tensors[5])
-        return dispatch.run(p, backend, dispatch.canonical(*tensors))
+        return dispatch.run(p, backend, tensors)
 
 
 def _vmap(info, in_dims, *args):

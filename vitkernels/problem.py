@@ -23,6 +23,7 @@ import torch
 IMAGE_DTYPES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64)
 FLOAT_DTYPES = IMAGE_DTYPES[1:]
 KEEP_DTYPES = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
+_DTYPES = (IMAGE_DTYPES, *(FLOAT_DTYPES,) * 4, KEEP_DTYPES)  # of images, weight, bias, pos_embed, prefix, keep
 
 Triple = tuple[int, int, int]
 
@@ -34,6 +35,13 @@ class Meta(NamedTuple):
     strides: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
+
+
+class Layout(NamedTuple):
+    """How a tensor lies."""
+
+    dtype: torch.dtype
+    strides: tuple[int, ...]  # canonical (`canonical`), in elements; 0 between images where all share a table
 
 
 class Arguments(NamedTuple):
@@ -68,7 +76,7 @@ class PatchProblem:
     T: int
     n_keep: int | None
     video: bool
-    image_strides: tuple[int, int, int, int, int]  # of [B, C, F, H, W], in elements
+    tensors: tuple[Layout | None, ...]  # of images, weight, bias, pos_embed, prefix and keep
     has_bias: bool
     pos_rows: int  # 0, N or T + N
     pos_per_image: bool
@@ -80,6 +88,12 @@ class PatchProblem:
     compute_dtype: torch.dtype  # of the product's operands; it is summed in fp32 (fp64 for fp64)
     out_dtype: torch.dtype
     device: torch.device
+
+    @property
+    def image_strides(self) -> tuple[int, ...]:
+        """Of [B, C, F, H, W]."""
+        assert self.tensors[0] is not None
+        return self.tensors[0].strides
 
     @cached_property
     def G(self) -> Triple:
@@ -167,13 +181,21 @@ def arguments_of(
     """Give the non-tensor arguments their defaults and one form each."""
     _tensor("images", images, IMAGE_DTYPES)
     _tensor("weight", weight, FLOAT_DTYPES)
-    if weight.ndim not in (4, 5):
+    autocast = _autocast_dtype(images.device.type)
+    return _arguments(images, weight, autocast, stride, padding, mean, std, scale, out_dtype)
+
+
+def _autocast_dtype(device_type: str) -> torch.dtype | None:
+    on = device_type != "meta" and torch.is_autocast_enabled(device_type)
+    return torch.get_autocast_dtype(device_type) if on else None
+
+
+def _arguments(images, weight, autocast, stride, padding, mean, std, scale, out_dtype) -> Arguments:
+    """Of tensors, or their `Meta`."""
+    if len(weight.shape) not in (4, 5):
         raise ValueError(f"weight must be [D,C,P_h,P_w] or [D,C,P_t,P_h,P_w], got {_shape(weight)}")
     patch = tuple(weight.shape[2:])
-    compute_dtype = weight.dtype
-    device_type = images.device.type
-    if device_type != "meta" and torch.is_autocast_enabled(device_type):
-        compute_dtype = torch.get_autocast_dtype(device_type)
+    compute_dtype = autocast or weight.dtype
     if out_dtype is None:
         out_dtype = compute_dtype
     elif out_dtype not in FLOAT_DTYPES:
@@ -193,6 +215,61 @@ def arguments_of(
         compute_dtype,
         out_dtype,
     )
+
+
+def call_of(
+    images: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    pos_embed: torch.Tensor | None,
+    prefix: torch.Tensor | None,
+    keep: torch.Tensor | None,
+    stride: int | Sequence[int] | None,
+    padding: int | Sequence[int],
+    mean: Any,
+    std: Any,
+    scale: float | None,
+    out_dtype: torch.dtype | None,
+) -> tuple[Arguments, PatchProblem]:
+    """`arguments_of` and `problem_of`, remembered together: this runs at every call, and looks at each of what they
+    read once."""
+    known = None
+    try:
+        if not (stride is None or type(stride) is int):
+            stride = _sizes("stride", stride, len(weight.shape) - 2, 1)
+        if type(padding) is not int:
+            padding = _sizes("padding", padding, len(weight.shape) - 2, 0)
+        if not (mean is None or type(mean) is tuple):
+            mean = _channel_values("mean", mean)
+        if not (std is None or type(std) is tuple):
+            std = _channel_values("std", std)
+        known = _known_call(
+            *[
+                t if t is None else (t.shape, t.stride(), t.dtype, t.device, t.layout, type(t))
+                for t in (images, weight, bias, pos_embed, prefix, keep)
+            ],
+            _autocast_dtype(images.device.type) if torch._C._is_any_autocast_enabled() else None,
+            stride, padding, mean, std, scale, out_dtype,
+        )  # fmt: skip
+    except (AttributeError, RuntimeError, TypeError, ValueError):
+        pass  # something is wrong, which is said below, or sizes are symbols, which nothing is remembered by
+    if known is not None:
+        return known
+    arguments = arguments_of(images, weight, stride, padding, mean, std, scale, out_dtype)
+    return arguments, problem_of(images, weight, bias, pos_embed, prefix, keep, arguments)
+
+
+@lru_cache(maxsize=1024, typed=True)  # a scale of 1 is one, of True none
+def _known_call(*values: Any) -> tuple[Arguments, PatchProblem]:
+    tensors, rest = values[:6], values[6:]
+    for tensor, dtypes in zip(tensors, _DTYPES, strict=True):
+        if tensor is not None:
+            *_, dtype, _, layout, kind = tensor
+            if not issubclass(kind, torch.Tensor) or dtype not in dtypes or layout is not torch.strided:
+                raise TypeError
+    metas = [t if t is None else Meta(*t[:4]) for t in tensors]
+    arguments = _arguments(*metas[:2], *rest)
+    return arguments, _cached(*metas, arguments)
 
 
 def problem_of(
@@ -261,12 +338,12 @@ def build(
             raise ValueError(f"keep must be [B,N_keep] with B = {B}, got {list(keep.shape)}")
         n_keep = keep.shape[1]
 
-    sides, steps = (*lead, *size), images.strides
+    sides = (*lead, *size)
     problem = PatchProblem(
         B=B, C=C, F=sides[0], H=sides[1], W=sides[2], D=D, T=T,
         P=(*lead, *patch), S=(*lead, *arguments.stride), pad=(*(() if video else (0,)), *arguments.padding),
         n_keep=n_keep, video=video,
-        image_strides=(steps[0], steps[1], *(() if video else (0,)), *steps[2:]),
+        tensors=_layouts(images, weight, bias, pos_embed, prefix, keep),
         has_bias=bias is not None,
         pos_rows=0 if pos_embed is None else _rows("pos_embed", pos_embed, B, D, "N or T+N"),
         pos_per_image=pos_embed is not None and len(pos_embed.shape) == 3 and pos_embed.shape[0] != 1,
@@ -281,6 +358,26 @@ def build(
             f"{'x'.join(map(str, problem.G if video else problem.G[1:]))} needs N = {N}, or T+N = {T + N} with T = {T}"
         )
     return problem
+
+
+def _layouts(images: Meta, weight: Meta, *others: Meta | None) -> tuple[Layout | None, ...]:
+    pictures = [Layout(m.dtype, _inserted(m.strides)) for m in (images, weight)]
+    bias, *tables, keep = others
+    return (
+        *pictures,
+        None if bias is None else Layout(bias.dtype, bias.strides),
+        *(None if m is None else Layout(m.dtype, (_between_images(m), *m.strides[-2:])) for m in tables),
+        None if keep is None else Layout(keep.dtype, keep.strides),
+    )
+
+
+def _inserted(steps: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides of a video of one frame."""
+    return steps if len(steps) == 5 else (*steps[:2], 0, *steps[2:])
+
+
+def _between_images(table: Meta) -> int:
+    return table.strides[0] if len(table.shape) == 3 and table.shape[0] != 1 else 0
 
 
 def _misplaced(images: Meta, C: int) -> str:

@@ -24,6 +24,27 @@ inline void check(cudaError_t code, const std::string& what) {
                              what);
 }
 
+// Makes a device the current one while it lives; -1: the current one stays.
+class OnDevice {
+public:
+    explicit OnDevice(int device) {
+        int current = 0;
+        if (device < 0) return;
+        check(cudaGetDevice(&current), "cudaGetDevice");
+        if (current == device) return;
+        check(cudaSetDevice(device), "cudaSetDevice");
+        before = current;
+    }
+    ~OnDevice() {
+        if (before >= 0) cudaSetDevice(before);
+    }
+    OnDevice(const OnDevice&) = delete;
+    OnDevice& operator=(const OnDevice&) = delete;
+
+private:
+    int before = -1;
+};
+
 // Lets the kernel have as much shared memory as the device has for a block: once, as it costs a microsecond.
 inline void allow_shared_memory(const void* kernel) {
     static std::mutex mutex;

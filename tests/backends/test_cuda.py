@@ -18,8 +18,8 @@ from host import backend
 import vitkernels as vk
 from vitkernels import cli
 from vitkernels.backends import cuda, fallbacks
+from vitkernels.backends.common import canonical
 from vitkernels.backends.cuda import extension
-from vitkernels.dispatch import canonical
 from vitkernels.profiling.compile_triton import problem
 from vitkernels.testing import accuracy, oracle
 
@@ -150,11 +150,16 @@ def test_a_tensor_map_that_the_driver_refuses(on_cuda_kernels, device, monkeypat
             asked.append(fields["how"])
             return true.ForwardPlan(fields)
 
-        def forward(self, problem, plan, *rest):
-            tried.append(asked[-1])
-            if "wgmma" in tried[-1] or len(tried) == 1:
-                raise true.Refused("CUDA: CUDA_ERROR_INVALID_VALUE (1): a tensor map is refused by the driver")
-            return true.forward(problem, plan, *rest)
+        def Forward(self, *prepared):
+            launch = true.Forward(*prepared)
+
+            def refused(*addresses):
+                tried.append(asked[-1])
+                if "wgmma" in tried[-1] or len(tried) == 1:
+                    raise true.Refused("CUDA: CUDA_ERROR_INVALID_VALUE (1): a tensor map is refused by the driver")
+                launch(*addresses)
+
+            return refused
 
     refusing = Refusing()
     monkeypatch.setattr(extension, "load", lambda: refusing)
@@ -361,21 +366,29 @@ def test_gradient_of_tokens_past_2_31(on_cuda_kernels, device, tmp_path, dim, ke
 def test_constants_live_until_the_launch(on_cuda_kernels, device, monkeypatch):
     """While a graph is captured they come uncached: only their address is handed on, so somebody must hold them."""
     on_cuda_kernels(90)
-    held, true = [], cuda._centred
+    held, true = [], cuda.centred
 
-    def uncached(p):
-        constant = true(p).clone()
+    def uncached(p, dtype):
+        constant = true(p, dtype).clone()
         held.append(weakref.ref(constant))
         return constant
 
     class Watching:
         def __getattr__(self, name):
-            if name in ("forward", "backward"):
-                assert held[-1]() is not None, f"freed before {name}"
             return getattr(module, name)
 
+        def Forward(self, *prepared):
+            return partial(self.launch, module.Forward(*prepared))
+
+        def backward(self, *addresses):
+            self.launch(module.backward, *addresses)
+
+        def launch(self, launch, *addresses):
+            assert held[-1]() is not None, "freed before the launch"
+            launch(*addresses)
+
     module = extension.load()
-    monkeypatch.setattr(cuda, "_centred", uncached)
+    monkeypatch.setattr(cuda, "centred", uncached)
     monkeypatch.setattr(extension, "load", Watching)
     weight = torch.rand(8, 3, 8, 8, device=device, requires_grad=True)
     images = torch.rand(1, 3, 16, 16, device=device)

@@ -9,8 +9,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import vitkernels as vk
-from vitkernels import dispatch
 from vitkernels.backends import reference
+from vitkernels.backends.common import canonical
 from vitkernels.backends.reference import gradients, unfold
 from vitkernels.bench.cases import Case
 from vitkernels.bench.memory import peak_bytes
@@ -223,7 +223,7 @@ def test_as_on_a_gpu(name, at_once, dtype, monkeypatch):
     p = replace(vk.explain(**call).problem, device=torch.device("cuda", 90))
     monkeypatch.setattr(gradients, "product", multiplied)
     monkeypatch.setattr(unfold, "GPU_BYTES", at_once)
-    tensors = dispatch.canonical(*(call.get(n) for n in ("images", "weight", "bias", "pos_embed", "prefix", "keep")))
+    tensors = canonical(*(call.get(n) for n in ("images", "weight", "bias", "pos_embed", "prefix", "keep")))
     tokens = reference.forward(p, *tensors)
     exact = accuracy.evaluate(oracle.oracle, accuracy._doubled(call))
     limit = {torch.bfloat16: 2**-7, torch.float32: 1e-5}[dtype]
@@ -262,7 +262,7 @@ def test_rows_that_are_multiplied_in_bf16_are_padded(monkeypatch):
     def multiplied(dtype):
         call = {"images": images_of(2, 3, 28, 28, dtype=dtype), "weight": images_of(40, 3, 14, 14, dtype=dtype)}
         p = vk.explain(**call).problem
-        tensors = dispatch.canonical(*call.values(), None, None, None, None)
+        tensors = canonical(*call.values(), None, None, None, None)
         with InnerSizes() as products:
             tokens = reference.forward(p, *tensors)
             reference.backward(p, tokens, *tensors, grads=(torch.empty_like(tensors[0]), *[None] * 4))

@@ -27,7 +27,7 @@ def test_every_part_is_timed():
         assert by[mode, "cuda"]["ratio"] == pytest.approx(by[mode, "cuda"]["us"] / by[mode, "F.linear"]["us"], rel=1e-3)
         assert by[mode, "cuda"]["stub"] and not by[mode, "F.linear"]["stub"]
     assert all(row["us"] > 0 for row in rows)
-    assert {"arguments_of", "problem_of", "cuda backend's forward"} <= {impl for m, impl in by if m == "piece"}
+    assert {"call_of", "choose", "cuda backend's forward"} <= {impl for m, impl in by if m == "piece"}
 
 
 def test_stubs_are_gone_afterwards(monkeypatch):

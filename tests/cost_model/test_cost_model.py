@@ -16,8 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import vitkernels as vk
-from vitkernels import cost_model, dispatch
+from vitkernels import cost_model
 from vitkernels.backends import reference
+from vitkernels.backends.common import canonical
 from vitkernels.backends.reference import unfold
 from vitkernels.backends.triton import configs
 from vitkernels.bench import implementations
@@ -162,7 +163,7 @@ def test_the_reference_moves_what_the_model_says(call, piece, monkeypatch):
     monkeypatch.setattr(reference, "_has_bf16", lambda: True)  # whatever CPU this is
     call = call_of(**call)
     p = problem(call)
-    tensors = dispatch.canonical(*(call.get(name) for name in NAMES))
+    tensors = canonical(*(call.get(name) for name in NAMES))
     one = reference_model.forward(p)
     requested = one.passes[-1].requested
     with Operators() as operators:
@@ -268,7 +269,7 @@ def test_programs_request_what_the_model_says(name, kernel, programs, device):
     assert list(refused) == ["triton descriptor"] * (name in GATHERED)
     tile = configs.default(p, kernel, "half" if p.compute_dtype == HALF else "fp32", H100)
     *packing, main = found[f"triton {kernel}"].passes
-    tensors = dispatch.canonical(*(call.get(n) for n in NAMES))
+    tensors = canonical(*(call.get(n) for n in NAMES))
     keys = ("images", "weight", "bias", "position", "prefix", "keep")
     loads, stores = programs(**dict(zip(keys, tensors, strict=True)))
     with Operators() as operators:
@@ -305,7 +306,7 @@ def test_programs_of_the_backward_request_what_the_model_says(name, programs, de
 
     call = call_of(**BACKWARD[name])
     p = problem(call)
-    tensors = dispatch.canonical(*(call.get(n) for n in NAMES))
+    tensors = canonical(*(call.get(n) for n in NAMES))
     grad = torch.randn(p.out_shape).to(p.out_dtype)
     learnt = [None, *(None if t is None else torch.empty_like(t) for t in tensors[1:5])]
     loads, stores = programs(images=tensors[0], keep=tensors[5], dY=grad)

@@ -14,9 +14,9 @@ from problems import dense, drawn, drawn_patches
 
 import vitkernels as vk
 from vitkernels.backends import cuda
+from vitkernels.backends.common import canonical
 from vitkernels.backends.cuda import extension, forward_plan
 from vitkernels.backends.patch_layout import layout_of
-from vitkernels.dispatch import canonical
 from vitkernels.gpu import NOMINAL
 from vitkernels.testing import accuracy, oracle
 

@@ -9,6 +9,10 @@ namespace vk {
 
 using Stream = void*;
 
+struct OnDevice {  // there is one
+    explicit OnDevice(int) {}
+};
+
 template <class Arguments>
 void launch(void (*kernel)(Arguments), int64_t blocks, int threads, int shared_bytes, Stream,
             const Arguments& arguments, const std::string& what) {

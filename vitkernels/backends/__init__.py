@@ -5,5 +5,5 @@
     forward(p, *tensors) -> tokens            [B, T+N, D]
     backward(p, grad, *tensors, grads=...)    writes those of the five gradients that are asked for
 
-`tensors` are images, weight, bias, pos_embed, prefix and keep, as `dispatch.canonical` brings them to one form.
+`tensors` are images, weight, bias, pos_embed, prefix and keep, as `canonical` brings them to one form.
 """

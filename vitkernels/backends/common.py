@@ -1,4 +1,5 @@
-"""What all backends share: the channels' constants on the device, and gradients that copy or sum rows of dY."""
+"""What all backends share: the form of the tensors, the channels' constants on the device, and gradients that copy or
+sum rows of dY."""
 
 from __future__ import annotations
 
@@ -9,6 +10,13 @@ from ..gpu import capturing
 from ..problem import PatchProblem, in_grid
 
 Grads = tuple[torch.Tensor | None, ...]  # of images, weight, bias, pos_embed, prefix
+
+
+def canonical(images, weight, bias, pos_embed, prefix, keep) -> tuple[torch.Tensor | None, ...]:
+    """The tensors in one form each: a picture is a video of one frame, tables have a batch dimension."""
+    images, weight = (t if t is None or t.ndim == 5 else t.unsqueeze(2) for t in (images, weight))
+    pos_embed, prefix = (t if t is None or t.ndim == 3 else t.unsqueeze(0) for t in (pos_embed, prefix))
+    return images, weight, bias, pos_embed, prefix, keep
 
 
 def centred(p: PatchProblem, dtype: torch.dtype) -> torch.Tensor:

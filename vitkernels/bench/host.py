@@ -19,12 +19,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .. import dispatch
+from .. import dispatch, ops
 from ..backends import cuda
 from ..backends.cuda import extension
 from ..backends.triton import config_cache, launch
 from ..functional import patch_embed
-from ..problem import arguments_of, problem_of
+from ..problem import call_of
 from .baselines import conv
 from .cases import Call, Case
 from .implementations import LEARNT, problem
@@ -86,17 +86,16 @@ def _backward(out: torch.Tensor, leaves: list[torch.Tensor]) -> Callable[[], Any
 def _pieces(call: Call, names: list[str]) -> dict[str, Callable[[], Any]]:
     """The steps of a call, each alone."""
     images, weight, bias, pos_embed, prefix = (call[name] for name in ("images", *LEARNT))
-    parse = partial(arguments_of, images, weight, None, 0, None, None, None, None)
-    check = partial(problem_of, images, weight, bias, pos_embed, prefix, None, parse())
-    p, canonical = check(), dispatch.canonical(images, weight, bias, pos_embed, prefix, None)
+    tensors = (images, weight, bias, pos_embed, prefix, None)
+    check = partial(call_of, *tensors, None, 0, None, None, None, None)
+    _, p = check()
     todo: dict[str, Callable[[], Any]] = {
-        "arguments_of": parse,
-        "problem_of": check,
-        "canonical": partial(dispatch.canonical, images, weight, bias, pos_embed, prefix, None),
+        "call_of": check,
+        "is plain": partial(ops._is_plain, tensors),
         "choose": partial(dispatch.choose, p, "auto"),
     }
     for name in names:
-        todo[f"{name} backend's forward"] = partial(dispatch.backend(name).forward, p, *canonical)
+        todo[f"{name} backend's forward"] = partial(dispatch.backend(name).forward, p, *tensors)
     return todo
 
 
@@ -129,8 +128,8 @@ def stubs() -> Iterator[None]:
     """Kernels of both languages that return at once, for tensors on the CPU; both backends plan as for an H100."""
     nothing = lambda *_: None  # noqa: E731
     module = SimpleNamespace(
-        device_type="cpu", Refused=_Refused, forward=nothing, backward=nothing, ForwardPlan=dict, BackwardPlan=dict,
-        Problem=lambda fields: SimpleNamespace(**fields),
+        device_type="cpu", Refused=_Refused, backward=nothing, ForwardPlan=dict, BackwardPlan=dict,
+        Forward=lambda *_: nothing, Problem=lambda fields: SimpleNamespace(**fields),
     )  # fmt: skip
     places = {(extension, "load"): lambda: module, (extension, "missing"): lambda: "",
               (launch, "kernel_of"): lambda _: _Kernel()}  # fmt: skip

@@ -15,6 +15,7 @@ import torch
 
 from .. import dispatch
 from ..backends import reference, triton, user_cache
+from ..backends.common import canonical
 from ..backends.triton import config_cache
 from ..backends.triton.configs import Choice
 from ..bench import environment, timing
@@ -119,7 +120,7 @@ def runner(p: PatchProblem, call: dict[str, Any], direction: str) -> Callable[[C
     held to the definition's; ArithmeticError says what is wrong: it gets no time."""
 
     names = ("images", "weight", "bias", "pos_embed", "prefix", "keep")
-    tensors: Any = dispatch.canonical(*(call.get(name) for name in names))
+    tensors: Any = canonical(*(call.get(name) for name in names))
     if direction == "forward":
         run: Callable[..., Any] = lambda choice: [triton.forward(p, *tensors, choice=choice)]  # noqa: E731
         expected = [reference.forward(p, *tensors)]

@@ -4,6 +4,7 @@ stream, and launches."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from math import prod
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 
 from ...gpu import OLDEST, Gpu, gpu_of, not_nvidia, tf32
-from ...problem import PatchProblem
+from ...problem import Layout, PatchProblem
 from .. import fallbacks, reference
 from ..common import Grads, centred, own_tables
 from ..patch_layout import product_of, scaling, within_image
@@ -93,17 +94,19 @@ def no_wgmma(p: PatchProblem) -> str:
 
 def candidates(p: PatchProblem, images: torch.Tensor, weight: torch.Tensor) -> dict[str, Plan]:
     """Every plan of the forward that can take the problem, by what it would do."""
-    found, _ = forward_plan.candidates(p, _gpu(p.device), tf32(), *_places(images, weight))
+    strides = p.tensors[1].strides  # type: ignore[union-attr]
+    at = images.data_ptr() % 16, weight.data_ptr() % 16
+    found, _ = forward_plan.candidates(p, _gpu(p.device), tf32(), *at, strides)
     return {plan.how: plan for plan in found}
 
 
 def forward(
     p: PatchProblem,
-    images: torch.Tensor,  # [B, C, F, H, W]
-    weight: torch.Tensor,  # [D, C, P_t, P_h, P_w]
+    images: torch.Tensor,  # [B, C, F, H, W], or without F
+    weight: torch.Tensor,  # [D, C, P_t, P_h, P_w], or without P_t
     bias: torch.Tensor | None,  # [D]
-    pos_embed: torch.Tensor | None,  # [1|B, N|T+N, D]
-    prefix: torch.Tensor | None,  # [1|B, T, D]
+    pos_embed: torch.Tensor | None,  # [1|B, N|T+N, D], or without 1; how all of them lie, p.tensors says
+    prefix: torch.Tensor | None,  # [1|B, T, D], or without 1
     keep: torch.Tensor | None,  # [B, rows]
     *,
     plan: Plan | None = None,  # one of `candidates`, instead of the cheapest
@@ -111,17 +114,17 @@ def forward(
     out = images.new_empty(p.out_shape, dtype=p.out_dtype)
     if out.numel() == 0:
         return out
-    rounded, constants = tf32(), _centred(p)
-    places = _places(images, weight)
-    taken, scratch_bytes = _prepared(p, rounded, fallbacks.happened(BACKEND, p), plan, *places)
+    images_at, weight_at = images.data_ptr(), weight.data_ptr()
+    launch, normalised, scratch_bytes = _prepared(
+        p, _rounded(p), fallbacks.happened(BACKEND, p), images_at % 16, weight_at % 16, plan
+    )
+    constants = centred(p, p.sum_dtype) if normalised else None
     scratch = images.new_empty(scratch_bytes, dtype=torch.uint8) if scratch_bytes else None
     try:
-        with torch.cuda.device_of(images):
-            extension.load().forward(
-                _problem(p, rounded), taken, _plain(images), _plain(weight), _plain(bias), _table(pos_embed),
-                _table(prefix), _plain(keep), _plain(constants), _plain(out),
-                0 if scratch is None else scratch.data_ptr(), _stream(p),
-            )  # fmt: skip
+        launch(
+            images_at, weight_at, _address(bias), _address(pos_embed), _address(prefix), _address(keep),
+            _address(constants), out.data_ptr(), _address(scratch), _stream(p),
+        )  # fmt: skip
     except extension.load().Refused as error:
         if plan is not None:
             raise
@@ -147,10 +150,10 @@ def backward(
     d_pos, d_prefix = own_tables(p, grad, keep, d_pos, d_prefix)
     if all(g is None for g in (d_images, d_weight, d_bias, d_pos, d_prefix)):
         return None
-    constants = _centred(p)  # held until the launch: below is but its address
+    rounded = _rounded(p)
+    constants = centred(p, p.sum_dtype) if _problem(p, rounded).normalised else None  # held until the launch
     everything = (grad, images, weight, keep, constants, d_images, d_weight, d_bias, d_pos, d_prefix)
     tensors = tuple(map(_plain, everything))
-    rounded = tf32()
     plan, scratch_bytes = _prepared_backward(
         p, rounded, fallbacks.happened(BACKEND, p), images.data_ptr() % 16, grad.data_ptr() % 16, grad.stride(),
         d_images.stride() if d_images is not None else None, *(g is not None for g in (d_weight, d_bias, d_pos)),
@@ -191,11 +194,22 @@ def _gpu(device: torch.device, refused: bool = False) -> Gpu:
 
 
 @lru_cache(maxsize=1024)
-def _prepared(p: PatchProblem, rounded: bool, refused: bool, plan: Plan | None, *places: Any) -> tuple[Any, int]:
-    """The plan as the extension takes it, and the scratch memory that it needs."""
-    plan = plan or forward_plan.make_plan(p, _gpu(p.device, refused), rounded, *places)
-    fields = {**plan._asdict(), "loader": list(LOADERS).index(plan.loader)}
-    return extension.load().ForwardPlan(fields), plan.scratch_bytes
+def _prepared(
+    p: PatchProblem, rounded: bool, refused: bool, images_at: int, weight_at: int, plan: Plan | None
+) -> tuple[Callable[..., None], bool, int]:
+    """The launch, but for the addresses; whether it wants the channels' constants; the bytes of scratch memory."""
+    _, weight, *_ = p.tensors
+    assert weight is not None
+    plan = plan or forward_plan.make_plan(p, _gpu(p.device, refused), rounded, images_at, weight_at, weight.strides)
+    module, problem = extension.load(), _problem(p, rounded)
+    made = (  # here, so dense
+        Layout(p.sum_dtype, (p.C, 1)),
+        Layout(p.out_dtype, (p.out_shape[1] * p.D, p.D, 1)),
+    )
+    layouts = tuple(t if t is None else (_NUMBER[t.dtype], *t.strides) for t in (*p.tensors, *made))
+    taken = module.ForwardPlan({**plan._asdict(), "loader": list(LOADERS).index(plan.loader)})
+    number = p.device.index if p.device.index is not None else -1
+    return module.Forward(problem, taken, layouts, number), problem.normalised, plan.scratch_bytes
 
 
 @lru_cache(maxsize=1024)
@@ -227,26 +241,18 @@ def _fields(plan: Any) -> Any:
     return plan
 
 
-def _places(images: torch.Tensor, weight: torch.Tensor) -> tuple[int, int, tuple[int, ...]]:
-    """What a plan asks of the tensors beside the problem: alignments, and how the weight lies."""
-    return images.data_ptr() % 16, weight.data_ptr() % 16, weight.stride()
-
-
-def _centred(p: PatchProblem) -> torch.Tensor | None:
-    return centred(p, p.sum_dtype) if _problem(p, tf32()).normalised else None
+def _rounded(p: PatchProblem) -> bool:
+    """Whether the product may be one of TF32."""
+    return p.compute_dtype is torch.float32 and tf32()
 
 
 def _plain(t: torch.Tensor | None) -> tuple[int, ...] | None:
     return None if t is None else (t.data_ptr(), _NUMBER[t.dtype], *t.stride())
 
 
-def _table(t: torch.Tensor | None) -> tuple[int, ...] | None:
-    """A table of one row of images is that of all."""
-    if t is None:
-        return None
-    b, *others = t.stride()
-    return t.data_ptr(), _NUMBER[t.dtype], 0 if t.shape[0] == 1 else b, *others
+def _address(t: torch.Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
 
 
 def _stream(p: PatchProblem) -> int:
-    return torch.cuda.current_stream(p.device).cuda_stream if p.device.type == "cuda" else 0
+    return torch._C._cuda_getCurrentRawStream(p.device.index) if p.device.type == "cuda" else 0

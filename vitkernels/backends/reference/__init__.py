@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from ...problem import PatchProblem, in_grid
+from ..common import canonical
 from .gradients import backward as backward
 from .unfold import columns_of, linear_of, pieces
 
@@ -36,6 +37,7 @@ def forward(
     prefix: torch.Tensor | None,  # [1|B, T, D]
     keep: torch.Tensor | None,  # [B, N_keep]
 ) -> torch.Tensor:  # [B, T+N, D]
+    images, weight, bias, pos_embed, prefix, keep = canonical(images, weight, bias, pos_embed, prefix, keep)
     dtype = product_dtype(p)
     keep, outside = in_grid(p, keep)
     out = images.new_empty(p.out_shape, dtype=p.out_dtype)

@@ -9,6 +9,7 @@ import torch
 from ...gpu import bind_context, gpu_of, tf32
 from ...problem import PatchProblem
 from .. import fallbacks
+from ..common import canonical
 from .config_cache import planned
 from .configs import Config
 from .forward_plan import Plan, make_plan
@@ -31,6 +32,7 @@ def forward(
     *,
     choice: tuple[str, Config] | None = None,  # a kernel and its tile, instead of the tables'
 ) -> torch.Tensor:  # [B, T+N, D]
+    images, weight, bias, pos_embed, prefix, keep = canonical(images, weight, bias, pos_embed, prefix, keep)
     out = images.new_empty(p.out_shape, dtype=p.out_dtype)
     if out.numel() == 0:
         return out
