@@ -5,7 +5,6 @@
 
 #include "backward/backward.h"
 #include "common/errors.h"
-#include "common/launch.h"
 #include "forward/forward.h"
 
 namespace py = pybind11;
@@ -16,7 +15,6 @@ struct PreparedForward {
     Problem problem;
     ForwardPlan plan;
     ForwardTensors tensors;  // without addresses
-    int device;
 };
 
 // None, or (dtype, *strides) with the dtype's place in problem.h's Dtype
@@ -60,7 +58,7 @@ static Problem problem_of(const py::dict& from) {
     Problem to{};
     VK_READ(B), VK_READ(C), VK_READ(F), VK_READ(H), VK_READ(W), VK_READ(P), VK_READ(S), VK_READ(pad), VK_READ(G);
     VK_READ(D), VK_READ(T), VK_READ(N), VK_READ(rows), VK_READ(K), VK_READ(keep), VK_READ(pos_rows), VK_READ(strides);
-    VK_READ(normalised), VK_READ(scale), VK_READ(tf32), VK_READ(text);
+    VK_READ(normalised), VK_READ(scale), VK_READ(tf32), VK_READ(device), VK_READ(text);
     VK_READ(image), VK_READ(weight), VK_READ(compute), VK_READ(out);
     return to;
 }
@@ -138,11 +136,11 @@ PYBIND11_MODULE(VITKERNELS_MODULE, m) {
 
     py::class_<ForwardPlan>(m, "ForwardPlan", py::module_local()).def(py::init(&forward_plan_of));
     py::class_<PreparedForward>(m, "Forward", py::module_local())
-        // Layouts in ForwardTensors' order; the device's number, or -1 for the current one
-        .def(py::init([](const Problem& p, const ForwardPlan& plan, const py::tuple& t, int device) {
+        // Layouts in ForwardTensors' order
+        .def(py::init([](const Problem& p, const ForwardPlan& plan, const py::tuple& t) {
             ForwardTensors tensors{layout_of(t[0]), layout_of(t[1]), layout_of(t[2]), layout_of(t[3]), layout_of(t[4]),
                                    layout_of(t[5]), layout_of(t[6]), layout_of(t[7]), nullptr};
-            return PreparedForward{p, plan, tensors, device};
+            return PreparedForward{p, plan, tensors};
         }))
         .def("__call__", [](const PreparedForward& f, uintptr_t images, uintptr_t weight, uintptr_t bias, uintptr_t pos,
                             uintptr_t prefix, uintptr_t keep, uintptr_t centred, uintptr_t out, uintptr_t scratch,
@@ -151,7 +149,6 @@ PYBIND11_MODULE(VITKERNELS_MODULE, m) {
             t.images.data = pointer(images), t.weight.data = pointer(weight), t.bias.data = pointer(bias);
             t.pos.data = pointer(pos), t.prefix.data = pointer(prefix), t.keep.data = pointer(keep);
             t.centred.data = pointer(centred), t.out.data = pointer(out), t.scratch = pointer(scratch);
-            OnDevice guard(f.device);
             run_forward(f.problem, f.plan, t, pointer(stream));
         });
 

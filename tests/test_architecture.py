@@ -11,7 +11,7 @@ ROOT = Path(vk.__file__).parent
 # From the ground up: a module imports from its own floor's folder and from the floors below.
 FLOORS = (
     ("problem", "gpu"),
-    ("backends",),
+    ("backends", "calls"),
     ("dispatch",),
     ("ops", "cost_model"),
     ("functional",),

@@ -15,6 +15,7 @@ from .gpu import gpu_of, not_nvidia, tf32
 from .problem import PatchProblem
 
 MODULES = {"triton": ".backends.triton", "cuda": ".backends.cuda", "reference": ".backends.reference"}
+NAMES = ("auto", *MODULES)
 # "weight" stands for all that is learnt: weight, bias, position table and prefix.
 DIRECTIONS = {"forward": "tokens", "weight": "parameters' gradients", "images": "images' gradient"}
 
@@ -100,7 +101,7 @@ def forget() -> None:
 
 
 def check_name(name: str) -> None:
-    if name not in ("auto", *MODULES):
+    if name not in NAMES:
         raise ValueError(f"backend must be one of auto, {', '.join(MODULES)}; got {name!r}")
 
 

@@ -9,8 +9,9 @@ from typing import TypeAlias
 import torch
 
 from . import dispatch, ops
+from .calls import Call, call_of
 from .gpu import nominal
-from .problem import arguments_of, call_of
+from .problem import arguments_of, problem_of
 
 Channels: TypeAlias = float | Sequence[float] | torch.Tensor
 
@@ -68,10 +69,10 @@ def patch_embed(
     dispatch.check_name(backend)
     tensors = (images, weight, bias, pos_embed, prefix, keep)
     if torch.compiler.is_compiling():  # then the operation's fake checks, without being traced itself
-        p, arguments = None, arguments_of(images, weight, stride, padding, mean, std, scale, out_dtype)
+        call = Call(arguments_of(images, weight, stride, padding, mean, std, scale, out_dtype))
     else:
-        arguments, p = call_of(*tensors, stride, padding, mean, std, scale, out_dtype)
-    return ops.patch_embed(tensors, arguments, backend, p)
+        call = call_of(tensors, stride, padding, mean, std, scale, out_dtype)
+    return ops.patch_embed(tensors, call, backend)
 
 
 def explain(
@@ -102,5 +103,6 @@ def explain(
             were there, with this machine's packages. Tensors may then be on any device, "meta" among them.
     """
     dispatch.check_name(backend)
-    _, p = call_of(images, weight, bias, pos_embed, prefix, keep, stride, padding, mean, std, scale, out_dtype)
+    arguments = arguments_of(images, weight, stride, padding, mean, std, scale, out_dtype)
+    p = problem_of(images, weight, bias, pos_embed, prefix, keep, arguments)
     return dispatch.Explanation(p if gpu is None else replace(p, device=nominal(gpu)))

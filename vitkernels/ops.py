@@ -2,7 +2,7 @@
 
 `define` + `impl` inside an `autograd.Function` costs 7 µs a call with gradients, `register_autograd` 20 µs
 (torch 2.15, 2 cores of an AMD EPYC; 9 and 26 µs in 2.11): hence the Function outside. And where PyTorch has nothing to
-do in between (`_is_plain`), a call does not go through its dispatcher at all, which on an H200's machine took 25 µs.
+do in between (`calls.py`), a call does not go through its dispatcher at all, which on an H200's machine took 25 µs.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import dispatch
 from .backends.common import canonical
+from .calls import Call, are_plain, in_forward_mode, is_quiet
 from .problem import Arguments, PatchProblem, check_keep, problem_of
 
 _TENSORS = "Tensor images, Tensor weight, Tensor? bias, Tensor? pos_embed, Tensor? prefix, Tensor? keep"
@@ -98,16 +99,18 @@ def _flops_backward(grad, images, weight, bias, pos_embed, prefix, *rest, **_) -
 class _PatchEmbed(_SingleLevelFunction):
     @staticmethod
     def forward(ctx, *args):
+        *tensors, call, backend = args
         images, weight, *_ = ctx.needs_input_grad
-        *args, p = args  # None: through the dispatcher
-        _save(ctx, args[:6], read=2 if images or weight else 0)
-        ctx.arguments = args[6:]
-        return _below_function(_op, args) if p is None else _direct(p, args[:6], args[-1])
+        _save(ctx, tensors, read=2 if images or weight else 0)
+        ctx.arguments = *call.arguments, backend
+        return (
+            _direct(call.problem, tensors, backend) if call.plain else _below_function(_op, (*tensors, *ctx.arguments))
+        )
 
     @staticmethod
     def backward(ctx, grad):
         needs = list(ctx.needs_input_grad[:5])
-        return *_spread(_call_backward(grad, *_saved(ctx), *ctx.arguments, needs), needs), *(None,) * 10
+        return *_spread(_call_backward(grad, *_saved(ctx), *ctx.arguments, needs), needs), None, None, None
 
     @staticmethod
     def jvp(ctx, *d):
@@ -143,22 +146,23 @@ class _PatchEmbedBackward(_SingleLevelFunction):
 def _save(ctx, tensors, read: int) -> None:
     """What a derivative needs. An inference tensor can't be saved, but may be held: where it has no gradient of its own
     (8-bit pixels, a keep list), and where it is past those `read` first whose values a derivative reads."""
-    ctx.held = {
-        i: t
-        for i, t in enumerate(tensors)
-        if t is not None and t.is_inference() and (i >= read or not t.is_floating_point())
-    }
-    if ctx.held:
-        tensors = [None if i in ctx.held else t for i, t in enumerate(tensors)]
+    ctx.held = None
+    if any(t is not None and t.is_inference() for t in tensors):
+        held = [
+            t is not None and t.is_inference() and (i >= read or not t.is_floating_point())
+            for i, t in enumerate(tensors)
+        ]
+        ctx.held = [t if hold else None for t, hold in zip(tensors, held, strict=True)]
+        tensors = [None if hold else t for t, hold in zip(tensors, held, strict=True)]
     ctx.save_for_backward(*tensors)
-    if _forward_mode():
+    if in_forward_mode():
         ctx.set_materialize_grads(False)
         ctx.save_for_forward(*tensors)
 
 
 def _saved(ctx):
     saved = ctx.saved_tensors
-    return [ctx.held.get(i, t) for i, t in enumerate(saved)] if ctx.held else saved
+    return saved if ctx.held is None else [s if h is None else h for s, h in zip(saved, ctx.held, strict=True)]
 
 
 def _change(tensors, arguments, d) -> torch.Tensor | None:
@@ -217,16 +221,12 @@ def _below_function(op, args):
         return _below_autograd(op, args)
 
 
-def _forward_mode() -> bool:
-    return forward_ad._current_level >= 0 or _in_torch_func()
-
-
-def _recorded(function, op, args, inputs, *more):
+def _recorded(op, args, inputs, function, *of_function):
     if _in_torch_func():
         with enable_single_level_autograd_function():  # the dispatcher comes here for one level after the other
-            return function.apply(*args, *more)
-    if _differentiable(inputs) or _forward_mode():
-        return function.apply(*args, *more)
+            return function.apply(*of_function)
+    if _differentiable(inputs) or in_forward_mode():
+        return function.apply(*of_function)
     return _below_autograd(op, args)
 
 
@@ -235,11 +235,12 @@ def _differentiable(inputs) -> bool:
 
 
 def _autograd(*args) -> torch.Tensor:
-    return _recorded(_PatchEmbed, _op, args, args[:5], None)
+    tensors, (*arguments, backend) = args[:6], args[6:]
+    return _recorded(_op, args, tensors[:5], _PatchEmbed, *tensors, Call(Arguments(*arguments)), backend)
 
 
 def _autograd_backward(*args) -> list[torch.Tensor]:
-    return list(_recorded(_PatchEmbedBackward, _op_backward, args, args[:3]))
+    return list(_recorded(_op_backward, args, args[:3], _PatchEmbedBackward, *args))
 
 
 def _dispatched() -> bool:
@@ -253,30 +254,18 @@ def _call(*args) -> torch.Tensor:
 def _call_backward(*args) -> list[torch.Tensor]:
     if _dispatched():
         return _op_backward(*args)
-    if _is_plain(args[:7]) and not _differentiable(args[:3]):
+    if is_quiet() and are_plain(args[:7]) and not _differentiable(args[:3]):
         with torch._C._AutoDispatchBelowAutograd():
             return _backward(*args)
     return _autograd_backward(*args)
 
 
-_PLAIN = {torch.Tensor, torch.nn.Parameter}
-
-
-def _is_plain(tensors) -> bool:
-    """Whether PyTorch's dispatcher would go straight to the backends: there is no transform, mode, trace or profiler,
-    and tensors are what they look like."""
-    C = torch._C
-    if (
-        _forward_mode() or C._len_torch_dispatch_stack() or C._len_torch_function_stack() or C._is_tracing()
-        or C._autograd._profiler_enabled() or tensors[0].is_meta
-    ):  # fmt: skip
-        return False
-    return all(t is None or (type(t) in _PLAIN and not t.is_neg() and not t._is_zerotensor()) for t in tensors)
-
-
 def _direct(p: PatchProblem, tensors, backend: str) -> torch.Tensor:
-    with torch._C._AutoDispatchBelowAutograd(), torch._C._DisableAutocast():  # the problem has the dtypes
+    if tensors[5] is not None:
         check_keep(p, tensors[5])
+    if not torch._C._is_any_autocast_enabled():
+        return dispatch.run(p, backend, tensors)
+    with torch._C._DisableAutocast():  # the problem has the dtypes
         return dispatch.run(p, backend, tensors)
 
 
@@ -328,12 +317,10 @@ torch.library.register_vmap("vitkernels::patch_embed", _vmap, lib=library)
 torch.library.register_vmap("vitkernels::patch_embed_backward", _vmap_backward, lib=library)
 
 
-def patch_embed(
-    tensors: tuple[torch.Tensor | None, ...], arguments: Arguments, backend: str, p: PatchProblem | None
-) -> torch.Tensor:
-    """`p` is the problem, or None where shapes are still symbols."""
-    if p is None or not _is_plain(tensors):
-        return _call(*tensors, *arguments, backend)
-    if _differentiable(tensors[:5]):
-        return _PatchEmbed.apply(*tensors, *arguments, backend, p)
-    return _direct(p, tensors, backend)
+def patch_embed(tensors: tuple[torch.Tensor | None, ...], call: Call, backend: str) -> torch.Tensor:
+    if not call.plain:
+        return _call(*tensors, *call.arguments, backend)
+    if call.learns and torch.is_grad_enabled():
+        return _PatchEmbed.apply(*tensors, call, backend)
+    assert call.problem is not None
+    return _direct(call.problem, tensors, backend)

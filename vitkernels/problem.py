@@ -23,7 +23,6 @@ import torch
 IMAGE_DTYPES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64)
 FLOAT_DTYPES = IMAGE_DTYPES[1:]
 KEEP_DTYPES = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
-_DTYPES = (IMAGE_DTYPES, *(FLOAT_DTYPES,) * 4, KEEP_DTYPES)  # of images, weight, bias, pos_embed, prefix, keep
 
 Triple = tuple[int, int, int]
 
@@ -181,21 +180,13 @@ def arguments_of(
     """Give the non-tensor arguments their defaults and one form each."""
     _tensor("images", images, IMAGE_DTYPES)
     _tensor("weight", weight, FLOAT_DTYPES)
-    autocast = _autocast_dtype(images.device.type)
-    return _arguments(images, weight, autocast, stride, padding, mean, std, scale, out_dtype)
-
-
-def _autocast_dtype(device_type: str) -> torch.dtype | None:
-    on = device_type != "meta" and torch.is_autocast_enabled(device_type)
-    return torch.get_autocast_dtype(device_type) if on else None
-
-
-def _arguments(images, weight, autocast, stride, padding, mean, std, scale, out_dtype) -> Arguments:
-    """Of tensors, or their `Meta`."""
-    if len(weight.shape) not in (4, 5):
+    if weight.ndim not in (4, 5):
         raise ValueError(f"weight must be [D,C,P_h,P_w] or [D,C,P_t,P_h,P_w], got {_shape(weight)}")
     patch = tuple(weight.shape[2:])
-    compute_dtype = autocast or weight.dtype
+    compute_dtype = weight.dtype
+    device_type = images.device.type
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):
+        compute_dtype = torch.get_autocast_dtype(device_type)
     if out_dtype is None:
         out_dtype = compute_dtype
     elif out_dtype not in FLOAT_DTYPES:
@@ -215,61 +206,6 @@ def _arguments(images, weight, autocast, stride, padding, mean, std, scale, out_
         compute_dtype,
         out_dtype,
     )
-
-
-def call_of(
-    images: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    pos_embed: torch.Tensor | None,
-    prefix: torch.Tensor | None,
-    keep: torch.Tensor | None,
-    stride: int | Sequence[int] | None,
-    padding: int | Sequence[int],
-    mean: Any,
-    std: Any,
-    scale: float | None,
-    out_dtype: torch.dtype | None,
-) -> tuple[Arguments, PatchProblem]:
-    """`arguments_of` and `problem_of`, remembered together: this runs at every call, and looks at each of what they
-    read once."""
-    known = None
-    try:
-        if not (stride is None or type(stride) is int):
-            stride = _sizes("stride", stride, len(weight.shape) - 2, 1)
-        if type(padding) is not int:
-            padding = _sizes("padding", padding, len(weight.shape) - 2, 0)
-        if not (mean is None or type(mean) is tuple):
-            mean = _channel_values("mean", mean)
-        if not (std is None or type(std) is tuple):
-            std = _channel_values("std", std)
-        known = _known_call(
-            *[
-                t if t is None else (t.shape, t.stride(), t.dtype, t.device, t.layout, type(t))
-                for t in (images, weight, bias, pos_embed, prefix, keep)
-            ],
-            _autocast_dtype(images.device.type) if torch._C._is_any_autocast_enabled() else None,
-            stride, padding, mean, std, scale, out_dtype,
-        )  # fmt: skip
-    except (AttributeError, RuntimeError, TypeError, ValueError):
-        pass  # something is wrong, which is said below, or sizes are symbols, which nothing is remembered by
-    if known is not None:
-        return known
-    arguments = arguments_of(images, weight, stride, padding, mean, std, scale, out_dtype)
-    return arguments, problem_of(images, weight, bias, pos_embed, prefix, keep, arguments)
-
-
-@lru_cache(maxsize=1024, typed=True)  # a scale of 1 is one, of True none
-def _known_call(*values: Any) -> tuple[Arguments, PatchProblem]:
-    tensors, rest = values[:6], values[6:]
-    for tensor, dtypes in zip(tensors, _DTYPES, strict=True):
-        if tensor is not None:
-            *_, dtype, _, layout, kind = tensor
-            if not issubclass(kind, torch.Tensor) or dtype not in dtypes or layout is not torch.strided:
-                raise TypeError
-    metas = [t if t is None else Meta(*t[:4]) for t in tensors]
-    arguments = _arguments(*metas[:2], *rest)
-    return arguments, _cached(*metas, arguments)
 
 
 def problem_of(

@@ -155,6 +155,7 @@ static void launch_all(backward::Call run, const backward::BackwardPlan& plan) {
 }
 
 void run_backward(const Problem& p, const backward::BackwardPlan& plan, const BackwardTensors& t, Stream stream) {
+    OnDevice guard(p.device);
     locate_errors([&] { launch_all({p, plan, t, stream}, plan); }, [&] { return "the gradients of " + p.text; });
 }
 

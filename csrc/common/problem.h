@@ -42,6 +42,7 @@ struct Problem {
     double scale;               // otherwise, of the sum
     Dtype image, weight, compute, out;  // compute: of the product's operands, summed in f32 (f64 for f64)
     bool tf32;                  // f32 operands may be rounded to TF32
+    int device;                 // its number; -1: the current one
     std::string text;           // for people
 };
 

@@ -79,6 +79,7 @@ static void launch_all(const Problem& p, const ForwardPlan& f, const ForwardTens
 }
 
 void run_forward(const Problem& p, const ForwardPlan& f, const ForwardTensors& t, Stream stream) {
+    OnDevice guard(p.device);
     locate_errors([&] { launch_all(p, f, t, stream); }, [&] { return p.text + ", " + f.how; });
 }
 

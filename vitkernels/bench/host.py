@@ -19,12 +19,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .. import dispatch, ops
+from .. import dispatch
 from ..backends import cuda
 from ..backends.cuda import extension
 from ..backends.triton import config_cache, launch
+from ..calls import call_of
 from ..functional import patch_embed
-from ..problem import call_of
 from .baselines import conv
 from .cases import Call, Case
 from .implementations import LEARNT, problem
@@ -87,11 +87,11 @@ def _pieces(call: Call, names: list[str]) -> dict[str, Callable[[], Any]]:
     """The steps of a call, each alone."""
     images, weight, bias, pos_embed, prefix = (call[name] for name in ("images", *LEARNT))
     tensors = (images, weight, bias, pos_embed, prefix, None)
-    check = partial(call_of, *tensors, None, 0, None, None, None, None)
-    _, p = check()
+    find = partial(call_of, tensors, None, 0, None, None, None, None)
+    p = find().problem
+    assert p is not None
     todo: dict[str, Callable[[], Any]] = {
-        "call_of": check,
-        "is plain": partial(ops._is_plain, tensors),
+        "call_of": find,
         "choose": partial(dispatch.choose, p, "auto"),
     }
     for name in names:

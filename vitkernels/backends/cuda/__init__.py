@@ -161,8 +161,7 @@ def backward(
     )  # fmt: skip
     scratch = images.new_empty(scratch_bytes, dtype=torch.uint8)
     try:
-        with torch.cuda.device_of(images):
-            extension.load().backward(_problem(p, rounded), plan, tensors, scratch.data_ptr(), _stream(p))
+        extension.load().backward(_problem(p, rounded), plan, tensors, scratch.data_ptr(), _stream(p))
     except extension.load().Refused as error:
         _leave_the_copy_engine(p, error)
         return backward(p, grad, images, weight, bias, pos_embed, prefix, keep, grads)
@@ -182,7 +181,7 @@ def _problem(p: PatchProblem, rounded: bool) -> Any:
         "D": p.D, "T": p.T, "N": p.N, "rows": p.rows, "K": p.K, "keep": p.n_keep is not None, "pos_rows": p.pos_rows,
         "strides": p.image_strides, "normalised": normalised, "scale": p.scale if scaled else 1.0, "tf32": rounded,
         "image": _NUMBER[p.image_dtype], "weight": _NUMBER[p.weight_dtype], "compute": _NUMBER[p.compute_dtype],
-        "out": _NUMBER[p.out_dtype], "text": str(p),
+        "out": _NUMBER[p.out_dtype], "text": str(p), "device": -1 if p.device.index is None else p.device.index,
     })  # fmt: skip
 
 
@@ -208,8 +207,7 @@ def _prepared(
     )
     layouts = tuple(t if t is None else (_NUMBER[t.dtype], *t.strides) for t in (*p.tensors, *made))
     taken = module.ForwardPlan({**plan._asdict(), "loader": list(LOADERS).index(plan.loader)})
-    number = p.device.index if p.device.index is not None else -1
-    return module.Forward(problem, taken, layouts, number), problem.normalised, plan.scratch_bytes
+    return module.Forward(problem, taken, layouts), problem.normalised, plan.scratch_bytes
 
 
 @lru_cache(maxsize=1024)
