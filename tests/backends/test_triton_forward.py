@@ -220,10 +220,10 @@ def test_a_refused_descriptor_falls_to_the_gather_kernel(monkeypatch, device):
     call = arguments(2, 3, 32, 48, 16, 40, pixels=U8, device=device)
     real = forward_launch._launch
 
-    def launch(p, plan, *rest):
-        if plan.kernel == "descriptor":
+    def launch(p, prepared, *rest):
+        if prepared.plan.kernel == "descriptor":
             raise RuntimeError(f"{NO_MAP}: invalid argument\nelemType=9 rank=5")
-        real(p, plan, *rest)
+        real(p, prepared, *rest)
 
     monkeypatch.setattr(forward_launch, "_launch", launch)
     monkeypatch.setattr(fallbacks, "_reasons", {})
@@ -262,8 +262,8 @@ def test_descriptors_are_made_in_a_context(monkeypatch, device, kernel):
     p, done, real = problem(call), [], forward_launch._prepared
 
     def prepared(*args):
-        plan, kernel = real(*args)
-        return plan, lambda **tensors: (done.append("kernel"), kernel(**tensors))
+        made = real(*args)
+        return made._replace(kernel=lambda **tensors: (done.append("kernel"), made.kernel(**tensors)))
 
     monkeypatch.setattr(forward_plan, "kernels_of", lambda *_: (kernel,))
     monkeypatch.setattr(forward_launch, "_prepared", prepared)

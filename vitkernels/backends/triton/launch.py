@@ -51,6 +51,7 @@ def packed(p: PatchProblem, order: Order, columns: int, weight: torch.Tensor) ->
     Never cached. A copy is a few microseconds before a launch that is worth it; a cache would have to notice every
     write, and neither `.data` nor FSDP2, which refills a parameter's storage, raises the parameter's version.
     """
+    weight = weight if weight.ndim == 5 else weight.unsqueeze(2)
     return _in_order(p, order, weight.to(p.compute_dtype), columns)
 
 
