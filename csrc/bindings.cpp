@@ -10,11 +10,17 @@
 namespace py = pybind11;
 using namespace vk;
 
-// A forward of which nothing but the addresses is missing: made once for a problem, launched at every call.
+// Of which nothing but the tensors' addresses is missing: made once for a problem, launched at every call.
 struct PreparedForward {
     Problem problem;
     ForwardPlan plan;
-    ForwardTensors tensors;  // without addresses
+    ForwardTensors tensors;
+};
+
+struct PreparedBackward {
+    Problem problem;
+    backward::BackwardPlan plan;
+    BackwardTensors tensors;
 };
 
 // None, or (dtype, *strides) with the dtype's place in problem.h's Dtype
@@ -24,17 +30,6 @@ static Tensor layout_of(const py::object& from) {
     auto values = from.cast<py::tuple>();
     t.dtype = static_cast<Dtype>(values[0].cast<int>());
     for (size_t i = 1; i < values.size() && i < 6; ++i) t.strides[i - 1] = values[i].cast<int64_t>();
-    return t;
-}
-
-// None, or (address, dtype, *strides)
-static Tensor tensor_of(const py::object& from) {
-    Tensor t{};
-    if (from.is_none()) return t;
-    auto values = from.cast<py::tuple>();
-    t.data = reinterpret_cast<void*>(values[0].cast<uintptr_t>());
-    t.dtype = static_cast<Dtype>(values[1].cast<int>());
-    for (size_t i = 2; i < values.size() && i < 7; ++i) t.strides[i - 2] = values[i].cast<int64_t>();
     return t;
 }
 
@@ -136,7 +131,6 @@ PYBIND11_MODULE(VITKERNELS_MODULE, m) {
 
     py::class_<ForwardPlan>(m, "ForwardPlan", py::module_local()).def(py::init(&forward_plan_of));
     py::class_<PreparedForward>(m, "Forward", py::module_local())
-        // Layouts in ForwardTensors' order
         .def(py::init([](const Problem& p, const ForwardPlan& plan, const py::tuple& t) {
             ForwardTensors tensors{layout_of(t[0]), layout_of(t[1]), layout_of(t[2]), layout_of(t[3]), layout_of(t[4]),
                                    layout_of(t[5]), layout_of(t[6]), layout_of(t[7]), nullptr};
@@ -153,12 +147,21 @@ PYBIND11_MODULE(VITKERNELS_MODULE, m) {
         });
 
     py::class_<backward::BackwardPlan>(m, "BackwardPlan", py::module_local()).def(py::init(&backward_plan_of));
-    // Tensors in BackwardTensors' order
-    m.def("backward", [](const Problem& p, const backward::BackwardPlan& plan, const py::tuple& t, uintptr_t scratch,
-                         uintptr_t stream) {
-        BackwardTensors tensors{tensor_of(t[0]), tensor_of(t[1]), tensor_of(t[2]), tensor_of(t[3]), tensor_of(t[4]),
-                                tensor_of(t[5]), tensor_of(t[6]), tensor_of(t[7]), tensor_of(t[8]), tensor_of(t[9]),
-                                pointer(scratch)};
-        run_backward(p, plan, tensors, pointer(stream));
-    });
+    py::class_<PreparedBackward>(m, "Backward", py::module_local())
+        .def(py::init([](const Problem& p, const backward::BackwardPlan& plan, const py::tuple& t) {
+            BackwardTensors tensors{layout_of(t[0]), layout_of(t[1]), layout_of(t[2]), layout_of(t[3]), layout_of(t[4]),
+                                    layout_of(t[5]), layout_of(t[6]), layout_of(t[7]), layout_of(t[8]), layout_of(t[9]),
+                                    nullptr};
+            return PreparedBackward{p, plan, tensors};
+        }))
+        .def("__call__", [](const PreparedBackward& b, uintptr_t grad, uintptr_t images, uintptr_t weight,
+                            uintptr_t keep, uintptr_t centred, uintptr_t d_images, uintptr_t d_weight, uintptr_t d_bias,
+                            uintptr_t d_pos, uintptr_t d_prefix, uintptr_t scratch, uintptr_t stream) {
+            BackwardTensors t = b.tensors;
+            t.grad.data = pointer(grad), t.images.data = pointer(images), t.weight.data = pointer(weight);
+            t.keep.data = pointer(keep), t.centred.data = pointer(centred), t.d_images.data = pointer(d_images);
+            t.d_weight.data = pointer(d_weight), t.d_bias.data = pointer(d_bias), t.d_pos.data = pointer(d_pos);
+            t.d_prefix.data = pointer(d_prefix), t.scratch = pointer(scratch);
+            run_backward(b.problem, b.plan, t, pointer(stream));
+        });
 }

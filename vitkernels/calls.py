@@ -26,7 +26,7 @@ Tensors = tuple[Any, ...]  # images, weight, bias, pos_embed, prefix, keep
 MOST_OF_A_WEIGHT = 8  # image sizes, layouts, with gradients and without
 MOST_WEIGHTS = 1024
 _PLAIN = {torch.Tensor, torch.nn.Parameter}
-_CONSTANT = {type(None), int, float, str, tuple, torch.dtype}
+_CONSTANT = {type(None), int, float, str, tuple, torch.dtype, Arguments}
 
 
 class Call(NamedTuple):
@@ -51,8 +51,21 @@ def call_of(tensors: Tensors, *options: Any) -> Call:
     quiet = is_quiet()
     if quiet and (found := _found(tensors, options)) is not None:
         return found
+    images, weight, *_ = tensors
+    return _made(tensors, arguments_of(images, weight, *options), options, quiet)
+
+
+def known_call(tensors: Tensors, arguments: Arguments) -> Call:
+    """The same of arguments that a call had, as its derivatives have them. Other tensors they may have: what saved the
+    call's may hand out others, and a parameter's `.data` may be exchanged."""
+    quiet = is_quiet()
+    if quiet and (found := _found(tensors, (arguments,))) is not None:
+        return found
+    return _made(tensors, arguments, (arguments,), quiet)
+
+
+def _made(tensors: Tensors, arguments: Arguments, options: tuple[Any, ...], quiet: bool) -> Call:
     images, weight, bias, pos_embed, prefix, keep = tensors
-    arguments = arguments_of(images, weight, *options)
     p = problem_of(images, weight, bias, pos_embed, prefix, keep, arguments)
     call = Call(arguments, p, quiet and are_plain(tensors), any(t is not None and t.requires_grad for t in tensors))
     if call.plain and _Guards is not None and all(type(option) in _CONSTANT for option in options):

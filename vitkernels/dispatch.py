@@ -143,8 +143,8 @@ def run_backward(
     p: PatchProblem,
     name: str,
     grad: torch.Tensor,  # [B, T + rows, D]
-    tensors: tuple[torch.Tensor | None, ...],  # images … keep, canonical
-    grads: tuple[torch.Tensor | None, ...],  # of images … prefix, to be written, canonical; None: nobody asks
+    tensors: tuple[torch.Tensor | None, ...],  # images … keep, as the problem has them
+    grads: tuple[torch.Tensor | None, ...],  # of images … prefix, to be written, like them; None: nobody asks
 ) -> None:
     """The gradients, each by the backend that takes it."""
     try:
@@ -163,12 +163,14 @@ def shares(
     p: PatchProblem, name: str, grads: tuple[torch.Tensor | None, ...]
 ) -> dict[ModuleType, tuple[torch.Tensor | None, ...]]:
     """Backend -> those of the gradients of images, weight, bias, pos_embed and prefix that it writes."""
-    found: dict[ModuleType, list[torch.Tensor | None]] = {}
-    for i, grad in enumerate(grads):
-        if grad is not None:
-            module = choose(p, name, "weight" if i else "images")
-            found.setdefault(module, [None] * len(grads))[i] = grad
-    return {module: tuple(share) for module, share in found.items()}
+    images, *learnt = grads
+    found: dict[ModuleType, tuple[torch.Tensor | None, ...]] = {}
+    if images is not None:
+        found[choose(p, name, "images")] = images, None, None, None, None
+    if any(grad is not None for grad in learnt):
+        module = choose(p, name, "weight")
+        found[module] = images if module in found else None, *learnt
+    return found
 
 
 class Explanation(dict[str, list[str]]):

@@ -17,8 +17,7 @@ from torch.autograd.function import _SingleLevelFunction
 from torch.utils.flop_counter import register_flop_formula
 
 from . import dispatch
-from .backends.common import canonical
-from .calls import Call, are_plain, in_forward_mode, is_quiet
+from .calls import Call, are_plain, in_forward_mode, known_call
 from .problem import Arguments, PatchProblem, check_keep, problem_of
 
 _TENSORS = "Tensor images, Tensor weight, Tensor? bias, Tensor? pos_embed, Tensor? prefix, Tensor? keep"
@@ -35,29 +34,26 @@ for schema in (
     library.define(schema, tags=torch.Tag.pt2_compliant_tag)
 
 
-def _problem(images, weight, bias, pos_embed, prefix, keep, stride, padding, mean, std, *rest) -> PatchProblem:
+def _arguments(stride, padding, mean, std, *rest) -> Arguments:
+    """Of what the dispatcher hands on, which are lists."""
     mean, std = (v if v is None else tuple(v) for v in (mean, std))
-    arguments = Arguments(tuple(stride), tuple(padding), mean, std, *rest)
-    return problem_of(images, weight, bias, pos_embed, prefix, keep, arguments)
+    return Arguments(tuple(stride), tuple(padding), mean, std, *rest)
 
 
 def _forward(*args):
     tensors, (*arguments, backend) = args[:6], args[6:]
-    return _direct(_problem(*tensors, *arguments), tensors, backend)
+    return _direct(problem_of(*tensors, _arguments(*arguments)), tensors, backend)
 
 
 def _forward_fake(*args):
-    p = _problem(*args[:-1])
+    tensors, (*arguments, _) = args[:6], args[6:]
+    p = problem_of(*tensors, _arguments(*arguments))
     return args[0].new_empty(p.out_shape, dtype=p.out_dtype)
 
 
 def _backward(grad, *args):
     tensors, (*arguments, backend, needs) = args[:6], args[6:]
-    p = _problem(*tensors, *arguments)
-    grads = [torch.empty_like(t) if need else None for t, need in zip(tensors, needs, strict=False)]
-    with torch._C._DisableAutocast():  # the product's dtype was settled by the forward
-        dispatch.run_backward(p, backend, grad, canonical(*tensors), canonical(*grads, None)[:5])
-    return [g for g in grads if g is not None]
+    return _direct_backward(problem_of(*tensors, _arguments(*arguments)), grad, tensors, backend, needs)
 
 
 def _backward_fake(grad, *args):
@@ -102,19 +98,19 @@ class _PatchEmbed(_SingleLevelFunction):
         *tensors, call, backend = args
         images, weight, *_ = ctx.needs_input_grad
         _save(ctx, tensors, read=2 if images or weight else 0)
-        ctx.arguments = *call.arguments, backend
-        return (
-            _direct(call.problem, tensors, backend) if call.plain else _below_function(_op, (*tensors, *ctx.arguments))
-        )
+        ctx.arguments = call.arguments, backend
+        if call.plain:
+            return _direct(call.problem, tensors, backend)
+        return _below_function(_op, (*tensors, *call.arguments, backend))
 
     @staticmethod
     def backward(ctx, grad):
         needs = list(ctx.needs_input_grad[:5])
-        return *_spread(_call_backward(grad, *_saved(ctx), *ctx.arguments, needs), needs), None, None, None
+        return *_spread(_call_backward(grad, _saved(ctx), *ctx.arguments, needs), needs), None, None, None
 
     @staticmethod
     def jvp(ctx, *d):
-        return _change(_saved(ctx), ctx.arguments, d[:5])
+        return _change(_saved(ctx), *ctx.arguments, d[:5])
 
 
 class _PatchEmbedBackward(_SingleLevelFunction):
@@ -122,22 +118,22 @@ class _PatchEmbedBackward(_SingleLevelFunction):
     def forward(ctx, *args):
         _save(ctx, args[:7], read=3)
         ctx.set_materialize_grads(False)
-        ctx.arguments, ctx.needs = args[7:-1], args[-1]
+        ctx.arguments, ctx.needs = (_arguments(*args[7:-2]), args[-2]), args[-1]
         return tuple(_below_function(_op_backward, args))
 
     @staticmethod
     def backward(ctx, *grads):
         grad, *tensors = _saved(ctx)
         d = _spread(grads, ctx.needs)
-        d_grad = _change(tensors, ctx.arguments, d) if ctx.needs_input_grad[0] else None
-        return d_grad, *_change_of_grads(grad, tensors, ctx.arguments, d, ctx.needs_input_grad[1:3]), *(None,) * 13
+        d_grad = _change(tensors, *ctx.arguments, d) if ctx.needs_input_grad[0] else None
+        return d_grad, *_change_of_grads(grad, tensors, *ctx.arguments, d, ctx.needs_input_grad[1:3]), *(None,) * 13
 
     @staticmethod
     def jvp(ctx, d_grad, *d):
         grad, *tensors = _saved(ctx)
-        changes = [*_change_of_grads(grad, tensors, ctx.arguments, d, ctx.needs), None, None, None]
+        changes = [*_change_of_grads(grad, tensors, *ctx.arguments, d, ctx.needs), None, None, None]
         if d_grad is not None:
-            more = _spread(_call_backward(d_grad, *tensors, *ctx.arguments, ctx.needs), ctx.needs)
+            more = _spread(_call_backward(d_grad, tensors, *ctx.arguments, ctx.needs), ctx.needs)
             changes = [_sum(a, b) for a, b in zip(changes, more, strict=True)]
         needed = ((c, t) for c, t, need in zip(changes, tensors[:5], ctx.needs, strict=True) if need)
         return tuple(torch.zeros_like(t) if c is None else c for c, t in needed)
@@ -165,7 +161,7 @@ def _saved(ctx):
     return saved if ctx.held is None else [s if h is None else h for s, h in zip(saved, ctx.held, strict=True)]
 
 
-def _change(tensors, arguments, d) -> torch.Tensor | None:
+def _change(tensors, arguments: Arguments, backend: str, d) -> torch.Tensor | None:
     """Of the tokens, where images, weight, bias, pos_embed and prefix change by d; None is no change."""
     images, *learnt, keep = tensors
     d_images, *d_learnt = d
@@ -175,27 +171,27 @@ def _change(tensors, arguments, d) -> torch.Tensor | None:
         if any(change is not None for change in d_learnt):
             zeros = (t if t is None else torch.zeros_like(t) for t in learnt)
             d_learnt = [zero if change is None else change for change, zero in zip(d_learnt, zeros, strict=True)]
-            by_learnt = _call(images, *d_learnt, keep, *arguments)
+            by_learnt = _call((images, *d_learnt, keep), arguments, backend)
         if d_images is not None:
             prefix = None if learnt[3] is None else torch.zeros_like(learnt[3])
-            by_images = _call(d_images, learnt[0], None, None, prefix, keep, *_without_mean(arguments))
+            alone = (d_images, learnt[0], None, None, prefix, keep)
+            by_images = _call(alone, arguments._replace(mean=None), backend)
     return _sum(by_learnt, by_images)
 
 
-def _change_of_grads(grad, tensors, arguments, d, needs) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+def _change_of_grads(
+    grad, tensors, arguments: Arguments, backend: str, d, needs
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Of the images' gradient where the weight changes by d, and of the weight's where the images do."""
     images, weight, *others = tensors
     of_images = of_weight = None
     if needs[0] and d[1] is not None:
-        (of_images,) = _call_backward(grad, images, d[1], *others, *arguments, [True, False, False, False, False])
+        only = [True, False, False, False, False]
+        (of_images,) = _call_backward(grad, (images, d[1], *others), arguments, backend, only)
     if needs[1] and d[0] is not None:
-        arguments = _without_mean(arguments)
-        (of_weight,) = _call_backward(grad, d[0], weight, *others, *arguments, [False, True, False, False, False])
+        arguments, only = arguments._replace(mean=None), [False, True, False, False, False]
+        (of_weight,) = _call_backward(grad, (d[0], weight, *others), arguments, backend, only)
     return of_images, of_weight
-
-
-def _without_mean(arguments) -> tuple:
-    return *arguments[:2], None, *arguments[3:]
 
 
 def _spread(grads, needs) -> list[torch.Tensor | None]:
@@ -236,7 +232,7 @@ def _differentiable(inputs) -> bool:
 
 def _autograd(*args) -> torch.Tensor:
     tensors, (*arguments, backend) = args[:6], args[6:]
-    return _recorded(_op, args, tensors[:5], _PatchEmbed, *tensors, Call(Arguments(*arguments)), backend)
+    return _recorded(_op, args, tensors[:5], _PatchEmbed, *tensors, Call(_arguments(*arguments)), backend)
 
 
 def _autograd_backward(*args) -> list[torch.Tensor]:
@@ -247,17 +243,17 @@ def _dispatched() -> bool:
     return _in_torch_func() or torch.compiler.is_compiling()
 
 
-def _call(*args) -> torch.Tensor:
-    return (_op if _dispatched() else _autograd)(*args)
+def _call(tensors, arguments: Arguments, backend: str) -> torch.Tensor:
+    return (_op if _dispatched() else _autograd)(*tensors, *arguments, backend)
 
 
-def _call_backward(*args) -> list[torch.Tensor]:
-    if _dispatched():
-        return _op_backward(*args)
-    if is_quiet() and are_plain(args[:7]) and not _differentiable(args[:3]):
-        with torch._C._AutoDispatchBelowAutograd():
-            return _backward(*args)
-    return _autograd_backward(*args)
+def _call_backward(grad, tensors, arguments: Arguments, backend: str, needs) -> list[torch.Tensor]:
+    if not (_dispatched() or _differentiable((grad, *tensors[:2]))):
+        call = known_call(tensors, arguments)
+        if call.problem is not None and call.plain and are_plain((grad,)):
+            return _direct_backward(call.problem, grad, tensors, backend, needs)
+    function = _op_backward if _dispatched() else _autograd_backward
+    return function(grad, *tensors, *arguments, backend, needs)
 
 
 def _direct(p: PatchProblem, tensors, backend: str) -> torch.Tensor:
@@ -267,6 +263,16 @@ def _direct(p: PatchProblem, tensors, backend: str) -> torch.Tensor:
         return dispatch.run(p, backend, tensors)
     with torch._C._DisableAutocast():  # the problem has the dtypes
         return dispatch.run(p, backend, tensors)
+
+
+def _direct_backward(p: PatchProblem, grad, tensors, backend: str, needs) -> list[torch.Tensor]:
+    grads = tuple([torch.empty_like(t) if need else None for t, need in zip(tensors, needs, strict=False)])
+    if not torch._C._is_any_autocast_enabled():
+        dispatch.run_backward(p, backend, grad, tensors, grads)
+    else:
+        with torch._C._DisableAutocast():  # the product's dtype was settled by the forward
+            dispatch.run_backward(p, backend, grad, tensors, grads)
+    return [g for g in grads if g is not None]
 
 
 def _vmap(info, in_dims, *args):
@@ -319,7 +325,7 @@ torch.library.register_vmap("vitkernels::patch_embed_backward", _vmap_backward, 
 
 def patch_embed(tensors: tuple[torch.Tensor | None, ...], call: Call, backend: str) -> torch.Tensor:
     if not call.plain:
-        return _call(*tensors, *call.arguments, backend)
+        return _call(tensors, call.arguments, backend)
     if call.learns and torch.is_grad_enabled():
         return _PatchEmbed.apply(*tensors, call, backend)
     assert call.problem is not None

@@ -297,7 +297,7 @@ def build(
 
 
 def _layouts(images: Meta, weight: Meta, *others: Meta | None) -> tuple[Layout | None, ...]:
-    pictures = [Layout(m.dtype, _inserted(m.strides)) for m in (images, weight)]
+    pictures = [Layout(m.dtype, video_strides(m.strides)) for m in (images, weight)]
     bias, *tables, keep = others
     return (
         *pictures,
@@ -307,8 +307,8 @@ def _layouts(images: Meta, weight: Meta, *others: Meta | None) -> tuple[Layout |
     )
 
 
-def _inserted(steps: tuple[int, ...]) -> tuple[int, ...]:
-    """Strides of a video of one frame."""
+def video_strides(steps: tuple[int, ...]) -> tuple[int, ...]:
+    """A picture is a video of one frame."""
     return steps if len(steps) == 5 else (*steps[:2], 0, *steps[2:])
 
 

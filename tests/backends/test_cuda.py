@@ -380,8 +380,8 @@ def test_constants_live_until_the_launch(on_cuda_kernels, device, monkeypatch):
         def Forward(self, *prepared):
             return partial(self.launch, module.Forward(*prepared))
 
-        def backward(self, *addresses):
-            self.launch(module.backward, *addresses)
+        def Backward(self, *prepared):
+            return partial(self.launch, module.Backward(*prepared))
 
         def launch(self, launch, *addresses):
             assert held[-1]() is not None, "freed before the launch"

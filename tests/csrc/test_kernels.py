@@ -135,7 +135,7 @@ def check_maps(csrc, d: dict, p, f) -> None:
     assert -(-p.K // 16) * 16 <= weight["sizes"][0] * weight["sizes"][2] == f.weight_row
     maps = [weight]
     if f.loader == "patches":
-        image = csrc.image_map(d, fields, (ADDRESS, d["image"], *p.image_strides))
+        image = csrc.image_map(d, fields, ADDRESS, (d["image"], *p.image_strides))
         size, v = p.image_dtype.itemsize, layout_of(p)
         box, copies = image["box"], v.P[2] // image["box"]
         assert copies * box == v.P[2]

@@ -68,7 +68,9 @@ PYBIND11_MODULE(_host, m) {
     m.def("weight_map", [](const py::dict& p, const py::dict& plan, uintptr_t weight) {
         return dict_of(weight_block(problem_of(p), forward_plan_of(plan)), pointer(weight));
     });
-    m.def("image_map", [](const py::dict& p, const py::dict& plan, const py::object& images) {
-        return image_map_of(problem_of(p), forward_plan_of(plan), tensor_of(images));
+    m.def("image_map", [](const py::dict& p, const py::dict& plan, uintptr_t address, const py::object& layout) {
+        Tensor images = layout_of(layout);
+        images.data = pointer(address);
+        return image_map_of(problem_of(p), forward_plan_of(plan), images);
     });
 }

@@ -12,7 +12,7 @@ from ..problem import PatchProblem, in_grid
 Grads = tuple[torch.Tensor | None, ...]  # of images, weight, bias, pos_embed, prefix
 
 
-def canonical(images, weight, bias, pos_embed, prefix, keep) -> tuple[torch.Tensor | None, ...]:
+def canonical(images, weight, bias, pos_embed, prefix, keep=None) -> tuple[torch.Tensor | None, ...]:
     """The tensors in one form each: a picture is a video of one frame, tables have a batch dimension."""
     images, weight = (t if t is None or t.ndim == 5 else t.unsqueeze(2) for t in (images, weight))
     pos_embed, prefix = (t if t is None or t.ndim == 3 else t.unsqueeze(0) for t in (pos_embed, prefix))
@@ -44,8 +44,9 @@ def own_tables(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:  # fmt: skip
     """Write the gradients of tables that each image has of its own, which are copies of dY's rows; d_pos and d_prefix
     as they are left to a kernel that sums over images."""
-    if d_prefix is not None and (p.T == 0 or d_prefix.shape[0] > 1):
-        each_or_sum(p, grad[:, : p.T], d_prefix)
+    if d_prefix is not None and (p.T == 0 or (d_prefix.ndim == 3 and d_prefix.shape[0] > 1)):
+        if p.T:
+            d_prefix.copy_(grad[:, : p.T])
         d_prefix = None
     if d_pos is not None and p.pos_per_image:
         position(p, *masked(p, grad, keep), d_pos)

@@ -128,8 +128,8 @@ def stubs() -> Iterator[None]:
     """Kernels of both languages that return at once, for tensors on the CPU; both backends plan as for an H100."""
     nothing = lambda *_: None  # noqa: E731
     module = SimpleNamespace(
-        device_type="cpu", Refused=_Refused, backward=nothing, ForwardPlan=dict, BackwardPlan=dict,
-        Forward=lambda *_: nothing, Problem=lambda fields: SimpleNamespace(**fields),
+        device_type="cpu", Refused=_Refused, ForwardPlan=dict, BackwardPlan=dict,
+        Forward=lambda *_: nothing, Backward=lambda *_: nothing, Problem=lambda fields: SimpleNamespace(**fields),
     )  # fmt: skip
     places = {(extension, "load"): lambda: module, (extension, "missing"): lambda: "",
               (launch, "kernel_of"): lambda _: _Kernel()}  # fmt: skip

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ...gpu import OLDEST, Gpu, gpu_of, not_nvidia, tf32
-from ...problem import Layout, PatchProblem
+from ...problem import Layout, PatchProblem, video_strides
 from .. import fallbacks, reference
 from ..common import Grads, centred, own_tables
 from ..patch_layout import product_of, scaling, within_image
@@ -150,18 +150,19 @@ def backward(
     d_pos, d_prefix = own_tables(p, grad, keep, d_pos, d_prefix)
     if all(g is None for g in (d_images, d_weight, d_bias, d_pos, d_prefix)):
         return None
-    rounded = _rounded(p)
-    constants = centred(p, p.sum_dtype) if _problem(p, rounded).normalised else None  # held until the launch
-    everything = (grad, images, weight, keep, constants, d_images, d_weight, d_bias, d_pos, d_prefix)
-    tensors = tuple(map(_plain, everything))
-    plan, scratch_bytes = _prepared_backward(
-        p, rounded, fallbacks.happened(BACKEND, p), images.data_ptr() % 16, grad.data_ptr() % 16, grad.stride(),
-        d_images.stride() if d_images is not None else None, *(g is not None for g in (d_weight, d_bias, d_pos)),
-        d_prefix is not None and p.T > 0,
+    images_at, grad_at = images.data_ptr(), grad.data_ptr()
+    made = d_images, d_weight, d_bias, d_pos, d_prefix
+    launch, normalised, scratch_bytes = _prepared_backward(
+        p, _rounded(p), fallbacks.happened(BACKEND, p), images_at % 16, grad_at % 16, grad.dtype, grad.stride(),
+        *[None if g is None else g.stride() for g in made],
     )  # fmt: skip
+    constants = centred(p, p.sum_dtype) if normalised else None
     scratch = images.new_empty(scratch_bytes, dtype=torch.uint8)
     try:
-        extension.load().backward(_problem(p, rounded), plan, tensors, scratch.data_ptr(), _stream(p))
+        launch(
+            grad_at, images_at, weight.data_ptr(), _address(keep), _address(constants), *map(_address, made),
+            scratch.data_ptr(), _stream(p),
+        )  # fmt: skip
     except extension.load().Refused as error:
         _leave_the_copy_engine(p, error)
         return backward(p, grad, images, weight, bias, pos_embed, prefix, keep, grads)
@@ -205,21 +206,35 @@ def _prepared(
         Layout(p.sum_dtype, (p.C, 1)),
         Layout(p.out_dtype, (p.out_shape[1] * p.D, p.D, 1)),
     )
-    layouts = tuple(t if t is None else (_NUMBER[t.dtype], *t.strides) for t in (*p.tensors, *made))
     taken = module.ForwardPlan({**plan._asdict(), "loader": list(LOADERS).index(plan.loader)})
-    return module.Forward(problem, taken, layouts), problem.normalised, plan.scratch_bytes
+    return module.Forward(problem, taken, _layouts(*p.tensors, *made)), problem.normalised, plan.scratch_bytes
+
+
+def _layouts(*tensors: Layout | None) -> tuple[tuple[int, ...] | None, ...]:
+    return tuple(t if t is None else (_NUMBER[t.dtype], *t.strides) for t in tensors)
 
 
 @lru_cache(maxsize=1024)
 def _prepared_backward(
-    p: PatchProblem, rounded: bool, refused: bool, images_at: int, grad_at: int, grad_strides: tuple[int, int, int],
-    d_images: tuple[int, ...] | None, weight: bool, bias: bool, pos: bool, prefix: bool,
-) -> tuple[Any, int]:  # fmt: skip
+    p: PatchProblem, rounded: bool, refused: bool, images_at: int, grad_at: int, grad_dtype: torch.dtype,
+    grad_strides: tuple[int, int, int], *made: tuple[int, ...] | None,
+) -> tuple[Callable[..., None], bool, int]:  # fmt: skip
+    """The same of the gradients; `made` are the strides of those that are asked for."""
+    images, weight, bias, pos, prefix = made
+    d_images = None if images is None else video_strides(images)
     plan = backward_plan.make_plan(
-        p, _gpu(p.device, refused), rounded, images_at, Grad(grad_at, grad_strides), weight=weight, bias=bias, pos=pos,
-        prefix=prefix, images=d_images,
+        p, _gpu(p.device, refused), rounded, images_at, Grad(grad_at, grad_strides), weight=weight is not None,
+        bias=bias is not None, pos=pos is not None, prefix=prefix is not None, images=d_images,
     )  # fmt: skip
-    return extension.load().BackwardPlan(_fields(plan)), plan.scratch_bytes
+    module, problem = extension.load(), _problem(p, rounded)
+    # Tables that are shared, as those of each image are not summed here
+    canonical = (
+        d_images, weight and video_strides(weight), bias, pos and (0, *pos[-2:]), prefix and (0, *prefix[-2:]),
+    )  # fmt: skip
+    grads = (t if s is None else Layout(t.dtype, s) for t, s in zip(p.tensors, canonical, strict=False))  # type: ignore
+    read = Layout(grad_dtype, grad_strides), *p.tensors[:2], p.tensors[5], Layout(p.sum_dtype, (p.C, 1))
+    layouts = _layouts(*read, *grads)
+    return module.Backward(problem, module.BackwardPlan(_fields(plan)), layouts), problem.normalised, plan.scratch_bytes
 
 
 def forget() -> None:
@@ -242,10 +257,6 @@ def _fields(plan: Any) -> Any:
 def _rounded(p: PatchProblem) -> bool:
     """Whether the product may be one of TF32."""
     return p.compute_dtype is torch.float32 and tf32()
-
-
-def _plain(t: torch.Tensor | None) -> tuple[int, ...] | None:
-    return None if t is None else (t.data_ptr(), _NUMBER[t.dtype], *t.stride())
 
 
 def _address(t: torch.Tensor | None) -> int:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from ...problem import PatchProblem
-from ..common import Grads, centred, each_or_sum, masked, position, scattered
+from ..common import Grads, canonical, centred, each_or_sum, masked, position, scattered
 from .unfold import images_at_once, linear_of, padded, pieces, product, windows
 
 
@@ -27,7 +27,8 @@ def backward(
     keep: torch.Tensor | None,  # [B, N_keep]
     grads: Grads,  # of images, weight, bias, pos_embed and prefix, to be written; None: nobody asks
 ) -> None:
-    d_images, d_weight, d_bias, d_pos, d_prefix = grads
+    images, weight, _, _, _, keep = canonical(images, weight, None, None, None, keep)
+    d_images, d_weight, d_bias, d_pos, d_prefix, _ = canonical(*grads)
     grad, index = masked(p, grad, keep)
     if d_images is not None:
         _images(p, grad[:, p.T :], weight, index, d_images)

@@ -9,7 +9,7 @@ import torch
 from ...gpu import gpu_of, tf32
 from ...problem import PatchProblem
 from .. import reference
-from ..common import Grads, masked, own_tables, scattered
+from ..common import Grads, canonical, masked, own_tables, scattered
 from ..common import centred as channels_centred
 from .backward_plan import Launch, Reduction, Wanted, image_launch, reduction
 from .config_cache import planned
@@ -44,7 +44,8 @@ def backward(
     *,
     choice: tuple[str, Config] | None = None,  # "weight" or "images" and its tile, instead of the tables'
 ) -> None:
-    d_images, d_weight, d_bias, d_pos, d_prefix = grads
+    images, weight, _, _, _, keep = canonical(images, weight, None, None, None, keep)
+    d_images, d_weight, d_bias, d_pos, d_prefix, _ = canonical(*grads)
     if grad.numel() == 0 or p.rows == 0:
         return reference.backward(p, grad, images, weight, bias, pos_embed, prefix, keep, grads)
     keep = None if keep is None else keep.contiguous()
