@@ -25,9 +25,9 @@ def forward(p: PatchProblem) -> Algorithm:
     if p.T:
         table = p.T * p.D * p.weight_dtype.itemsize * (p.pos_rows > p.N) * (p.B if p.pos_per_image else 1)
         passes.append(Pass("prefix", sizes.prefix + table, prefix))
-    step, spans = unfold._cut(p, unfold._piece_rows(p, dtype))
+    step, spans = unfold._cut(p, unfold._piece_rows(p, dtype, torch.get_num_threads()))
     batches = -(-p.B // max(1, step)) if p.rows else 0
-    requests = _requests(p, dtype, step, spans, batches, weight + bias)
+    requests = _requests(p, dtype, step, spans, batches, weight, bias)
     first = max(0, p.pos_rows - p.N) * p.D * p.weight_dtype.itemsize * (p.B if p.pos_per_image else 1)
     read = sizes.images + weight + bias + sizes.position - first + sizes.keep
     passes.append(Pass("pieces", read, sizes.tokens - prefix, p.flops, 0, requests))
@@ -36,7 +36,9 @@ def forward(p: PatchProblem) -> Algorithm:
     return Algorithm(tuple(passes), 0, f"{batches * len(spans)} pieces of {largest / 1e6:.2f} MB at most, in {name}")
 
 
-def _requests(p: PatchProblem, dtype, step: int, spans: list[slice], batches: int, operands: int) -> dict[str, int]:
+def _requests(
+    p: PatchProblem, dtype, step: int, spans: list[slice], batches: int, weight: int, bias: int
+) -> dict[str, int]:
     s, size, pieces = p.image_dtype.itemsize, dtype.itemsize, batches * len(spans)
     elements, M, taken = p.B * p.rows * p.K, p.B * p.rows * p.D, p.B * p.rows * INDEX
     staged = unfold.is_staged(p, spans)
@@ -50,9 +52,15 @@ def _requests(p: PatchProblem, dtype, step: int, spans: list[slice], batches: in
         "normalise": turns * (2 * size * (whole if staged else elements) + constants * (batches if staged else pieces)),
         "kept patches": 0 if p.n_keep is None else 2 * moved,
         "patches": 0 if unfold.is_matrix(p, dtype, spans) else moved + elements * size,
-        "product": elements * size + pieces * operands + M * size,
+        "product": elements * size + pieces * (weight + bias) + M * size,
         "tokens": M * size + M * p.out_dtype.itemsize,
     }
+    if p.pos_rows and dtype == p.out_dtype:  # where the sum starts at position and bias, which are added first
+        alone = batches if step == 1 or p.B == 1 else int(p.B % step == 1)
+        few = [n.stop - n.start for n in spans if unfold.is_small(1, n.stop - n.start, dtype, p.device.type)] * alone
+        Ms = sum(few) * p.D
+        requests["product"] += Ms * size * p.has_bias - len(few) * bias
+        requests["tokens"] += (Ms * size + len(few) * bias) * p.has_bias - Ms * (size + p.out_dtype.itemsize)
     if p.pos_rows:
         w, per_batch = p.weight_dtype.itemsize, p.B if p.pos_per_image else batches
         kept = 0

@@ -15,9 +15,8 @@ import torch
 import torch.nn.functional as F
 
 from ...problem import PatchProblem, in_grid
-from ..common import canonical
 from .gradients import backward as backward
-from .unfold import columns_of, linear_of, pieces
+from .unfold import columns_of, is_small, linear_of, pieces
 
 
 def why_not(p: PatchProblem) -> list[str]:
@@ -30,36 +29,47 @@ def how(p: PatchProblem) -> str:
 
 def forward(
     p: PatchProblem,
-    images: torch.Tensor,  # [B, C, F, H, W]
-    weight: torch.Tensor,  # [D, C, P_t, P_h, P_w]
+    images: torch.Tensor,  # [B, C, F, H, W], or without F
+    weight: torch.Tensor,  # [D, C, P_t, P_h, P_w], or without P_t
     bias: torch.Tensor | None,  # [D]
-    pos_embed: torch.Tensor | None,  # [1|B, N|T+N, D]
-    prefix: torch.Tensor | None,  # [1|B, T, D]
+    pos_embed: torch.Tensor | None,  # [1|B, N|T+N, D], or without 1
+    prefix: torch.Tensor | None,  # [1|B, T, D], or without 1
     keep: torch.Tensor | None,  # [B, N_keep]
 ) -> torch.Tensor:  # [B, T+N, D]
-    images, weight, bias, pos_embed, prefix, keep = canonical(images, weight, bias, pos_embed, prefix, keep)
     dtype = product_dtype(p)
     keep, outside = in_grid(p, keep)
+    if pos_embed is not None and pos_embed.ndim == 2:
+        pos_embed = pos_embed[None]
     out = images.new_empty(p.out_shape, dtype=p.out_dtype)
     if prefix is not None:
-        extra = pos_embed[:, : p.T] if pos_embed is not None and p.pos_rows > p.N else prefix.new_zeros(())
-        out[:, : p.T] = prefix.to(p.sum_dtype) + extra
+        if pos_embed is not None and p.pos_rows > p.N:
+            prefix = prefix.to(p.sum_dtype) + pos_embed.narrow(1, 0, p.T)
+        out.narrow(1, 0, p.T).copy_(prefix)
     W = weight.reshape(p.D, p.K).to(dtype).contiguous()  # oneDNN reads past the strides of either
     if (columns := columns_of(p, dtype)) > p.K:
         W = F.pad(W, (0, columns - p.K))
     bias = bias if bias is None else bias.to(dtype).contiguous()
-    linear = linear_of(p.device.type, dtype)
     for b, n, x in pieces(p, images, keep, dtype):  # x [b·n, K, or more with zeros]
-        tokens = out[b, p.T + n.start : p.T + n.stop]  # [b, n, D]
-        if pos_embed is None:
-            tokens.copy_(linear(x, W, bias).view(tokens.shape))
-        elif dtype == p.out_dtype:
-            torch.add(linear(x, W, bias).view(tokens.shape), _positions(p, pos_embed, b, n, keep), out=tokens)
-        else:  # into another dtype, it would make the sum aside first
-            tokens.copy_(linear(x, W, bias).view(tokens.shape).add_(_positions(p, pos_embed, b, n, keep)))
+        tokens = out.narrow(1, p.T + n.start, n.stop - n.start)[b]  # [b, n, D]
+        positions = None if pos_embed is None else _positions(p, pos_embed, b, n, keep)
+        small = is_small(b.stop - b.start, x.shape[0], dtype, p.device.type)
+        if positions is not None and dtype == p.out_dtype and small:
+            torch.addmm(positions[0] if bias is None else positions[0] + bias, x, W.t(), out=tokens[0])
+        else:
+            _add(linear_of(p.device.type, dtype)(x, W, bias), positions, tokens)
     if outside is not None:
         out[:, p.T :].masked_fill_(outside[:, :, None], float("nan"))
     return out
+
+
+def _add(products: torch.Tensor, positions: torch.Tensor | None, tokens: torch.Tensor) -> None:
+    products = products.view(tokens.shape)
+    if positions is None:
+        tokens.copy_(products)
+    elif products.dtype == tokens.dtype:
+        torch.add(products, positions, out=tokens)
+    else:  # into another dtype, it would make the sum aside first
+        tokens.copy_(products.add_(positions))
 
 
 def _positions(p, pos_embed, b: slice, n: slice, keep) -> torch.Tensor:

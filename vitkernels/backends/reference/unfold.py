@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from ...gpu import not_nvidia
-from ...problem import PatchProblem
+from ...problem import PatchProblem, video_strides
 from ..common import centred
 
 GPU_BYTES = 3 << 28  # of a piece on a GPU, which it has to fill
@@ -27,7 +27,8 @@ def pieces(
     The buffers are contiguous, and reused by the next piece.
     """
     columns = p.K if upright else columns_of(p, dtype)
-    step, spans, staged, as_they_are, wide = _way(p, dtype, _piece_rows(p, dtype, upright), upright or columns > p.K)
+    most = _piece_rows(p, dtype, torch.get_num_threads(), upright)
+    step, spans, staged, as_they_are, wide = _way(p, dtype, most, upright or columns > p.K)
     grid = None if staged else windows(p, images)  # [B, G_t, G_h, G_w, C, P_t, P_h, P_w]
     block = images.new_empty((min(step, p.B), *images.shape[1:]), dtype=wide) if staged else None
     buffer = None
@@ -36,7 +37,7 @@ def pieces(
         if grid is not None:
             here = grid if step >= p.B else grid[b]
         elif block is not None:
-            here = windows(p, _normalise(p, block[: b.stop - b.start].copy_(images[b]), 3))
+            here = windows(p, _normalise(p, block[: b.stop - b.start].copy_(images[b]), block.ndim - 2))
         for n in spans:
             part = _part(p, here, n, None if keep is None else keep[b, n])
             if as_they_are:
@@ -130,10 +131,11 @@ def _cut(p: PatchProblem, piece_rows: int) -> tuple[int, list[slice]]:
 def windows(p: PatchProblem, images: torch.Tensor) -> torch.Tensor:
     """The patches of normalised images, [b, G_t, G_h, G_w, C, P_t, P_h, P_w], a view where nothing is padded."""
     if any(p.pad):
-        images = F.pad(images, [size for pad in reversed(p.pad) for size in (pad, pad)])
-    b, c, *sides = images.stride()
-    steps = [side * step for side, step in zip(sides, p.S, strict=True)]
-    return images.as_strided((images.shape[0], *p.G, p.C, *p.P), (b, *steps, c, *sides))
+        sides = p.pad[5 - images.ndim :]  # a picture's has no frames
+        images = F.pad(images, [size for pad in reversed(sides) for size in (pad, pad)])
+    b, c, f, h, w = video_strides(images.stride())
+    t, y, x = p.S
+    return images.as_strided((images.shape[0], *p.G, p.C, *p.P), (b, f * t, h * y, w * x, c, f, h, w))
 
 
 def _part(p: PatchProblem, grid: torch.Tensor, n: slice, keep: torch.Tensor | None) -> torch.Tensor:
@@ -165,8 +167,14 @@ def linear_of(device_type: str, dtype: torch.dtype) -> Callable[..., torch.Tenso
     return F.linear
 
 
+def is_small(images: int, rows: int, dtype: torch.dtype, device_type: str) -> bool:
+    """Whether a piece is of one image on a CPU, and of so few rows that another pass over the tokens counts: then the
+    sum starts at what is added to it. In bf16 oneDNN multiplies so at a fraction of its speed."""
+    return images == 1 and rows < 1000 and dtype == torch.float32 and device_type == "cpu"
+
+
 def _linear(x: torch.Tensor, W: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    if len(W) <= 384 and len(x) < 1000:
+    if W.shape[0] <= 384 and x.shape[0] < 1000:
         return F.linear(x, W, bias)
     return torch.ops.mkldnn._linear_pointwise(x, W, bias, "none", [], "")
 
@@ -196,12 +204,13 @@ def images_at_once(p: PatchProblem) -> int:
     return max(1, GPU_BYTES // (p.C * padded * p.sum_dtype.itemsize + p.N * p.K * p.sum_dtype.itemsize))
 
 
-def _piece_rows(p: PatchProblem, dtype: torch.dtype, upright: bool = False) -> int:
+@lru_cache(maxsize=1024)
+def _piece_rows(p: PatchProblem, dtype: torch.dtype, threads: int, upright: bool = False) -> int:
     """Patches of a piece. On a CPU all that a piece needs (its images, patches, product and positions, and the weight
     where it is converted) stays within 3.75 MB a thread; half of that, which the caches hold, where the weight is small
     enough to be read again for each piece. Upright ones make the weight's gradient, which is added up piece by piece:
     twice as much. On a GPU a piece has to fill it."""
-    most = 3_750_000 * max(2, torch.get_num_threads()) if p.device.type == "cpu" else GPU_BYTES
+    most = 3_750_000 * max(2, threads) if p.device.type == "cpu" else GPU_BYTES
     weight = p.D * p.K * dtype.itemsize
     converted = weight * (dtype != p.weight_dtype)
     budget = 2 * most if upright else max(most // 4, min(max(most // 2, 2 * weight), most - converted))
