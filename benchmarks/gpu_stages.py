@@ -171,6 +171,17 @@ def training(args, out, deadline):
     _time(args, out, deadline, cases, ["both", "backward"], compiled=False, seconds=0.2)
 
 
+def host(args, out, deadline):
+    """What a call costs the host, by its steps."""
+    from vitkernels.bench.host import host
+
+    for row in host(args.device):
+        beside = f", {row['ratio']:.2f} x F.linear" if row["ratio"] else ""
+        row |= {"case": row["mode"], "note": f"{row['impl']}: {row['us']:.1f} us{' (stub)' * row['stub']}{beside}"}
+        say(row["mode"], row["note"])
+        out.write(row)
+
+
 def compiled(args, out, deadline):
     """Beside torch.compile, one peer at a time: a compiler that hangs costs one row."""
     peers = ["compile_conv", "compile_linear"]

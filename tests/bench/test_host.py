@@ -1,6 +1,10 @@
 """What a call costs the host: that it is timed, by which parts, and that the stubs leave no trace."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +14,7 @@ from vitkernels import cli
 from vitkernels.bench import host
 
 pytest.importorskip("triton")
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +45,21 @@ def test_stubs_are_gone_afterwards(monkeypatch):
     assert dict(vk.explain(**call)) == before
     assert before["triton"]
     assert torch.isfinite(vk.patch_embed(**call)).all()
+
+
+def test_the_benchmark(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    command = [sys.executable, "-m", "pytest", "benchmarks/bench_host.py", "-p", "no:cacheprovider", "-k", "inference",
+               "--benchmark-storage", str(tmp_path)]  # fmt: skip
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stdout
+    [file] = tmp_path.rglob("*.json")
+    stored = {b["extra_info"]["host"]["impl"]: b for b in json.loads(file.read_text())["benchmarks"]}
+    assert stored.keys() == {"cuda", "triton", "F.linear", "timm eagerly", "empty operator"}
+    for found in stored.values():
+        assert found["stats"]["min"] * 1e6 == pytest.approx(found["extra_info"]["host"]["us"], rel=1e-3)
 
 
 def test_the_command(capsys):

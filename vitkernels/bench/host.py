@@ -36,13 +36,13 @@ MODES = ("inference", "training", "backward")  # a call that records nothing, on
 KERNELS = ("cuda", "triton")
 
 
-def host(device: torch.device | str = "cpu", case: Case = TINY) -> list[dict[str, Any]]:
+def host(device: torch.device | str = "cpu", case: Case = TINY, *, keep_samples: bool = False) -> list[dict[str, Any]]:
     """Microseconds of the host for a call, by mode; the least of 60 samples of 50 calls, all sampled in turns, as
     whatever else the machine does only adds.
 
     Returns:
         [{"mode": one of MODES or "piece" (of a call without gradients), "impl", "us", "stub" (whether the launch is
-        one), "ratio" (to F.linear's in this mode; None of a piece)}]
+        one), "ratio" (to F.linear's in this mode; None of a piece), "samples" where they are asked for}]
     """
     device = torch.device(device)
     with stubs() if device.type == "cpu" else nullcontext():
@@ -52,9 +52,10 @@ def host(device: torch.device | str = "cpu", case: Case = TINY) -> list[dict[str
         for mode in (*MODES, "piece"):
             todo = _pieces(call, names) if mode == "piece" else _calls(call, names, mode)
             with torch.inference_mode(mode in ("inference", "piece")):
-                for impl, us in _least(todo, device).items():
+                for impl, samples in _sampled(todo, device).items():
                     stub = device.type == "cpu" and impl.split()[0] in KERNELS
-                    rows.append({"mode": mode, "impl": impl, "us": us, "stub": stub})
+                    row = {"mode": mode, "impl": impl, "us": rounded(min(samples)), "stub": stub}
+                    rows.append(row | ({"samples": samples} if keep_samples else {}))
     linear = {row["mode"]: row["us"] for row in rows if row["impl"] == "F.linear"}
     return [
         row | {"ratio": rounded(row["us"] / linear[row["mode"]]) if row["mode"] in linear else None} for row in rows
@@ -99,8 +100,9 @@ def _pieces(call: Call, names: list[str]) -> dict[str, Callable[[], Any]]:
     return todo
 
 
-def _least(todo: dict[str, Callable[[], Any]], device: torch.device) -> dict[str, float]:
-    least = dict.fromkeys(todo, float("inf"))
+def _sampled(todo: dict[str, Callable[[], Any]], device: torch.device) -> dict[str, list[float]]:
+    """Microseconds of a call, a sample for each round."""
+    samples: dict[str, list[float]] = {name: [] for name in todo}
     for _ in range(ROUNDS):
         for name, step in todo.items():
             if device.type == "cuda":
@@ -108,8 +110,8 @@ def _least(todo: dict[str, Callable[[], Any]], device: torch.device) -> dict[str
             begin = time.perf_counter()
             for _ in range(CALLS):
                 step()
-            least[name] = min(least[name], (time.perf_counter() - begin) / CALLS)
-    return {name: rounded(1e6 * seconds) for name, seconds in least.items()}
+            samples[name].append(1e6 * (time.perf_counter() - begin) / CALLS)
+    return samples
 
 
 class _Kernel:
