@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from problems import arguments
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -137,6 +138,17 @@ def test_temporary_memory_does_not_grow_with_the_batch(shape, dtype):
     with torch.no_grad():
         step()
         assert peak_bytes(step) < 8e6 / 2 * max(2, torch.get_num_threads())
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("table", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_one_image_and_a_table_of_another_dtype(table, bias):
+    """Few rows, in float32: the sum starts at the table, however large beside the products."""
+    call = arguments(1, 3, 32, 48, 16, 40, pixels=torch.float32, weights=torch.float32)
+    call["pos_embed"] = (1000 * call["pos_embed"]).to(table)
+    call["bias"] = call["bias"] if bias else None
+    for row in accuracy.compare(call, "reference"):
+        assert row["ok"], row
 
 
 VIEWS = {

@@ -54,7 +54,8 @@ def forward(
         positions = None if pos_embed is None else _positions(p, pos_embed, b, n, keep)
         small = is_small(b.stop - b.start, x.shape[0], dtype, p.device.type)
         if positions is not None and dtype == p.out_dtype and small:
-            torch.addmm(positions[0] if bias is None else positions[0] + bias, x, W.t(), out=tokens[0])
+            base = positions[0] if bias is None else positions[0] + bias
+            torch.addmm(base.to(dtype), x, W.t(), out=tokens[0])
         else:
             _add(linear_of(p.device.type, dtype)(x, W, bias), positions, tokens)
     if outside is not None:
