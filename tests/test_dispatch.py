@@ -76,9 +76,13 @@ def test_the_switch_of_tf32_is_looked_at_in_each_call(monkeypatch):
     p = vk.explain(**call(pixels=F32, weights=F32), gpu="sm_90").problem
     taken = []
     monkeypatch.setitem(dispatch.MEASURED, (90, "forward", "tf32"), dispatch.Row(("triton", "reference"), "a test"))
-    for rounded in (False, True, False):
-        monkeypatch.setattr(dispatch, "tf32", lambda rounded=rounded: rounded)
-        taken.append(dispatch.choose(p, "auto").__name__.rpartition(".")[2])
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        for precision in ("ieee", "tf32", "ieee"):
+            torch.backends.cuda.matmul.fp32_precision = precision
+            taken.append(dispatch.choose(p, "auto").__name__.rpartition(".")[2])
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
     assert taken == ["reference", "triton", "reference"]
 
 

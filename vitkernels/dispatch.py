@@ -11,7 +11,7 @@ import torch
 
 from .backends import fallbacks, measured
 from .backends.cuda import extension
-from .gpu import gpu_of, not_nvidia, tf32
+from .gpu import gpu_of, not_nvidia, rounds, tf32
 from .problem import PatchProblem
 
 MODULES = {"triton": ".backends.triton", "cuda": ".backends.cuda", "reference": ".backends.reference"}
@@ -112,8 +112,7 @@ def why_not(p: PatchProblem, name: str) -> list[str]:
 
 def choose(p: PatchProblem, name: str, direction: str = "forward") -> ModuleType:
     """The backend that takes the problem; NotImplementedError where the one that is named can't."""
-    rounded = p.compute_dtype is torch.float32 and tf32()  # a switch that may be turned between calls
-    return _choose(p, name, direction, rounded)
+    return _choose(p, name, direction, rounds(p.compute_dtype))  # a switch that may be turned between calls
 
 
 @lru_cache(maxsize=4096)

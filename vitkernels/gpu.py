@@ -37,6 +37,11 @@ def tf32() -> bool:
     return torch._C._get_fp32_precision_getter("cuda", "matmul") == "tf32"
 
 
+def rounds(dtype: torch.dtype) -> bool:
+    """Whether a product of this dtype may be one of TF32."""
+    return dtype is torch.float32 and tf32()
+
+
 def indexed(device: torch.device) -> torch.device:
     """`cuda` without a number is the current GPU, which changes: what is remembered of it needs the number."""
     if device.type == "cuda" and device.index is None:

@@ -94,6 +94,12 @@ class PatchProblem:
         assert self.tensors[0] is not None
         return self.tensors[0].strides
 
+    @property
+    def weight_strides(self) -> tuple[int, ...]:
+        """Of [D, C, P_t, P_h, P_w]."""
+        assert self.tensors[1] is not None
+        return self.tensors[1].strides
+
     @cached_property
     def G(self) -> Triple:
         t, y, x = (

@@ -42,10 +42,9 @@ def within_image(p: PatchProblem) -> Triple:
 def weight_in_order(p: PatchProblem, channels_last: bool) -> bool:
     """Whether rows of the weight are the product's operands as they lie: of its type, their elements side by side in
     the order in which patches are read."""
-    assert p.tensors[1] is not None
     P_t, P_h, P_w = p.P
     dense = (1, P_h * P_w * p.C, P_w * p.C, p.C) if channels_last else (P_t * P_h * P_w, P_h * P_w, P_w, 1)
-    strides = zip((p.C, *p.P), p.tensors[1].strides[1:], dense, strict=True)
+    strides = zip((p.C, *p.P), p.weight_strides[1:], dense, strict=True)
     return p.weight_dtype == p.compute_dtype and all(n == 1 or s == d for n, s, d in strides)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ...gpu import OLDEST, Gpu, gpu_of, not_nvidia, tf32
+from ...gpu import OLDEST, Gpu, gpu_of, not_nvidia, rounds, tf32
 from ...problem import Layout, PatchProblem, video_strides
 from .. import fallbacks, reference
 from ..common import Grads, centred, own_tables
@@ -82,7 +82,7 @@ def covers(built: str, arch: int) -> bool:
 
 
 def how(p: PatchProblem) -> str:
-    """The forward, for tensors that begin on 16 bytes and a dense weight."""
+    """The forward, for tensors that begin on 16 bytes."""
     return forward_plan.make_plan(p, _gpu(p.device, fallbacks.happened(BACKEND, p)), tf32()).how
 
 
@@ -94,9 +94,8 @@ def no_wgmma(p: PatchProblem) -> str:
 
 def candidates(p: PatchProblem, images: torch.Tensor, weight: torch.Tensor) -> dict[str, Plan]:
     """Every plan of the forward that can take the problem, by what it would do."""
-    strides = p.tensors[1].strides  # type: ignore[union-attr]
     at = images.data_ptr() % 16, weight.data_ptr() % 16
-    found, _ = forward_plan.candidates(p, _gpu(p.device), tf32(), *at, strides)
+    found, _ = forward_plan.candidates(p, _gpu(p.device), tf32(), *at)
     return {plan.how: plan for plan in found}
 
 
@@ -116,7 +115,7 @@ def forward(
         return out
     images_at, weight_at = images.data_ptr(), weight.data_ptr()
     launch, normalised, scratch_bytes = _prepared(
-        p, _rounded(p), fallbacks.happened(BACKEND, p), images_at % 16, weight_at % 16, plan
+        p, rounds(p.compute_dtype), fallbacks.happened(BACKEND, p), images_at % 16, weight_at % 16, plan
     )
     constants = centred(p, p.sum_dtype) if normalised else None
     scratch = images.new_empty(scratch_bytes, dtype=torch.uint8) if scratch_bytes else None
@@ -153,8 +152,8 @@ def backward(
     images_at, grad_at = images.data_ptr(), grad.data_ptr()
     made = d_images, d_weight, d_bias, d_pos, d_prefix
     launch, normalised, scratch_bytes = _prepared_backward(
-        p, _rounded(p), fallbacks.happened(BACKEND, p), images_at % 16, grad_at % 16, grad.dtype, grad.stride(),
-        *[None if g is None else g.stride() for g in made],
+        p, rounds(p.compute_dtype), fallbacks.happened(BACKEND, p), images_at % 16, grad_at % 16, grad.dtype,
+        grad.stride(), *[None if g is None else g.stride() for g in made],
     )  # fmt: skip
     constants = centred(p, p.sum_dtype) if normalised else None
     scratch = images.new_empty(scratch_bytes, dtype=torch.uint8)
@@ -198,9 +197,7 @@ def _prepared(
     p: PatchProblem, rounded: bool, refused: bool, images_at: int, weight_at: int, plan: Plan | None
 ) -> tuple[Callable[..., None], bool, int]:
     """The launch, but for the addresses; whether it wants the channels' constants; the bytes of scratch memory."""
-    _, weight, *_ = p.tensors
-    assert weight is not None
-    plan = plan or forward_plan.make_plan(p, _gpu(p.device, refused), rounded, images_at, weight_at, weight.strides)
+    plan = plan or forward_plan.make_plan(p, _gpu(p.device, refused), rounded, images_at, weight_at)
     module, problem = extension.load(), _problem(p, rounded)
     made = (  # here, so dense
         Layout(p.sum_dtype, (p.C, 1)),
@@ -231,7 +228,10 @@ def _prepared_backward(
     canonical = (
         d_images, weight and video_strides(weight), bias, pos and (0, *pos[-2:]), prefix and (0, *prefix[-2:]),
     )  # fmt: skip
-    grads = (t if s is None else Layout(t.dtype, s) for t, s in zip(p.tensors, canonical, strict=False))  # type: ignore
+    grads = (
+        Layout(t.dtype, s) if t is not None and s is not None else None
+        for t, s in zip(p.tensors, canonical, strict=False)
+    )
     read = Layout(grad_dtype, grad_strides), *p.tensors[:2], p.tensors[5], Layout(p.sum_dtype, (p.C, 1))
     layouts = _layouts(*read, *grads)
     return module.Backward(problem, module.BackwardPlan(_fields(plan)), layouts), problem.normalised, plan.scratch_bytes
@@ -252,11 +252,6 @@ def _fields(plan: Any) -> Any:
     if isinstance(plan, tuple):
         return tuple(map(_fields, plan))
     return plan
-
-
-def _rounded(p: PatchProblem) -> bool:
-    """Whether the product may be one of TF32."""
-    return p.compute_dtype is torch.float32 and tf32()
 
 
 def _address(t: torch.Tensor | None) -> int:

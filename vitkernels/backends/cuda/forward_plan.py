@@ -6,8 +6,7 @@ the cost model reads it, and neither a GPU nor the extension is needed to ask.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from math import gcd, prod
+from math import gcd
 from typing import NamedTuple
 
 import torch
@@ -23,6 +22,7 @@ from ..patch_layout import (
     product_of,
     row_alignment,
     scaling,
+    weight_in_order,
 )  # fmt: skip
 
 PACK_ROWS = 4096  # patches from which narrow copies of the weight cost more than packing it: a guess
@@ -135,21 +135,15 @@ def no_patches(p: PatchProblem, layout: PatchLayout, product: str, images_at: in
     return next((text for wrong, text in reasons if wrong), "")
 
 
-def _weight(
-    p: PatchProblem, layout: PatchLayout, weight_at: int, strides: Sequence[int], wgmma: bool, step_k: int
-) -> tuple[bool, int, int]:
+def _weight(p: PatchProblem, layout: PatchLayout, weight_at: int, wgmma: bool, step_k: int) -> tuple[bool, int, int]:
     """Whether it is packed first, the elements of its rows, and the bytes of one copy. It is read where it lies if its
     rows are in the patches' order, of the operands' type, and can be copied 4 bytes at a time."""
     size = p.compute_dtype.itemsize
-    P_t, P_h, P_w = p.P
-    dense = (1, P_h * P_w * p.C, P_w * p.C, p.C) if layout.channels_last else (P_t * P_h * P_w, P_h * P_w, P_w, 1)
-    there = p.weight_dtype == p.compute_dtype
-    there &= all(n == 1 or s == d for n, s, d in zip((p.C, *p.P), strides[1:], dense, strict=True))
-    row = strides[0] if p.D > 1 else p.K
+    row = p.weight_strides[0] if p.D > 1 else p.K
     chunk = gcd(row * size, p.K * size, weight_at, 16)
     narrow = chunk < 4 or (chunk < 16 and (wgmma or p.B * p.rows >= PACK_ROWS))
     block = (64 if step_k % 64 == 0 else 16) if wgmma else 1  # of one box of the copy engine
-    if there and row >= p.K and not narrow and p.K % block == 0 and row % block == 0:
+    if weight_in_order(p, layout.channels_last) and row >= p.K and not narrow and p.K % block == 0 and row % block == 0:
         return False, row, chunk
     return True, _round_up(p.K, max(block, 16 // size)), 16
 
@@ -195,13 +189,13 @@ def _stage(p: PatchProblem, layout: PatchLayout, product: str, loader: str, tile
 
 def _plan(
     p: PatchProblem, gpu: Gpu, layout: PatchLayout, product: str, loader: str, wgmma: bool, tile: Tile, chunk: int,
-    weight_at: int, weight_strides: Sequence[int],
+    weight_at: int,
 ) -> Plan | None:  # fmt: skip
     """A loader with a tile; None where fewer than two stages fit."""
     value, total = p.compute_dtype.itemsize, p.sum_dtype.itemsize
     s = _stage(p, layout, product, loader, tile, chunk)
     block = blocks_of(p, tile.BM) if loader == "patches" else (0, 0, 0)
-    pack, row, weight_chunk = _weight(p, layout, weight_at, weight_strides, wgmma, s.step_k)
+    pack, row, weight_chunk = _weight(p, layout, weight_at, wgmma, s.step_k)
     steps, align = -(-p.K // s.step_k), 1024 if wgmma else 128
     b_pitch = s.step_k if wgmma else s.step_k + 16 // value
     a_bytes = _round_up(s.a_bytes, align)
@@ -244,12 +238,11 @@ def _rate(loader: str, wgmma: bool, chunk: int) -> float:
 
 
 def candidates(
-    p: PatchProblem, gpu: Gpu, tf32: bool, images_at: int = 0, weight_at: int = 0, weight_strides: Sequence[int] = (),
+    p: PatchProblem, gpu: Gpu, tf32: bool, images_at: int = 0, weight_at: int = 0
 ) -> tuple[list[Plan], dict[str, str]]:  # fmt: skip
     """Every loader with every tile that can take the problem, and why the other loaders can't. Tensors begin at these
-    addresses, modulo 16; a weight without strides is dense."""
+    addresses, modulo 16."""
     product, layout = product_of(p, tf32), layout_of(p)
-    strides = weight_strides or tuple(prod((p.C, *p.P)[i:]) for i in range(5))
     wgmma = gpu.arch == 90 and product == "half"
     copy, copy_chunk = no_copy(p, layout, product, images_at)
     rows, row_chunk = no_rows(p, layout, product, images_at)
@@ -264,7 +257,7 @@ def candidates(
     plans = [
         plan
         for loader, by_wgmma, tiles, chunk, reason in offers if not reason for tile in tiles
-        if (plan := _plan(p, gpu, layout, product, loader, by_wgmma, tile, chunk, weight_at, strides))
+        if (plan := _plan(p, gpu, layout, product, loader, by_wgmma, tile, chunk, weight_at))
     ]  # fmt: skip
     taken, small = {plan.loader for plan in plans}, f"no two stages fit {gpu.shared_bytes} bytes of shared memory"
     return plans, {loader: reason or small for loader, *_, reason in offers if loader not in taken}

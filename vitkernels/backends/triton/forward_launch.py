@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ...gpu import bind_context, gpu_of, tf32
+from ...gpu import bind_context, gpu_of, rounds
 from ...problem import PatchProblem
 from .. import fallbacks
 from ..patch_layout import weight_in_order
@@ -48,7 +48,7 @@ def forward(
     if out.numel() == 0:
         return out
     aligned = images.data_ptr() % 16 == 0 and not fallbacks.happened(BACKEND, p)
-    prepared = _prepared(p, aligned, p.compute_dtype is torch.float32 and tf32(), interpreted(), choice)
+    prepared = _prepared(p, aligned, rounds(p.compute_dtype), interpreted(), choice)
     try:
         _launch(p, prepared, images, weight, bias, pos_embed, prefix, keep, out)
     except RuntimeError as error:
@@ -85,7 +85,7 @@ def _launch(p, prepared: Prepared, images, weight, bias, pos_embed, prefix, keep
 @planned
 def _prepared(p: PatchProblem, aligned: bool, tf32: bool, interpreted: bool, choice) -> Prepared:
     plan = make_plan(p, gpu_of(p.device), aligned, tf32, interpreted, choice)
-    _, weight, bias, *tables, _ = p.tensors
+    _, _, bias, *tables, _ = p.tensors
     kernel = bound(f"{plan.kernel}_kernel", plan.config, plan.grid, plan.scalars, plan.constants)
     in_order = plan.order.steps is None and plan.weight_columns == p.K and weight_in_order(p, plan.order.channels_last)
     return Prepared(
@@ -93,7 +93,7 @@ def _prepared(p: PatchProblem, aligned: bool, tf32: bool, interpreted: bool, cho
         partial(kernel, **_steps(*(None if table is None else table.strides[:2] for table in tables))),
         {name: _Descriptor(*sizes) for name, sizes in plan.descriptors.items()},
         normalised=bool(plan.constants["NORMALISED"]),
-        packs=not in_order or (p.D > 1 and weight is not None and weight.strides[0] != p.K),
+        packs=not in_order or (p.D > 1 and p.weight_strides[0] != p.K),
         gathers=any(t is not None and t.strides[-1] != 1 for t in (bias, *tables)),
     )
 
