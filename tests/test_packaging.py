@@ -144,8 +144,8 @@ def test_sdist(built):
     (sdist,) = built.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    wanted = {"pyproject.toml", "setup.py", "Makefile", "README.md", "CHANGELOG.md", "LICENSE", "docs/wheels.md"}
-    wanted |= {"CONTRIBUTING.md", "docs/architecture.md"}
+    wanted = {"pyproject.toml", "setup.py", "Makefile", "README.md", "CHANGELOG.md", "LICENSE"}
+    wanted |= {"CONTRIBUTING.md"} | {f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")}
     wanted |= {"docs/demo.png", "docs/train.png", "examples/train.py", "examples/data.py"}
     wanted |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "benchmarks").rglob("*.py")}
     for folder in ("csrc", "tests"):
@@ -327,18 +327,30 @@ def test_version_is_in_the_changelog():
     assert f"## [{vitkernels.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
 
 
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
 @pytest.mark.parametrize("name", info.TABLES)
-def test_readme_tables(name):
-    readme = (ROOT / "README.md").read_text()
-    table = re.search(rf"<!-- {name}\b[^>]*-->\n(.*?)\n<!-- /{name} -->", readme, re.DOTALL)
-    assert table
-    assert table[1] == info.TABLES[name](), f"`vitkernels info --markdown {name}` prints what goes between the markers"
+def test_tables(name):
+    pages = "".join(page.read_text() for page in PAGES)
+    (table,) = re.findall(rf"<!-- {name}\b[^>]*-->\n(.*?)\n<!-- /{name} -->", pages, re.DOTALL)
+    assert table == info.TABLES[name](), f"`vitkernels info --markdown {name}` prints what goes between the markers"
 
 
-def test_readme_figures_are_those_of_stored_results():
+def test_figures_are_those_of_stored_results():
     stored = ROOT / "benchmarks" / "results" / "amd-epyc-2-threads"
     loaded = results.load([stored / "operation.json", stored / "without-bf16-instructions.json"])
-    assert summary.markdown(loaded) in (ROOT / "README.md").read_text()
+    assert summary.markdown(loaded) in (ROOT / "docs" / "measured.md").read_text()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target, section in re.findall(r"\]\((?!https?:)([^)#\s]*)(?:#([^)]+))?\)", page.read_text()):
+        file = (page.parent / target) if target else page
+        assert file.exists(), target
+        if section:
+            titles = re.findall(r"(?m)^#+ (.+)$", file.read_text())
+            assert section in {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}, section
 
 
 def test_readme_names_every_command():

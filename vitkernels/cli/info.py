@@ -26,9 +26,7 @@ PRODUCTS = {  # kinds of dispatch.MEASURED
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    help = (
-        "print a table that stands in README.md: backends (the default), auto, what it takes, or fused, what fuse knows"
-    )
+    help = "print a table of the docs: backends (the default), auto, what it takes, or fused, what fuse knows"
     parser.add_argument("--markdown", nargs="?", const="backends", choices=TABLES, help=help)
 
 
@@ -130,7 +128,7 @@ def backend_table() -> str:
 
 
 def auto_table() -> str:
-    """README's table of what `auto` tries where, and why."""
+    """docs/gpus.md's table of what `auto` tries where, and why."""
     from ..dispatch import CPU, DIRECTIONS, MEASURED, RULES
 
     rows = [f"| CPUs | everything | {_tried(CPU)} | {CPU.why} |"]

@@ -22,7 +22,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, default=Path("report"), metavar="DIR", help="of figures and page (report)")
     add("--compare", metavar="OLD", help="older results: exit status 1 where ours got slower against its yardsticks")
     add("--noise", type=float, default=0.05, metavar="SHARE", help="the noise band is at least that wide (0.05: 5 %%)")
-    add("--markdown", action="store_true", help="print README's tables, and write nothing")
+    add("--markdown", action="store_true", help="print docs/measured.md's tables, and write nothing")
     add("--no-figures", action="store_true", help="a page without figures, which needs no matplotlib")
 
 

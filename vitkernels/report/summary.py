@@ -1,4 +1,4 @@
-"""What is said about results: ours against the best peer, the worst rows, README's tables."""
+"""What is said about results: ours against the best peer, the worst rows, tables for a page."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def errors(results: Results) -> list[Row]:
 
 
 def markdown(results: Results) -> str:
-    """README's tables, one per mode and timing: the case in words, our median in ms, and how many times as long each
+    """Tables, one per mode and timing: the case in words, our median in ms, and how many times as long each
     peer takes; below, where and by what they were measured."""
     groups: dict[tuple, list[Entry]] = {}
     for entry in sorted(results.entries, key=lambda e: (order(e)[0], rank(e.mode), e.timing, order(e))):
