@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from ...problem import PatchProblem
 from ..common import Grads, canonical, centred, each_or_sum, masked, position, scattered
-from .unfold import images_at_once, linear_of, padded, pieces, product, windows
+from .unfold import columns_of, images_at_once, padded, pieces, product, windows
 
 
 def backward(
@@ -50,15 +50,25 @@ def _weight(p, d_tokens, images, keep, out) -> None:
 
 
 def _weight_on_cpu(p, d_tokens, images, keep, out) -> None:
-    dtype = p.sum_dtype
-    total, buffer = images.new_zeros((p.D, p.K), dtype=dtype), None
-    linear = linear_of(p.device.type, dtype)
-    for b, n, x in pieces(p, images, keep, dtype, upright=True):  # x [K, b·n]
-        dy = d_tokens[b, n].flatten(0, 1).t()  # [D, b·n]
+    """Each piece's product is added to one sum. It lies as [K, D] where rows of K would begin anywhere: they take MKL a
+    tenth longer."""
+    dtype, buffer = p.sum_dtype, None
+    columns = columns_of(p, dtype)
+    in_place = out.dtype == dtype and out.is_contiguous() and columns == p.K and p.K % 16 == 0
+    if in_place:
+        total = out.zero_().view(p.D, p.K)
+    elif columns % 16 == 0:
+        total = images.new_zeros((p.D, columns), dtype=dtype)  # [D, K, or more with zeros]
+    else:
+        total = images.new_zeros((columns, p.D), dtype=dtype).t()
+    for b, n, x in pieces(p, images, keep, dtype, summed=True):  # x [b·n, K, or more with zeros]
+        dy = d_tokens[b, n]
         if buffer is None:  # the first piece is the largest
             buffer = x.new_empty(dy.numel())
-        total += linear(buffer[: dy.numel()].view(dy.shape).copy_(dy), x, None)
-    out.copy_(total.view(out.shape))
+        dy = buffer[: dy.numel()].view(dy.shape).copy_(dy).view(-1, p.D)
+        total.addmm_(dy.t(), x)
+    if not in_place:
+        out.copy_(total[:, : p.K].reshape(out.shape))
 
 
 def _weight_on_gpu(p, d_tokens, images, keep, out) -> None:
@@ -75,33 +85,40 @@ def _weight_on_gpu(p, d_tokens, images, keep, out) -> None:
 
 
 def _images(p, d_tokens, weight, keep, out) -> None:
-    dtype = p.sum_dtype
-    gpu = p.device.type != "cpu"
-    W = weight.reshape(p.D, p.K).to(p.compute_dtype if gpu else dtype)
+    dtype, gpu = p.sum_dtype, p.device.type != "cpu"
+    W = weight.reshape(p.D, p.K).to(p.compute_dtype if gpu else dtype).contiguous()
     more = 0 if gpu else padded(p.D, "cpu", dtype) - p.D
-    W = W.contiguous() if gpu else F.pad(W.t(), (0, more)) if more else W.t().contiguous()
-    linear = linear_of(p.device.type, dtype)
+    W = F.pad(W, (0, 0, 0, more)) if more else W
     if keep is not None:
         d_tokens = scattered(p, d_tokens, keep, per_image=True)
-    size = [s + 2 * pad for s, pad in zip((p.F, p.H, p.W), p.pad, strict=True)]
-    raw = replace(p, n_keep=None, pad=(0, 0, 0), F=size[0], H=size[1], W=size[2])
-    overlap = [-(-P // S) for P, S in zip(p.P, p.S, strict=True)]  # windows that share a pixel, (t, y, x)
+    whole = replace(p, n_keep=None)
+    apart = not any(p.pad) and all(s >= n for s, n in zip(p.S, p.P, strict=True))  # a pixel is in one patch at most
+    if apart and p.N * p.K < p.C * p.F * p.H * p.W:
+        out.zero_()
     each = images_at_once(p)
     for first in range(0, p.B, each):
         b = slice(first, min(first + each, p.B))
-        d_image = out.new_zeros((b.stop - b.start, p.C, *size), dtype=dtype)
-        grid = windows(raw, d_image)  # [b, G_t, G_h, G_w, C, P_t, P_h, P_w], a view
         dy = d_tokens[b].reshape(-1, p.D).to(W.dtype)
-        dy = F.pad(dy, (0, more)) if more else dy
-        d_x = (product(dy, W, dtype) if gpu else linear(dy.contiguous(), W, None)).view(grid.shape)
+        d_x = product(F.pad(dy, (0, more)) if more else dy, W, dtype).view(-1, *p.G, p.C, *p.P)
         if p.normalised:
             d_x *= centred(p, dtype)[1].view(p.C, 1, 1, 1)
         elif p.scale != 1:
             d_x *= p.scale
-        for corner in itertools.product(
-            *map(range, overlap)
-        ):  # windows `overlap` apart share no pixel: one such set at a time
-            apart = (slice(None), *(slice(f, None, o) for f, o in zip(corner, overlap, strict=True)))
-            grid[apart].add_(d_x[apart])
-        inner = (slice(None), slice(None), *(slice(n, n + s) for n, s in zip(p.pad, (p.F, p.H, p.W), strict=True)))
-        out[b] = d_image[inner]
+        if apart:
+            windows(whole, out[b]).copy_(d_x)
+        else:
+            out[b] = _overlapped(p, d_x)
+
+
+def _overlapped(p: PatchProblem, d_x: torch.Tensor) -> torch.Tensor:  # [b, G_t, G_h, G_w, C, P_t, P_h, P_w]
+    """The images' gradient [b, C, F, H, W] where patches share pixels or hang over the edge."""
+    size = [s + 2 * pad for s, pad in zip((p.F, p.H, p.W), p.pad, strict=True)]
+    raw = replace(p, n_keep=None, pad=(0, 0, 0), F=size[0], H=size[1], W=size[2])
+    d_image = d_x.new_zeros((d_x.shape[0], p.C, *size))
+    grid = windows(raw, d_image)  # as d_x, a view
+    overlap = [-(-P // S) for P, S in zip(p.P, p.S, strict=True)]  # windows that share a pixel, (t, y, x)
+    for corner in itertools.product(*map(range, overlap)):  # windows `overlap` apart share none: one such set at a time
+        some = (slice(None), *(slice(f, None, o) for f, o in zip(corner, overlap, strict=True)))
+        grid[some].add_(d_x[some])
+    inside = (..., *(slice(n, n + s) for n, s in zip(p.pad, (p.F, p.H, p.W), strict=True)))
+    return d_image[inside]

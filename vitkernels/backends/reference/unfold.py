@@ -20,15 +20,15 @@ GPU_BYTES = 3 << 28  # of a piece on a GPU, which it has to fill
 
 
 def pieces(
-    p: PatchProblem, images: torch.Tensor, keep: torch.Tensor | None, dtype: torch.dtype, upright: bool = False
+    p: PatchProblem, images: torch.Tensor, keep: torch.Tensor | None, dtype: torch.dtype, summed: bool = False
 ) -> Iterator[tuple[slice, slice, torch.Tensor]]:
-    """Images b, patches n of each, and their normalised pixels [b·n, columns_of(p)], zeros past K; `upright` [K, b·n].
+    """Images b, patches n of each, and their normalised pixels [b·n, columns_of(p)], zeros past K.
 
-    The buffers are contiguous, and reused by the next piece.
+    `summed`: for products that are added up. The buffers are contiguous, and reused by the next piece.
     """
-    columns = p.K if upright else columns_of(p, dtype)
-    most = _piece_rows(p, dtype, torch.get_num_threads(), upright)
-    step, spans, staged, as_they_are, wide = _way(p, dtype, most, upright or columns > p.K)
+    columns = columns_of(p, dtype)
+    most = _piece_rows(p, dtype, torch.get_num_threads(), summed)
+    step, spans, staged, as_they_are, wide = _way(p, dtype, most, columns > p.K)
     grid = None if staged else windows(p, images)  # [B, G_t, G_h, G_w, C, P_t, P_h, P_w]
     block = images.new_empty((min(step, p.B), *images.shape[1:]), dtype=wide) if staged else None
     buffer = None
@@ -48,9 +48,7 @@ def pieces(
             if buffer is None:
                 buffer = (images.new_empty if columns == p.K else images.new_zeros)(size, dtype=dtype)
             piece = buffer if size == buffer.numel() else buffer[:size]
-            if upright:
-                x = piece.view(*part.shape[-4:], *part.shape[:-4]).permute(*range(4, part.ndim), 0, 1, 2, 3)
-            elif columns == p.K:
+            if columns == p.K:
                 x = piece.view(part.shape)
             else:
                 x = piece.view(-1, columns)[:, : p.K].view(part.shape)
@@ -60,17 +58,17 @@ def pieces(
                 normalised = _normalise(p, x if wide == dtype else part.to(wide, copy=True), 3)
                 if wide != dtype:
                     x.copy_(normalised)
-            yield b, n, piece.view(p.K, -1) if upright else piece.view(-1, columns)
+            yield b, n, piece.view(-1, columns)
 
 
 @lru_cache(maxsize=1024)
 def _way(
-    p: PatchProblem, dtype: torch.dtype, piece_rows: int, laid_out: bool
+    p: PatchProblem, dtype: torch.dtype, piece_rows: int, rows_padded: bool
 ) -> tuple[int, list[slice], bool, bool, torch.dtype]:
     """Images in a piece, the patches of an image that make one, whether images are staged, whether patches are
-    multiplied where they lie (not if they are to be laid out), and what pixels are normalised in."""
+    multiplied where they lie (not if rows are to be padded), and what pixels are normalised in."""
     step, spans = _cut(p, piece_rows)
-    as_they_are = not laid_out and is_matrix(p, dtype, spans)
+    as_they_are = not rows_padded and is_matrix(p, dtype, spans)
     return step, spans, is_staged(p, spans), as_they_are, _normalised_dtype(p, dtype)
 
 
@@ -197,23 +195,24 @@ def _normalised_dtype(p: PatchProblem, dtype: torch.dtype) -> torch.dtype:
 
 
 def images_at_once(p: PatchProblem) -> int:
-    """Whose gradient is made together: one, which a CPU's caches hold, or as many as fill a GPU."""
+    """Whose gradient is made together: on a CPU of some 400 patches, with which the product is at full speed and which
+    the caches hold; or as many as fill a GPU."""
     if p.device.type == "cpu":
-        return 1
+        return -(-400 // p.N)
     padded = prod(n + 2 * pad for n, pad in zip((p.F, p.H, p.W), p.pad, strict=True))
     return max(1, GPU_BYTES // (p.C * padded * p.sum_dtype.itemsize + p.N * p.K * p.sum_dtype.itemsize))
 
 
 @lru_cache(maxsize=1024)
-def _piece_rows(p: PatchProblem, dtype: torch.dtype, threads: int, upright: bool = False) -> int:
+def _piece_rows(p: PatchProblem, dtype: torch.dtype, threads: int, summed: bool = False) -> int:
     """Patches of a piece. On a CPU all that a piece needs (its images, patches, product and positions, and the weight
     where it is converted) stays within 3.75 MB a thread; half of that, which the caches hold, where the weight is small
-    enough to be read again for each piece. Upright ones make the weight's gradient, which is added up piece by piece:
-    twice as much. On a GPU a piece has to fill it."""
+    enough to be read again for each piece. Where products are added up, the sum is read and written for each
+    piece: all of it. On a GPU a piece has to fill it."""
     most = 3_750_000 * max(2, threads) if p.device.type == "cpu" else GPU_BYTES
     weight = p.D * p.K * dtype.itemsize
     converted = weight * (dtype != p.weight_dtype)
-    budget = 2 * most if upright else max(most // 4, min(max(most // 2, 2 * weight), most - converted))
+    budget = most if summed else max(most // 4, min(max(most // 2, 2 * weight), most - converted))
     kept = p.n_keep is not None
     row = p.K * (dtype.itemsize + _normalised_dtype(p, dtype).itemsize) + p.D * dtype.itemsize * (1 + kept)
     return max(1, budget // row)
