@@ -2,11 +2,13 @@
 
 import os
 
+import interpreter
 import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported
+    interpreter.quicken()
 
 
 @pytest.fixture(autouse=True)
