@@ -226,18 +226,15 @@ def test_csrc_as_it_ships(tmp_path, monkeypatch, stem, arch):
     assert len(halves) >= 15 * (arch != "9.0") and all(r["mma"] for r in halves if "sums" not in r["kernel"])
 
 
-@pytest.mark.parametrize(
-    ("flag", "kernel", "fault"),
-    (("-DSPILLING", "wanders<64>", "stack"), ("-DWITHOUT_WGMMA", "wgmma_product<8>", "no wgmma")),
-)
-def test_an_extension_that_is_not_sound(tmp_path, flag, kernel, fault):
-    result, code = built(tmp_path, flag)
+def test_an_extension_that_is_not_sound(tmp_path):
+    result, code = built(tmp_path, "-DSPILLING", "-DWITHOUT_WGMMA")
     assert code == 1 and not result["ok"]
     command = [sys.executable, "-m", "vitkernels", "inspect", "--extension", str(tmp_path / "kernels.so")]
     text = subprocess.run(command, capture_output=True, text=True).stdout
-    assert fault in text
+    assert "stack" in text and "no wgmma" in text
     (line,) = (line for line in text.splitlines() if line.startswith("not sound: "))
-    assert all(name.split("<")[0] in kernel or not shutil.which("c++filt") for name in line[11:].split(", "))
+    if shutil.which("c++filt"):
+        assert {name.split("<")[0] for name in line[11:].split(", ")} == {"wanders", "wgmma_product"}
 
 
 def test_no_extension_is_one_line(tmp_path):
