@@ -188,6 +188,7 @@ class BuildPython(build_py):
 
 class BuildExtension(build_ext):  # setuptools knows no nvcc
     def run(self):
+        self.record = {"built": False, "reason": REASON}
         super().run()
         settle(Path("." if self.inplace else self.build_lib, "vitkernels"), self.record)
 

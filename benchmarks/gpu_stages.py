@@ -23,8 +23,10 @@ ROOT = HERE.parent
 def build(args, out, deadline):
     if not (ROOT / "csrc").is_dir():
         return out.write({"note": "no csrc/: nothing to build"})
-    wanted = {**os.environ, "VITKERNELS_CUDA": "auto" if args.dry_run else "1"}
-    done = subprocess.run([sys.executable, "setup.py", "build_ext", "--inplace"], cwd=ROOT, check=False, env=wanted)
+    # Dry, it builds nothing, and not in place: what was built there before would go.
+    mode, *where = ("0", "--build-lib", str(Path(args.out) / "build")) if args.dry_run else ("1", "--inplace")
+    wanted = {**os.environ, "VITKERNELS_CUDA": mode}
+    done = subprocess.run([sys.executable, "setup.py", "build_ext", *where], cwd=ROOT, check=False, env=wanted)
     out.write({"note": f"setup.py build_ext: exit status {done.returncode}"})
     command = [sys.executable, "-m", "vitkernels", "inspect", "--extension"]
     return None if done.returncode or args.dry_run else say(subprocess.run(command, cwd=ROOT, check=False).returncode)

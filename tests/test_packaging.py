@@ -238,6 +238,16 @@ def test_metadata_needs_no_compiler(mode):
     assert run.stdout.split() == [vitkernels.__version__]
 
 
+def test_nothing_to_build_in_place(small):
+    """An extension that was built before goes, and the reason is kept."""
+    old = small / "vitkernels" / "_cuda.cpython-312-x86_64-linux-gnu.so"
+    old.touch()
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    subprocess.run(command, env=_environment(VITKERNELS_CUDA="0"), cwd=small, check=True, capture_output=True)
+    record = json.loads((small / RECORD).read_text())
+    assert not old.exists() and not record["built"] and "VITKERNELS_CUDA was 0" in record["reason"]
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="the extension is built on Linux only")
 def test_a_compiler_that_fails(small, tmp_path):
     nvcc = _script(tmp_path / "cuda", "nvcc", FAKE_NVCC.format(release="13.0"))

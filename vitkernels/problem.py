@@ -6,6 +6,7 @@ Letters, here and in every other file:
   G N           patch grid (t, y, x); N = G_t·G_h·G_w patches of one image
   K             C·P_t·P_h·P_w, the length of one flattened patch in Conv weight order (c, t, y, x)
   D T           embedding width; prefix tokens in front of the patches
+  M             B·N, or B·N_keep: all patches of a call, the rows of the product M × K · K × D
 """
 
 from __future__ import annotations
