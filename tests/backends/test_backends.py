@@ -117,6 +117,7 @@ HARD = {
                             prefix=normal(1, 1).expand(3, 33), weight=normal(33, 1, 4, 1).expand(-1, 3, 4, 4)),
     "a patch of padding alone": dict(padding=6, mean=0.5, stride=3, pos_embed=None),
     "D = 1": dict(BARE, images=normal(3, 1, 9, 9), weight=normal(1, 1, 3, 3)),
+    "more patches than a piece": dict(BARE, images=normal(3, 1, 50, 51), weight=normal(3, 1, 2, 2)),
     "one pixel": dict(BARE, images=normal(1, 1, 1, 1), weight=normal(5, 1, 1, 1)),
 }  # fmt: skip
 

@@ -91,7 +91,6 @@ def _images(p, d_tokens, weight, keep, out) -> None:
     W = F.pad(W, (0, 0, 0, more)) if more else W
     if keep is not None:
         d_tokens = scattered(p, d_tokens, keep, per_image=True)
-    whole = replace(p, n_keep=None)
     apart = not any(p.pad) and all(s >= n for s, n in zip(p.S, p.P, strict=True))  # a pixel is in one patch at most
     if apart and p.N * p.K < p.C * p.F * p.H * p.W:
         out.zero_()
@@ -105,7 +104,7 @@ def _images(p, d_tokens, weight, keep, out) -> None:
         elif p.scale != 1:
             d_x *= p.scale
         if apart:
-            windows(whole, out[b]).copy_(d_x)
+            windows(p, out[b]).copy_(d_x)
         else:
             out[b] = _overlapped(p, d_x)
 
@@ -113,7 +112,7 @@ def _images(p, d_tokens, weight, keep, out) -> None:
 def _overlapped(p: PatchProblem, d_x: torch.Tensor) -> torch.Tensor:  # [b, G_t, G_h, G_w, C, P_t, P_h, P_w]
     """The images' gradient [b, C, F, H, W] where patches share pixels or hang over the edge."""
     size = [s + 2 * pad for s, pad in zip((p.F, p.H, p.W), p.pad, strict=True)]
-    raw = replace(p, n_keep=None, pad=(0, 0, 0), F=size[0], H=size[1], W=size[2])
+    raw = replace(p, pad=(0, 0, 0), F=size[0], H=size[1], W=size[2])
     d_image = d_x.new_zeros((d_x.shape[0], p.C, *size))
     grid = windows(raw, d_image)  # as d_x, a view
     overlap = [-(-P // S) for P, S in zip(p.P, p.S, strict=True)]  # windows that share a pixel, (t, y, x)
