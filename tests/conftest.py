@@ -63,9 +63,12 @@ def poison(tensor: torch.Tensor) -> torch.Tensor:
 @pytest.fixture
 def poisoned(monkeypatch):
     """Uninitialised memory comes as NaN, integers as their maximum: an output that is not written can't look right."""
+    from vitkernels.backends import common
+
     for home, names in (
         (torch, ("empty", "empty_like", "empty_strided")),
         (torch.Tensor, ("new_empty", "new_empty_strided")),
+        (common, ("_ON_CPU", "_ON_GPU")),
     ):
         for name in names:
             true = getattr(home, name)

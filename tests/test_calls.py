@@ -185,6 +185,17 @@ def test_gradients_where_they_are_asked_for(known):
         vk.patch_embed(**known | {"images": pixels})
 
 
+def test_pixels_of_inference_mode_in_a_known_call(known):
+    """They can't be saved, as those that came first were."""
+    known["weight"].requires_grad_()
+    known["images"] = (known["images"] * 255).byte()
+    with torch.inference_mode():
+        inferred = known["images"].clone()
+    for images in (known["images"], inferred, known["images"], inferred):
+        made = torch.autograd.grad(vk.patch_embed(**known | {"images": images}).sum(), known["weight"])
+        torch.testing.assert_close(made, torch.autograd.grad(fresh(known).sum(), known["weight"], allow_unused=True))
+
+
 def test_autocast_of_a_known_call(known):
     known["weight"].requires_grad_()
     for _ in range(2):

@@ -12,6 +12,7 @@ from operator import is_
 from typing import Any, NamedTuple
 
 import torch
+from torch import _C
 from torch.autograd import forward_ad
 
 from .problem import Arguments, PatchProblem, arguments_of, problem_of
@@ -25,6 +26,7 @@ except ImportError:  # a PyTorch that keeps them elsewhere: every call is looked
 Tensors = tuple[Any, ...]  # images, weight, bias, pos_embed, prefix, keep
 MOST_OF_A_WEIGHT = 8  # image sizes, layouts, with gradients and without
 MOST_WEIGHTS = 1024
+_profiled = torch._C._autograd._profiler_enabled
 _PLAIN = {torch.Tensor, torch.nn.Parameter}
 _CONSTANT = {type(None), int, float, str, tuple, torch.dtype, Arguments}
 
@@ -34,6 +36,7 @@ class Call(NamedTuple):
     problem: PatchProblem | None = None  # None: not asked for, as sizes may be symbols
     plain: bool = False  # PyTorch's dispatcher has nothing to do in it
     learns: bool = False  # a tensor requires a gradient
+    inferred: bool = True  # a tensor may be of inference mode
 
 
 class _Known(NamedTuple):
@@ -67,17 +70,21 @@ def known_call(tensors: Tensors, arguments: Arguments) -> Call:
 def _made(tensors: Tensors, arguments: Arguments, options: tuple[Any, ...], quiet: bool) -> Call:
     images, weight, bias, pos_embed, prefix, keep = tensors
     p = problem_of(images, weight, bias, pos_embed, prefix, keep, arguments)
-    call = Call(arguments, p, quiet and are_plain(tensors), any(t is not None and t.requires_grad for t in tensors))
+    given = [t for t in tensors if t is not None]
+    learns, inferred = any(t.requires_grad for t in given), any(t.is_inference() for t in given)
+    call = Call(arguments, p, quiet and are_plain(tensors), learns, inferred)
     if call.plain and _Guards is not None and all(type(option) in _CONSTANT for option in options):
         _remember(tensors, options, call)
     return call
 
 
 def _found(tensors: Tensors, options: tuple[Any, ...]) -> Call | None:
-    given = [t for t in tensors if t is not None]
-    for known in _known.get(_key(tensors), ()):
+    if (listed := _known.get(_key(tensors))) is None:
+        return None
+    given, autocast = [t for t in tensors if t is not None], _autocast(tensors)
+    for known in listed:
         # The very same options: a scale of True equals one of 1, and is none.
-        if known.like(*given) and all(map(is_, known.options, options)) and known.autocast is _autocast(tensors):
+        if known.like(*given) and all(map(is_, known.options, options)) and known.autocast is autocast:
             return known.call
     return None
 
@@ -103,22 +110,21 @@ def _key(tensors: Tensors) -> tuple[Any, ...]:
 
 def _autocast(tensors: Tensors) -> torch.dtype | None:
     """The dtype that autocast would take, which is no dispatch key, as is whether it is on."""
-    if not torch._C._is_any_autocast_enabled():
+    if not _C._is_any_autocast_enabled():
         return None
     return torch.get_autocast_dtype(tensors[0].device.type)
 
 
 def is_quiet() -> bool:
     """Whether nobody watches or transforms what is called: no transform, mode, trace or profiler."""
-    C = torch._C
     return not (
-        in_forward_mode() or C._len_torch_dispatch_stack() or C._len_torch_function_stack() or C._is_tracing()
-        or C._autograd._profiler_enabled()
+        forward_ad._current_level >= 0 or _C._are_functorch_transforms_active() or _C._len_torch_dispatch_stack()
+        or _C._len_torch_function_stack() or _C._is_tracing() or _profiled()
     )  # fmt: skip
 
 
 def in_forward_mode() -> bool:
-    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+    return forward_ad._current_level >= 0 or _C._are_functorch_transforms_active()
 
 
 def are_plain(tensors: Tensors) -> bool:

@@ -96,9 +96,13 @@ class _PatchEmbed(_SingleLevelFunction):
     @staticmethod
     def forward(ctx, *args):
         *tensors, call, backend = args
-        images, weight, *_ = ctx.needs_input_grad
-        _save(ctx, tensors, read=2 if images or weight else 0)
         ctx.arguments = call.arguments, backend
+        if call.plain and not call.inferred:
+            ctx.held = None
+            ctx.save_for_backward(*tensors)
+        else:
+            images, weight, *_ = ctx.needs_input_grad
+            _save(ctx, tensors, read=2 if images or weight else 0)
         if call.plain:
             return _direct(call.problem, tensors, backend)
         return _below_function(_op, (*tensors, *call.arguments, backend))

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import vitkernels as vk
+from vitkernels.backends import common
 from vitkernels.bench.memory import peak_bytes
 
 MB = 1 << 20
@@ -99,3 +100,24 @@ def test_a_convolution_shows_what_it_reorders_and_the_fused_call_does_not():
     with torch.no_grad():
         assert peak_bytes(chain) >= result  # cat's result lives beside the sum's
         assert peak_bytes(lambda: vk.patch_embed(images, weight, pos_embed=position, prefix=prefix)) < 8 * MB
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["torch.compile's", "an operator"])
+@pytest.mark.parametrize("inferred", [False, True])
+@pytest.mark.parametrize("shape", [(2, 5, 8), (0, 5, 8), (2, 0, 8), (7,), (0,)])
+def test_what_allocates_tokens(device, own, inferred, shape, monkeypatch):
+    if not own:
+        monkeypatch.setattr(common, "_ON_CPU", None)
+        monkeypatch.setattr(common, "_ON_GPU", None)
+    beside = torch.rand(3, device=device)
+    with torch.inference_mode(inferred):
+        made, expected = common.empty(beside, shape, torch.bfloat16), beside.new_empty(shape, dtype=torch.bfloat16)
+    for what in ("shape", "dtype", "device", "requires_grad"):
+        assert getattr(made, what) == getattr(expected, what)
+    assert made.stride() == expected.stride()
+    assert made.is_inference() == inferred
+    assert made.untyped_storage().nbytes() == expected.untyped_storage().nbytes()
+
+
+def test_torch_still_has_what_allocates_tokens():
+    assert common._ON_CPU is not None and common._ON_GPU is not None

@@ -3,13 +3,40 @@ sum rows of dY."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
 from ..gpu import capturing
 from ..problem import PatchProblem, in_grid
 
+_allocators: Any
+try:
+    from torch._C._dynamo import guards as _allocators
+except ImportError:  # a PyTorch that keeps them elsewhere
+    _allocators = None
+
 Grads = tuple[torch.Tensor | None, ...]  # of images, weight, bias, pos_embed, prefix
+_ON_CPU: Callable[..., torch.Tensor] | None = getattr(_allocators, "_empty_strided_cpu", None)
+_ON_GPU: Callable[..., torch.Tensor] | None = getattr(_allocators, "_empty_strided_cuda", None)
+
+
+def empty(beside: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """What `beside.new_empty` makes, by what allocates in torch.compile's own code: past the dispatcher and the parsing
+    of arguments, which take the host 2 µs of 3. That for GPUs takes the current one."""
+    if beside.is_cpu and _ON_CPU is not None:
+        return _ON_CPU(shape, _dense(shape), dtype)
+    if beside.is_cuda and _ON_GPU is not None and beside.get_device() == torch._C._cuda_getDevice():
+        return _ON_GPU(shape, _dense(shape), dtype)
+    return beside.new_empty(shape, dtype=dtype)
+
+
+@lru_cache(maxsize=4096)
+def _dense(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return torch.empty(shape, device="meta").stride()
 
 
 def canonical(images, weight, bias, pos_embed, prefix, keep=None) -> tuple[torch.Tensor | None, ...]:

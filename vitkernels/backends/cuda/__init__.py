@@ -14,7 +14,7 @@ import torch
 from ...gpu import OLDEST, Gpu, gpu_of, not_nvidia, rounds, tf32
 from ...problem import Layout, PatchProblem, video_strides
 from .. import fallbacks, reference
-from ..common import Grads, centred, own_tables
+from ..common import Grads, centred, empty, own_tables
 from ..patch_layout import product_of, scaling, within_image
 from . import backward_plan, extension, forward_plan
 from .backward_plan import Grad
@@ -110,19 +110,19 @@ def forward(
     *,
     plan: Plan | None = None,  # one of `candidates`, instead of the cheapest
 ) -> torch.Tensor:  # [B, T+rows, D]
-    out = images.new_empty(p.out_shape, dtype=p.out_dtype)
-    if out.numel() == 0:
+    out = empty(images, p.out_shape, p.out_dtype)
+    if 0 in p.out_shape:
         return out
     images_at, weight_at = images.data_ptr(), weight.data_ptr()
     launch, normalised, scratch_bytes = _prepared(
         p, rounds(p.compute_dtype), fallbacks.happened(BACKEND, p), images_at % 16, weight_at % 16, plan
     )
     constants = centred(p, p.sum_dtype) if normalised else None
-    scratch = images.new_empty(scratch_bytes, dtype=torch.uint8) if scratch_bytes else None
+    scratch = empty(images, (scratch_bytes,), torch.uint8) if scratch_bytes else None
     try:
         launch(
             images_at, weight_at, _address(bias), _address(pos_embed), _address(prefix), _address(keep),
-            _address(constants), out.data_ptr(), _address(scratch), _stream(p),
+            _address(constants), out.data_ptr(), _address(scratch), _stream(images),
         )  # fmt: skip
     except extension.load().Refused as error:
         if plan is not None:
@@ -156,11 +156,11 @@ def backward(
         grad.stride(), *[None if g is None else g.stride() for g in made],
     )  # fmt: skip
     constants = centred(p, p.sum_dtype) if normalised else None
-    scratch = images.new_empty(scratch_bytes, dtype=torch.uint8)
+    scratch = empty(images, (scratch_bytes,), torch.uint8)
     try:
         launch(
             grad_at, images_at, weight.data_ptr(), _address(keep), _address(constants), *map(_address, made),
-            scratch.data_ptr(), _stream(p),
+            scratch.data_ptr(), _stream(images),
         )  # fmt: skip
     except extension.load().Refused as error:
         _leave_the_copy_engine(p, error)
@@ -258,5 +258,5 @@ def _address(t: torch.Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
-def _stream(p: PatchProblem) -> int:
-    return torch._C._cuda_getCurrentRawStream(p.device.index) if p.device.type == "cuda" else 0
+def _stream(images: torch.Tensor) -> int:
+    return torch._C._cuda_getCurrentRawStream(images.get_device()) if images.is_cuda else 0

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from ...problem import PatchProblem, in_grid
+from ..common import empty
 from .gradients import backward as backward
 from .unfold import columns_of, is_small, linear_of, pieces
 
@@ -40,7 +41,7 @@ def forward(
     keep, outside = in_grid(p, keep)
     if pos_embed is not None and pos_embed.ndim == 2:
         pos_embed = pos_embed[None]
-    out = images.new_empty(p.out_shape, dtype=p.out_dtype)
+    out = empty(images, p.out_shape, p.out_dtype)
     if prefix is not None:
         if pos_embed is not None and p.pos_rows > p.N:
             prefix = prefix.to(p.sum_dtype) + pos_embed.narrow(1, 0, p.T)

@@ -9,7 +9,7 @@ import torch
 from ...gpu import gpu_of, tf32
 from ...problem import PatchProblem
 from .. import reference
-from ..common import Grads, canonical, masked, own_tables, scattered
+from ..common import Grads, canonical, empty, masked, own_tables, scattered
 from ..common import centred as channels_centred
 from .backward_plan import Launch, Reduction, Wanted, image_launch, reduction
 from .config_cache import planned
@@ -62,7 +62,7 @@ def _reduce(p, grad, images, keep, d_weight, d_bias, d_pos, d_prefix, tile) -> N
     wanted = Wanted(*(g is not None for g in (d_weight, d_bias, d_pos, d_prefix)))
     plan, reduce, scatter, finish = _prepared_reduction(p, grad.dtype, wanted, tf32(), interpreted(), tile)
     dtype = p.sum_dtype
-    parts = {name: images.new_empty(shape, dtype=dtype) if all(shape) else None for name, shape in plan.parts.items()}
+    parts = {name: empty(images, shape, dtype) if all(shape) else None for name, shape in plan.parts.items()}
     with torch.cuda.device_of(images):
         steps = _strides("grad", "bnd", grad)
         if plan.reduce.grid:

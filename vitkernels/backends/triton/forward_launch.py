@@ -10,6 +10,7 @@ import torch
 from ...gpu import bind_context, gpu_of, rounds
 from ...problem import PatchProblem
 from .. import fallbacks
+from ..common import empty
 from ..patch_layout import weight_in_order
 from .config_cache import planned
 from .configs import Config
@@ -44,7 +45,7 @@ def forward(
     *,
     choice: tuple[str, Config] | None = None,  # a kernel and its tile, instead of the tables'
 ) -> torch.Tensor:  # [B, T+N, D]
-    out = images.new_empty(p.out_shape, dtype=p.out_dtype)
+    out = empty(images, p.out_shape, p.out_dtype)
     if out.numel() == 0:
         return out
     aligned = images.data_ptr() % 16 == 0 and not fallbacks.happened(BACKEND, p)
