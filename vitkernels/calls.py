@@ -8,7 +8,7 @@ that is remembered depends on what a tensor holds or where it lies.
 from __future__ import annotations
 
 from collections.abc import Callable
-from operator import is_
+from operator import is_, itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -41,6 +41,7 @@ class Call(NamedTuple):
 
 class _Known(NamedTuple):
     call: Call
+    given: Callable[[Tensors], tuple[torch.Tensor, ...]]  # those that are not None
     like: Callable[..., bool]  # whether these are tensors like those of the call
     options: tuple[Any, ...]
     autocast: torch.dtype | None
@@ -79,18 +80,17 @@ def _made(tensors: Tensors, arguments: Arguments, options: tuple[Any, ...], quie
 
 
 def _found(tensors: Tensors, options: tuple[Any, ...]) -> Call | None:
-    if (listed := _known.get(_key(tensors))) is None:
-        return None
-    given, autocast = [t for t in tensors if t is not None], _autocast(tensors)
-    for known in listed:
+    autocast = _autocast(tensors) if _C._is_any_autocast_enabled() else None
+    for known in _known.get(_key(tensors), ()):
         # The very same options: a scale of True equals one of 1, and is none.
-        if known.like(*given) and all(map(is_, known.options, options)) and known.autocast is autocast:
+        if known.like(*known.given(tensors)) and all(map(is_, known.options, options)) and known.autocast is autocast:
             return known.call
     return None
 
 
 def _remember(tensors: Tensors, options: tuple[Any, ...], call: Call) -> None:
-    given = [t for t in tensors if t is not None]
+    places = itemgetter(*[i for i, t in enumerate(tensors) if t is not None])
+    given = places(tensors)
     guards = _Guards(
         *given,
         dynamic_dims_sizes=[list(t.shape) for t in given],
@@ -98,7 +98,7 @@ def _remember(tensors: Tensors, options: tuple[Any, ...], call: Call) -> None:
     )
     if len(_known) >= MOST_WEIGHTS:
         _known.clear()
-    key, new = _key(tensors), _Known(call, guards.check, options, _autocast(tensors))
+    key, new = _key(tensors), _Known(call, places, guards.check, options, _autocast(tensors))
     _known[key] = (new, *_known.get(key, ())[: MOST_OF_A_WEIGHT - 1])
 
 

@@ -70,7 +70,7 @@ def row_of(p: PatchProblem, direction: str) -> Row:
     """Which backends `auto` tries for this problem, and why in that order: what was measured on this machine
     (`vitkernels tune --backends`) goes before what ships, and that before the rules."""
     if p.device.type != "cuda":
-        return CPU if p.device.type == "cpu" else Row(("reference",), "there are no kernels for this device")
+        return CPU if p.on_cpu else Row(("reference",), "there are no kernels for this device")
     kind = kind_of(p, direction)
     if not not_nvidia():
         gpu = gpu_of(p.device)
@@ -112,7 +112,7 @@ def why_not(p: PatchProblem, name: str) -> list[str]:
 
 def choose(p: PatchProblem, name: str, direction: str = "forward") -> ModuleType:
     """The backend that takes the problem; NotImplementedError where the one that is named can't."""
-    return _choose(p, name, direction, rounds(p.compute_dtype))  # a switch that may be turned between calls
+    return _choose(p, name, direction, not p.on_cpu and rounds(p.compute_dtype))  # may be turned between calls
 
 
 @lru_cache(maxsize=4096)

@@ -127,6 +127,10 @@ class PatchProblem:
         return self.B, self.T + self.rows, self.D
 
     @cached_property
+    def on_cpu(self) -> bool:
+        return self.device.type == "cpu"
+
+    @cached_property
     def sum_dtype(self) -> torch.dtype:
         return torch.float64 if self.compute_dtype == torch.float64 else torch.float32
 

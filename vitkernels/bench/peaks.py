@@ -42,7 +42,7 @@ def _measured(device: torch.device, dtype: torch.dtype, tf32: bool) -> Peaks:
     copy = _seconds(partial(torch.empty_like(source).copy_, source), gpu)
     n = 1536 if not gpu else 4096 if dtype == torch.float64 or (dtype == torch.float32 and not tf32) else 8192
     dtypes = {dtype} if gpu or dtype == torch.float64 else {dtype, torch.float32}
-    product = min(_seconds(partial(linear_of(device.type, d), *_operands(n, d, device), None), gpu) for d in dtypes)
+    product = min(_seconds(partial(linear_of(not gpu, d), *_operands(n, d, device), None), gpu) for d in dtypes)
     return Peaks(2 * source.numel() / copy, 2 * n**3 / product)
 
 

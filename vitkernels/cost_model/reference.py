@@ -57,10 +57,10 @@ def _requests(
     }
     if p.pos_rows and dtype == p.out_dtype:  # where the sum starts at position and bias, which are added first
         alone = batches if step == 1 or p.B == 1 else int(p.B % step == 1)
-        few = [n.stop - n.start for n in spans if unfold.is_small(1, n.stop - n.start, dtype, p.device.type)] * alone
+        few = [n.stop - n.start for n in spans if unfold.is_small(p, slice(0, 1), n, dtype)] * alone
         Ms = sum(few) * p.D
-        requests["product"] += Ms * size * p.has_bias - len(few) * bias
-        requests["tokens"] += (Ms * size + len(few) * bias) * p.has_bias - Ms * (size + p.out_dtype.itemsize)
+        requests["product"] += Ms * size - len(few) * bias
+        requests["tokens"] += len(few) * bias - Ms * p.out_dtype.itemsize
     if p.pos_rows:
         w, per_batch = p.weight_dtype.itemsize, p.B if p.pos_per_image else batches
         kept = 0

@@ -43,22 +43,26 @@ def forward(
         pos_embed = pos_embed[None]
     out = empty(images, p.out_shape, p.out_dtype)
     if prefix is not None:
-        if pos_embed is not None and p.pos_rows > p.N:
-            prefix = prefix.to(p.sum_dtype) + pos_embed.narrow(1, 0, p.T)
-        out.narrow(1, 0, p.T).copy_(prefix)
+        first = out.narrow(1, 0, p.T)
+        if pos_embed is None or p.pos_rows == p.N:
+            first.copy_(prefix)
+        else:
+            torch.add(prefix.to(p.sum_dtype), pos_embed.narrow(1, 0, p.T).expand(p.B, -1, -1), out=first)
     W = weight.reshape(p.D, p.K).to(dtype).contiguous()  # oneDNN reads past the strides of either
-    if (columns := columns_of(p, dtype)) > p.K:
+    columns = columns_of(p, dtype)
+    if columns > p.K:
         W = F.pad(W, (0, columns - p.K))
     bias = bias if bias is None else bias.to(dtype).contiguous()
-    for b, n, x in pieces(p, images, keep, dtype):  # x [b·n, K, or more with zeros]
-        tokens = out.narrow(1, p.T + n.start, n.stop - n.start)[b]  # [b, n, D]
+    for b, n, x in pieces(p, images, keep, dtype, columns):  # x [b·n, K, or more with zeros]
+        tokens = out.narrow(1, p.T + n.start, n.stop - n.start)  # [b, n, D]
+        if b.stop - b.start < p.B:
+            tokens = tokens[b]
         positions = None if pos_embed is None else _positions(p, pos_embed, b, n, keep)
-        small = is_small(b.stop - b.start, x.shape[0], dtype, p.device.type)
-        if positions is not None and dtype == p.out_dtype and small:
-            base = positions[0] if bias is None else positions[0] + bias
-            torch.addmm(base.to(dtype), x, W.t(), out=tokens[0])
+        if positions is not None and dtype == p.out_dtype and is_small(p, b, n, dtype):
+            tokens.copy_(positions) if bias is None else torch.add(positions, bias, out=tokens)
+            tokens.squeeze(0).addmm_(x, W.t())
         else:
-            _add(linear_of(p.device.type, dtype)(x, W, bias), positions, tokens)
+            _add(linear_of(p.on_cpu, dtype)(x, W, bias), positions, tokens)
     if outside is not None:
         out[:, p.T :].masked_fill_(outside[:, :, None], float("nan"))
     return out
@@ -80,7 +84,7 @@ def _positions(p, pos_embed, b: slice, n: slice, keep) -> torch.Tensor:
     if p.pos_per_image:
         pos_embed = pos_embed[b]
     if keep is None:
-        return pos_embed[:, first + n.start : first + n.stop]
+        return pos_embed.narrow(1, first + n.start, n.stop - n.start)
     pos = pos_embed[:, first:]  # [1|b, N, D]
     return pos[torch.arange(pos.shape[0], device=pos.device)[:, None], keep[b, n].long()]
 
@@ -88,7 +92,7 @@ def _positions(p, pos_embed, b: slice, n: slice, keep) -> torch.Tensor:
 def product_dtype(p: PatchProblem) -> torch.dtype:
     """The operands' dtype: a CPU without instructions for bf16 (any, for fp16) multiplies halves faster as fp32."""
     native = p.compute_dtype == torch.bfloat16 and p.out_dtype.itemsize == 2 and _has_bf16()
-    if p.device.type == "cpu" and not native:
+    if p.on_cpu and not native:
         return p.sum_dtype
     return p.compute_dtype
 

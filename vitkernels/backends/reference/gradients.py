@@ -46,7 +46,7 @@ def backward(
 
 
 def _weight(p, d_tokens, images, keep, out) -> None:
-    (_weight_on_cpu if p.device.type == "cpu" else _weight_on_gpu)(p, d_tokens, images, keep, out)
+    (_weight_on_cpu if p.on_cpu else _weight_on_gpu)(p, d_tokens, images, keep, out)
 
 
 def _weight_on_cpu(p, d_tokens, images, keep, out) -> None:
@@ -61,7 +61,7 @@ def _weight_on_cpu(p, d_tokens, images, keep, out) -> None:
         total = images.new_zeros((p.D, columns), dtype=dtype)  # [D, K, or more with zeros]
     else:
         total = images.new_zeros((columns, p.D), dtype=dtype).t()
-    for b, n, x in pieces(p, images, keep, dtype, summed=True):  # x [b·n, K, or more with zeros]
+    for b, n, x in pieces(p, images, keep, dtype, columns, summed=True):  # x [b·n, K, or more with zeros]
         dy = d_tokens[b, n]
         if buffer is None:  # the first piece is the largest
             buffer = x.new_empty(dy.numel())
@@ -74,7 +74,8 @@ def _weight_on_cpu(p, d_tokens, images, keep, out) -> None:
 def _weight_on_gpu(p, d_tokens, images, keep, out) -> None:
     """In the product's own dtype, from rows as they are read: a transposed copy would cost more than the product."""
     dtype, total = p.sum_dtype, None
-    for b, n, x in pieces(p, images, keep, p.compute_dtype):  # x [b·n, K, or more with zeros]
+    columns = columns_of(p, p.compute_dtype)
+    for b, n, x in pieces(p, images, keep, p.compute_dtype, columns):  # x [b·n, K, or more with zeros]
         dy = d_tokens[b, n].reshape(-1, p.D).to(p.compute_dtype)
         part = product(dy.t(), x, dtype)
         total = part if total is None else total.add_(part)
@@ -85,9 +86,9 @@ def _weight_on_gpu(p, d_tokens, images, keep, out) -> None:
 
 
 def _images(p, d_tokens, weight, keep, out) -> None:
-    dtype, gpu = p.sum_dtype, p.device.type != "cpu"
+    dtype, gpu = p.sum_dtype, not p.on_cpu
     W = weight.reshape(p.D, p.K).to(p.compute_dtype if gpu else dtype).contiguous()
-    more = 0 if gpu else padded(p.D, "cpu", dtype) - p.D
+    more = 0 if gpu else padded(p.D, True, dtype) - p.D
     W = F.pad(W, (0, 0, 0, more)) if more else W
     if keep is not None:
         d_tokens = scattered(p, d_tokens, keep, per_image=True)

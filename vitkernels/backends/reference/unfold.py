@@ -8,81 +8,96 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from math import prod
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from ...gpu import not_nvidia
 from ...problem import PatchProblem, video_strides
-from ..common import centred
+from ..common import centred, empty
 
 GPU_BYTES = 3 << 28  # of a piece on a GPU, which it has to fill
 
 
+class Way(NamedTuple):
+    """How images become patches."""
+
+    images: tuple[slice, ...]  # b and n: a piece is of these images and of these patches of each; the first is
+    spans: tuple[slice, ...]  # the largest
+    windows: tuple[tuple[int, ...], tuple[int, ...]] | None  # of all images, sizes and strides; None: they are staged
+    as_they_are: bool  # patches are multiplied where they lie
+    wide: torch.dtype  # what pixels are normalised in
+
+
 def pieces(
-    p: PatchProblem, images: torch.Tensor, keep: torch.Tensor | None, dtype: torch.dtype, summed: bool = False
-) -> Iterator[tuple[slice, slice, torch.Tensor]]:
-    """Images b, patches n of each, and their normalised pixels [b·n, columns_of(p)], zeros past K.
+    p: PatchProblem, images: torch.Tensor, keep: torch.Tensor | None, dtype: torch.dtype, columns: int,
+    summed: bool = False,
+) -> Iterator[tuple[slice, slice, torch.Tensor]]:  # fmt: skip
+    """Images b, patches n of each, and their normalised pixels [b·n, columns], zeros past K.
 
     `summed`: for products that are added up. The buffers are contiguous, and reused by the next piece.
     """
-    columns = columns_of(p, dtype)
-    most = _piece_rows(p, dtype, torch.get_num_threads(), summed)
-    step, spans, staged, as_they_are, wide = _way(p, dtype, most, columns > p.K)
-    grid = None if staged else windows(p, images)  # [B, G_t, G_h, G_w, C, P_t, P_h, P_w]
-    block = images.new_empty((min(step, p.B), *images.shape[1:]), dtype=wide) if staged else None
-    buffer = None
-    for first in range(0, p.B if p.rows else 0, max(1, step)):
-        b = slice(first, min(first + step, p.B))
+    way = _way(p, dtype, _piece_rows(p, dtype, torch.get_num_threads(), summed), columns)
+    wide, staged = way.wide, way.windows is None
+    grid = None if way.windows is None else images.as_strided(*way.windows)  # [B, G_t, G_h, G_w, C, P_t, P_h, P_w]
+    block = buffer = None
+    for b in way.images:
         if grid is not None:
-            here = grid if step >= p.B else grid[b]
-        elif block is not None:
+            here = grid if len(way.images) == 1 else grid[b]
+        else:
+            if block is None:
+                block = images.new_empty((b.stop, *images.shape[1:]), dtype=wide)
             here = windows(p, _normalise(p, block[: b.stop - b.start].copy_(images[b]), block.ndim - 2))
-        for n in spans:
-            part = _part(p, here, n, None if keep is None else keep[b, n])
-            if as_they_are:
+        for n in way.spans:
+            part = here
+            if keep is not None or n.stop - n.start < p.N:
+                part = _part(p, here, n, None if keep is None else keep[b, n])
+            if way.as_they_are:
                 part = part if keep is None else _normalise(p, part, 3)  # kept patches are copies, gathered in a row
                 yield b, n, part.reshape(-1, p.K).contiguous()
                 continue
-            size = part.numel() // p.K * columns
-            if buffer is None:
-                buffer = (images.new_empty if columns == p.K else images.new_zeros)(size, dtype=dtype)
-            piece = buffer if size == buffer.numel() else buffer[:size]
-            if columns == p.K:
-                x = piece.view(part.shape)
+            rows = (b.stop - b.start) * (n.stop - n.start)
+            if buffer is None and columns == p.K:
+                x = empty(images, tuple(part.shape), dtype)
+                piece = buffer = x.view(rows, columns)
             else:
-                x = piece.view(-1, columns)[:, : p.K].view(part.shape)
+                if buffer is None:
+                    buffer = images.new_zeros((rows, columns), dtype=dtype)
+                piece = buffer[:rows]
+                x = piece[:, : p.K].view(part.shape)
             if staged or wide == dtype:
                 x.copy_(part)
-            if not staged:
+            if not staged and (p.normalised or p.scale != 1):
                 normalised = _normalise(p, x if wide == dtype else part.to(wide, copy=True), 3)
                 if wide != dtype:
                     x.copy_(normalised)
-            yield b, n, piece.view(-1, columns)
+            yield b, n, piece
 
 
 @lru_cache(maxsize=1024)
-def _way(
-    p: PatchProblem, dtype: torch.dtype, piece_rows: int, rows_padded: bool
-) -> tuple[int, list[slice], bool, bool, torch.dtype]:
-    """Images in a piece, the patches of an image that make one, whether images are staged, whether patches are
-    multiplied where they lie (not if rows are to be padded), and what pixels are normalised in."""
+def _way(p: PatchProblem, dtype: torch.dtype, piece_rows: int, columns: int) -> Way:
     step, spans = _cut(p, piece_rows)
-    as_they_are = not rows_padded and is_matrix(p, dtype, spans)
-    return step, spans, is_staged(p, spans), as_they_are, _normalised_dtype(p, dtype)
+    return Way(
+        tuple(slice(first, min(first + step, p.B)) for first in range(0, p.B if p.rows else 0, max(1, step))),
+        tuple(spans),
+        None if is_staged(p, spans) else ((p.B, *p.G, p.C, *p.P), _steps(p, p.image_strides)),
+        columns == p.K and is_matrix(p, dtype, spans),
+        _normalised_dtype(p, dtype),
+    )
 
 
 def columns_of(p: PatchProblem, dtype: torch.dtype) -> int:
     """Elements of a row of patches."""
-    return padded(p.K, p.device.type, dtype)
+    return padded(p.K, p.on_cpu, dtype)
 
 
-def padded(n: int, device_type: str, dtype: torch.dtype) -> int:
+def padded(n: int, on_cpu: bool, dtype: torch.dtype) -> int:
     """n elements of a product's row and zeros behind them. On a GPU rows of halves begin at 16 bytes: the library's
     product of K = 588 takes 441 µs as it lies and 129 padded (H200, ViT-L/14, B = 256). On a CPU with AMX oneDNN's
     product in bfloat16 reads past a row that is no multiple of 32, and NaN of the next times its zero is NaN: one image
     would reach another's tokens (https://github.com/uxlfoundation/oneDNN/issues/5717)."""
-    if device_type == "cpu":
+    if on_cpu:
         if n % 32 == 0:
             return n
         rounded = dtype == torch.float32 and torch.backends.mkldnn.matmul.fp32_precision == "bf16"
@@ -92,7 +107,7 @@ def padded(n: int, device_type: str, dtype: torch.dtype) -> int:
 
 def is_staged(p: PatchProblem, spans: list[slice]) -> bool:
     """Whether images are copied first, in memory's order, and normalised; a CPU's patches then come from the cache."""
-    whole = p.device.type == "cpu" and p.B > 1 and p.n_keep is None and len(spans) == 1
+    whole = p.on_cpu and p.B > 1 and p.n_keep is None and len(spans) == 1
     return any(p.pad) or (whole and p.image_strides[-1] == 1 and not _lies_in_rows(p))
 
 
@@ -131,9 +146,14 @@ def windows(p: PatchProblem, images: torch.Tensor) -> torch.Tensor:
     if any(p.pad):
         sides = p.pad[5 - images.ndim :]  # a picture's has no frames
         images = F.pad(images, [size for pad in reversed(sides) for size in (pad, pad)])
-    b, c, f, h, w = video_strides(images.stride())
+    return images.as_strided((images.shape[0], *p.G, p.C, *p.P), _steps(p, video_strides(images.stride())))
+
+
+def _steps(p: PatchProblem, image_strides: tuple[int, ...]) -> tuple[int, ...]:
+    """The strides of windows [B, G_t, G_h, G_w, C, P_t, P_h, P_w]."""
+    b, c, f, h, w = image_strides
     t, y, x = p.S
-    return images.as_strided((images.shape[0], *p.G, p.C, *p.P), (b, f * t, h * y, w * x, c, f, h, w))
+    return b, f * t, h * y, w * x, c, f, h, w
 
 
 def _part(p: PatchProblem, grid: torch.Tensor, n: slice, keep: torch.Tensor | None) -> torch.Tensor:
@@ -156,19 +176,19 @@ def _normalise(p: PatchProblem, x: torch.Tensor, after: int) -> torch.Tensor:
     return x if p.scale == 1 else x.mul_(p.scale)
 
 
-def linear_of(device_type: str, dtype: torch.dtype) -> Callable[..., torch.Tensor]:
+def linear_of(on_cpu: bool, dtype: torch.dtype) -> Callable[..., torch.Tensor]:
     """x·Wᵀ + bias. For fp32 by what Inductor calls: oneDNN multiplies up to 2.2 × faster than MKL, which F.linear
     takes, on a CPU that isn't Intel's. Not where x and W are small: one image in 192 channels takes oneDNN 540 µs and
     MKL 490, and P = 14 770 and 525 (2 cores of an AMD EPYC, torch 2.14)."""
-    if device_type == "cpu" and dtype == torch.float32 and _has_onednn() and torch.backends.mkldnn.enabled:
+    if on_cpu and dtype == torch.float32 and _has_onednn() and torch.backends.mkldnn.enabled:
         return _linear
     return F.linear
 
 
-def is_small(images: int, rows: int, dtype: torch.dtype, device_type: str) -> bool:
+def is_small(p: PatchProblem, b: slice, n: slice, dtype: torch.dtype) -> bool:
     """Whether a piece is of one image on a CPU, and of so few rows that another pass over the tokens counts: then the
     sum starts at what is added to it. In bf16 oneDNN multiplies so at a fraction of its speed."""
-    return images == 1 and rows < 1000 and dtype == torch.float32 and device_type == "cpu"
+    return p.on_cpu and dtype == torch.float32 and b.stop - b.start == 1 and n.stop - n.start < 1000
 
 
 def _linear(x: torch.Tensor, W: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -197,7 +217,7 @@ def _normalised_dtype(p: PatchProblem, dtype: torch.dtype) -> torch.dtype:
 def images_at_once(p: PatchProblem) -> int:
     """Whose gradient is made together: on a CPU of some 400 patches, with which the product is at full speed and which
     the caches hold; or as many as fill a GPU."""
-    if p.device.type == "cpu":
+    if p.on_cpu:
         return -(-400 // p.N)
     padded = prod(n + 2 * pad for n, pad in zip((p.F, p.H, p.W), p.pad, strict=True))
     return max(1, GPU_BYTES // (p.C * padded * p.sum_dtype.itemsize + p.N * p.K * p.sum_dtype.itemsize))
@@ -209,7 +229,7 @@ def _piece_rows(p: PatchProblem, dtype: torch.dtype, threads: int, summed: bool 
     where it is converted) stays within 3.75 MB a thread; half of that, which the caches hold, where the weight is small
     enough to be read again for each piece. Where products are added up, the sum is read and written for each
     piece: all of it. On a GPU a piece has to fill it."""
-    most = 3_750_000 * max(2, threads) if p.device.type == "cpu" else GPU_BYTES
+    most = 3_750_000 * max(2, threads) if p.on_cpu else GPU_BYTES
     weight = p.D * p.K * dtype.itemsize
     converted = weight * (dtype != p.weight_dtype)
     budget = most if summed else max(most // 4, min(max(most // 2, 2 * weight), most - converted))

@@ -64,7 +64,7 @@ def why_not(p: PatchProblem) -> list[str]:
         gpu = gpu_of(p.device)
         if gpu.arch < OLDEST:
             reasons.append(f"{gpu.name} is sm_{gpu.arch}; the kernels need sm_{OLDEST} or later")
-    elif not (p.device.type == "cpu" and interpreted()):
+    elif not (p.on_cpu and interpreted()):
         reasons.append(f"images are on {p.device}; Triton needs a CUDA device (or its interpreter, TRITON_INTERPRET=1)")
     for name, rows in (("N", p.N), ("B·N", p.B * p.rows), ("B·T", p.B * p.T), ("B·cells", p.B * cells_of(p))):
         if rows + SLACK >= INT32:
