@@ -10,6 +10,7 @@ from problems import arguments
 import vitkernels as vk
 from vitkernels import gpu
 from vitkernels.backends import split_k, triton
+from vitkernels.backends.patch_layout import blocks_in
 from vitkernels.backends.triton import backward_launch, backward_plan, config_cache, configs
 from vitkernels.profiling import compile_triton
 from vitkernels.testing import accuracy, oracle
@@ -27,6 +28,11 @@ def fresh_plans():
     config_cache.forget_plans()
     yield
     config_cache.forget_plans()
+
+
+def reduction(p, weight=True, bias=True, pos=True, prefix=True, *, aligned=True, dtype=HALF):
+    wanted = backward_plan.Wanted(weight, bias, pos, prefix)
+    return backward_plan.reduction(p, H100, backward_plan.dense(p, dtype)._replace(aligned=aligned), wanted, False)
 
 
 def right(call):
@@ -72,6 +78,69 @@ def test_gradients(name, device):
 def test_every_tile_of_the_weight(name, tile, monkeypatch, device):
     monkeypatch.setattr(backward_plan, "weight_tiles", lambda *_: (tile,))
     right(arguments(**CASES[name], device=device))
+
+
+BY_ENGINE = {
+    "bf16": dict(B=3, H=48, W=80, P=16, D=72),
+    "fp16, one image": dict(B=1, H=64, W=48, P=16, D=136, weights=torch.float16, pixels=torch.float16),
+    "patches of 32 × 16": dict(H=64, W=32, P=(32, 16), stride=None, D=40),
+    "patches of 16 × 8": dict(H=32, W=32, P=(16, 8), stride=None, D=40),
+    "channels-last": dict(B=2, H=32, W=48, channels_last=True),
+    "uint8 normalised": dict(B=5, H=32, W=48, pixels=U8, D=200, **NORM),
+    "uint8 scaled, channels-last": dict(B=2, H=32, W=48, pixels=U8, channels_last=True),
+    "two blocks of rows": dict(B=1, H=640, W=32, P=16),
+    "two blocks of a row": dict(B=1, H=16, W=1280, P=16),
+    "13 channels": dict(B=2, C=13, H=32, W=48),
+    "patches apart": dict(H=72, W=72, stride=24),
+    "patches overlap": dict(H=48, W=48, stride=8),
+    "no prefix, position of patches": dict(T=0, pos="N"),
+    "fp32 multiplied in bf16": dict(pixels=F32, weights=F32),
+}
+
+
+@pytest.mark.parametrize("tile", configs.rows(90, "weight_descriptor", "half"), ids=lambda c: f"{c.BM}x{c.BN}x{c.BK}")
+@pytest.mark.parametrize("name", BY_ENGINE)
+def test_the_weight_by_the_copy_engine(name, tile, monkeypatch, device):
+    rows = configs.rows
+    monkeypatch.setattr(configs, "rows", lambda a, n, k: (tile,) if n == "weight_descriptor" else rows(a, n, k))
+    taken, true = [], backward_launch._launch
+    monkeypatch.setattr(
+        backward_launch, "_launch", lambda p, prepared, *a: taken.append(prepared) or true(p, prepared, *a)
+    )
+    call = arguments(**BY_ENGINE[name], device=device)
+    with torch.autocast(device, HALF, enabled="multiplied in" in name):
+        right(call)
+    assert taken and all(one.weight is not None for one in taken)
+
+
+def test_one_image_has_no_next(device):
+    """Whatever its stride is."""
+    call = arguments(B=1, P=16, device=device)
+    call["weight"].requires_grad_()
+    tokens = vk.patch_embed(**call, backend="triton")
+    grad = torch.randn(tokens.shape, generator=torch.Generator().manual_seed(1)).to(tokens)
+    odd = grad.as_strided(grad.shape, (7, *grad.stride()[1:]))
+    found = [torch.autograd.grad(tokens, call["weight"], g, retain_graph=True)[0] for g in (grad, odd)]
+    assert torch.equal(*found)
+
+
+def test_why_the_copy_engine_does_not_bring_the_weights_gradient():
+    p = compile_triton.problem(16, "bf16")
+    grad = backward_plan.dense(p)
+
+    def reasons(p=p, product="half", gpu=H100, **changes):
+        return backward_plan.no_weight_descriptor(p, gpu, product, grad._replace(**changes))
+
+    assert reasons() == reasons(dtype=F32) == reasons(replace(p, B=1), strides=(0, 768, 1)) == []
+    assert "channels of the tokens' gradient are 0 apart" in reasons(strides=(0, 0, 0))
+    assert reasons(strides=(200 * 772, 772, 1)) == ["its rows are 1544 bytes apart, no multiple of 16"]
+    assert reasons(strides=(0, 768, 1)) == ["its images are 0 bytes apart, no multiple of 16"]
+    assert reasons(aligned=False) == ["images do not start on 16 bytes"]
+    assert reasons(product="fp32") == ["no such kernel for fp32 on sm_90"]
+    assert reasons(gpu=gpu.NOMINAL[80]) == ["no such kernel for half on sm_80"]
+    assert reasons(compile_triton.problem(16, "bf16", keep=True)) == ["a keep list"]
+    small = replace(p, P=(1, 8, 8), S=(1, 8, 8))
+    assert reasons(small) == ["a patch of 8 rows of 8 is not cut into blocks of 128"]
 
 
 @pytest.mark.parametrize("kind", ["half", "fp32"])
@@ -134,13 +203,16 @@ def gradients(call, needs):
 
 def test_a_frozen_weight_is_no_product():
     p = compile_triton.problem(16, "bf16")
-    everything = backward_plan.reduction(p, H100, HALF, backward_plan.Wanted(True, True, True, True), False)
-    frozen = backward_plan.reduction(p, H100, HALF, backward_plan.Wanted(False, True, True, True), False)
+    everything = reduction(p, aligned=False)
+    frozen = reduction(p, False, True, True, True)
     assert everything.reduce.constants["WEIGHT"] and not frozen.reduce.constants["WEIGHT"]
-    assert frozen.reduce.grid < everything.reduce.grid
-    weight = backward_plan.reduction(p, H100, HALF, backward_plan.Wanted(True, False, False, False), False)
+    assert frozen.weight is None and frozen.reduce.grid < everything.reduce.grid
+    by_engine = reduction(p)
+    assert by_engine.weight.grid > 0 and by_engine.reduce.grid == frozen.reduce.grid
+    assert reduction(p, True, False, False, False).reduce.grid == 0
+    weight = reduction(p, True, False, False, False, aligned=False)
     assert not weight.reduce.constants["SUMS"] and weight.reduce.grid == weight.reduce.scalars["weight_programs"]
-    bias = backward_plan.reduction(p, H100, HALF, backward_plan.Wanted(False, True, False, False), False)
+    bias = reduction(p, False, True, False, False)
     assert bias.parts["table_parts"][1] == 0 and bias.reduce.scalars["first_row"] == p.T
 
 
@@ -223,10 +295,10 @@ def test_memory_and_occupation(name, keep):
     patch, D = HEADLINE[name]
     for B in (1, 8, 64, 256, 1024):
         p = compile_triton.problem(patch, "bf16", B=B, D=D, keep=keep)
-        plan = backward_plan.reduction(p, H100, HALF, backward_plan.Wanted(True, True, True, True), False)
+        plan = reduction(p)
         assert sum(4 * torch.Size(shape).numel() for shape in plan.parts.values()) < 32 << 20
         if B >= 64 and patch < 32:  # whose 9 MB of dW allow two parts, and the last wave of its tiles is small
-            programs = plan.reduce.scalars["weight_programs"]
+            programs = plan.weight.grid if plan.weight else plan.reduce.scalars["weight_programs"]
             waves = -(-programs // H100.multiprocessors)
             assert programs / (waves * H100.multiprocessors) > 0.75, (B, programs)
 
@@ -235,9 +307,14 @@ def test_parts_cover_every_patch_and_image_once():
     for B in (1, 2, 3, 7, 64, 255, 256):
         for patch, dtype in ((16, "bf16"), (14, "fp32"), (32, "uint8->bf16")):
             p = compile_triton.problem(patch, dtype, B=B)
-            plan = backward_plan.reduction(p, H100, HALF, backward_plan.Wanted(True, True, True, True), False)
-            splits, chunk = plan.parts["weight_parts"][0], plan.reduce.scalars["weight_chunk"]
-            assert (splits - 1) * chunk < p.B * p.rows <= splits * chunk
+            plan = reduction(p)
+            splits = plan.parts["weight_parts"][0]
+            if plan.weight:
+                sides = [plan.weight.constants[side] for side in ("BB", "BY", "BX")]
+                chunk, steps = plan.weight.scalars["chunk"], blocks_in(p, tuple(sides))
+            else:
+                chunk, steps = plan.reduce.scalars["weight_chunk"], p.B * p.rows
+            assert (splits - 1) * chunk < steps <= splits * chunk
             splits, chunk = plan.parts["table_parts"][0], plan.reduce.scalars["sums_chunk"]
             assert (splits - 1) * chunk < B <= splits * chunk
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from math import prod
 from typing import Any
 
-from ..backends.patch_layout import product_of
+from ..backends.patch_layout import blocks_in, product_of
 from ..backends.triton import configs
-from ..backends.triton.backward_plan import KEPT, Wanted, cells_of, image_launch, reduction
+from ..backends.triton.backward_plan import KEPT, Wanted, cells_of, dense, image_launch, reduction
 from ..backends.triton.forward_plan import Order, Plan, kernels_of, make_plan, no_descriptor
 from ..gpu import Gpu
 from ..problem import PatchProblem
@@ -88,10 +88,10 @@ def backward(p: PatchProblem, gpu: Gpu, tf32: bool) -> Algorithm:
     """The gradients of all that is learnt: parts of them from one read of images and dY, and their sum in order."""
     sizes = Sizes.of(p)
     wanted = Wanted(True, p.has_bias, p.pos_rows > 0 and not p.pos_per_image, p.T > 0)
-    plan = reduction(p, gpu, p.out_dtype, wanted, tf32)
+    plan = reduction(p, gpu, dense(p), wanted, tf32)
     size, w = p.sum_dtype.itemsize, p.weight_dtype.itemsize
     parts = {name: prod(shape) * size for name, shape in plan.parts.items()}
-    centred = 2 * plan.padded_K * size * bool(plan.reduce.constants["NORMALISED"])
+    centred = 2 * plan.padded_K * size * bool((plan.weight or plan.reduce).constants["NORMALISED"])
     dY = sizes.tokens
     table = _table_rows(p, wanted) * p.D * w
     requests = _backward_requests(p, plan, wanted)
@@ -100,9 +100,18 @@ def backward(p: PatchProblem, gpu: Gpu, tf32: bool) -> Algorithm:
         rows = p.B * p.rows * p.D * p.out_dtype.itemsize
         passes.append(Pass("position gradients, one by one", rows, sizes.position))
     from_kept = parts["table_parts"] * p.N // max(1, plan.parts["table_parts"][1]) if plan.kept.grid else 0
+    in_one = plan.weight is None
+    if not in_one:
+        tokens = p.B * p.rows * p.D * p.out_dtype.itemsize
+        passes.append(
+            Pass("parts of the weight's gradient", sizes.images + tokens + centred, parts["weight_parts"], p.flops,
+                 requested=requests["weight"])
+        )  # fmt: skip
     passes.append(
-        Pass("parts of the gradients", sizes.images + dY + sizes.keep + centred,
-             sum(parts.values()) - from_kept, p.flops, requested=requests["reduce"])
+        Pass("parts of the gradients" if in_one else "parts of the sums",
+             in_one * (sizes.images + centred) + dY + sizes.keep,
+             sum(parts.values()) - from_kept - (not in_one) * parts["weight_parts"], in_one * p.flops,
+             requested=requests["reduce"])
     )  # fmt: skip
     if plan.kept.grid:
         kept_dY = p.B * p.rows * p.D * p.out_dtype.itemsize
@@ -114,8 +123,9 @@ def backward(p: PatchProblem, gpu: Gpu, tf32: bool) -> Algorithm:
         Pass("sum of the parts", sum(parts.values()), sizes.weight + sizes.bias + table, requested=requests["finish"])
     )
     splits = plan.parts["weight_parts"][0]
-    c = plan.reduce.config
-    note = f"tiles of {c.BM}×{c.BN}×{c.BK} in {splits} parts, {plan.reduce.grid} programs"
+    one = plan.weight or plan.reduce
+    c = one.config
+    note = f"tiles of {c.BM}×{c.BN}×{c.BK} in {splits} parts, {one.grid} programs"
     return Algorithm(tuple(passes), note=note)
 
 
@@ -124,9 +134,17 @@ def _table_rows(p: PatchProblem, wanted: Wanted) -> int:
 
 
 def _backward_requests(p: PatchProblem, plan: Any, wanted: Wanted) -> dict[str, dict[str, int]]:
-    c, scalars, kept = plan.reduce.config, plan.reduce.scalars, p.n_keep is not None
-    size, g, M = p.sum_dtype.itemsize, p.out_dtype.itemsize, p.B * p.rows
+    one, scalars, kept = plan.weight or plan.reduce, plan.reduce.scalars, p.n_keep is not None
+    c, size, g, M, by_engine = (
+        one.config,
+        p.sum_dtype.itemsize,
+        p.out_dtype.itemsize,
+        p.B * p.rows,
+        plan.weight is not None,
+    )
     steps, tiles_d, tiles_k = -(-M // c.BK), -(-p.D // c.BM), -(-p.K // c.BN)
+    if by_engine:
+        steps = blocks_in(p, tuple(one.constants[side] for side in ("BB", "BY", "BX")))
     weight_parts, table_parts, bias_parts = (
         prod(plan.parts[name]) * size for name in ("weight_parts", "table_parts", "bias_parts")
     )
@@ -136,20 +154,27 @@ def _backward_requests(p: PatchProblem, plan: Any, wanted: Wanted) -> dict[str, 
     listed = max(0, min(p.rows, first + blocks * BR - p.T)) if blocks else 0  # kept patches that blocks of rows look up
     from_kept = plan.parts["table_parts"][0] * p.N * p.D * size if plan.kept.grid else 0
     w = p.weight_dtype.itemsize
-    reduce = {
-        "images": tiles_d * gathered(p, M if kept else steps * c.BK) * p.image_dtype.itemsize,
-        "dY": (tiles_k * M + (last - first) * p.B) * p.D * g,
-        "keep": (tiles_d * tiles_k * steps * c.BK + across * p.B * listed) * INDEX * kept,
-        "centred": tiles_d * tiles_k * steps * 2 * c.BN * size * bool(plan.reduce.constants["NORMALISED"]),
-        "parts": weight_parts + table_parts - from_kept + bias_parts,
+    pixels = M * p.K if by_engine else gathered(p, M if kept else steps * c.BK)
+    weight = {
+        "images": tiles_d * pixels * p.image_dtype.itemsize,
+        "dY": tiles_k * M * p.D * g,
+        "keep": tiles_d * tiles_k * steps * c.BK * INDEX * kept,
+        "centred": tiles_d * tiles_k * steps * 2 * c.BN * size * bool(one.constants["NORMALISED"]),
+        "parts": weight_parts,
     }
+    sums = {
+        "dY": (last - first) * p.B * p.D * g, "keep": across * p.B * listed * INDEX * kept,
+        "parts": table_parts - from_kept + bias_parts,
+    }  # fmt: skip
+    reduce = sums if by_engine else {name: n + sums.get(name, 0) for name, n in weight.items()}
     finish = {
         "parts": weight_parts + table_parts + bias_parts,
         "gradients": (p.D * p.K + p.D * p.has_bias + _table_rows(p, wanted) * p.D) * w,
     }
     tiles_n, tiles_D = -(-p.N // KEPT.BM), -(-p.D // KEPT.BN)
     of_kept = {"keep": tiles_n * tiles_D * M * INDEX, "dY": tiles_n * M * p.D * g, "parts": from_kept}
-    return {"reduce": {name: n for name, n in reduce.items() if n}, "kept": of_kept, "finish": finish}
+    found = {"weight": weight, "reduce": reduce, "kept": of_kept, "finish": finish}
+    return {kernel: {name: n for name, n in requests.items() if n} for kernel, requests in found.items()}
 
 
 def images(p: PatchProblem, gpu: Gpu, tf32: bool) -> Algorithm:

@@ -17,7 +17,15 @@ import torch
 
 from ..backends.patch_layout import product_of
 from ..backends.triton import configs, primitives
-from ..backends.triton.backward_plan import Launch, Wanted, image_launch, reduction, weight_tiles
+from ..backends.triton.backward_plan import (
+    Launch,
+    Wanted,
+    dense,
+    image_launch,
+    reduction,
+    weight_choices,
+    weight_kernels,
+)
 from ..backends.triton.configs import Config, rows
 from ..backends.triton.forward_plan import Plan, kernels_of, make_plan
 from ..backends.triton.toolchain import unknown_gpu
@@ -26,8 +34,9 @@ from ..problem import Arguments, Meta, PatchProblem, build
 from . import sass
 from .hazards import hazards
 
-# Kernels of the backward: dW and sums in one launch, sums alone, sums where patches are kept, second pass; dX.
-GRADIENTS = ("weight", "sums", "kept", "finish", "images")
+# Kernels of the backward: dW and sums in one launch, dW by the copy engine, sums alone, sums where patches are kept,
+# second pass; dX.
+GRADIENTS = ("weight", "weight_descriptor", "sums", "kept", "finish", "images")
 ARCHS = (80, 90, 100)
 PATCHES = (14, 16, 32)
 DTYPES = {  # name -> pixels, weights, TF32 asked for
@@ -88,7 +97,7 @@ def _kernels(p: PatchProblem, gpu: Gpu, tf32: bool) -> Iterator[tuple[str, Confi
     yield first, configs.default(p, first, kind, gpu), []
     for kernel in (first, *others):
         yield kernel, None, [configs.fitted(p, c, gpu) for c in rows(gpu.arch, kernel, kind)]
-    tiles = {"weight": weight_tiles(p, gpu, p.out_dtype, kind), "sums": (), "kept" if p.n_keep else "finish": ()}
+    tiles = {**weight_kernels(p, gpu, kind, dense(p)), "sums": (), "kept" if p.n_keep else "finish": ()}
     if p.image_dtype.is_floating_point and p.n_keep is None:
         tiles["images"] = rows(gpu.arch, "images", kind)
     for kernel, some in tiles.items():
@@ -119,10 +128,14 @@ def measure(p: PatchProblem, gpu: Gpu, tf32: bool, choice: tuple[str, Config] | 
 def compile_kernel(p: PatchProblem, gpu: Gpu, tf32: bool, choice: tuple[str, Config | None] | None = None):
     """Its name, what Triton makes of it, and the bytes of a row of the copy engine's blocks, where it has them."""
     if choice and choice[0] in GRADIENTS:
-        return choice[0], _compile_gradient(p, gpu, tf32, *choice), None
+        launch = _gradient(p, gpu, tf32, *choice)
+        return choice[0], _compile_gradient(p, gpu, launch), _row_bytes(p, launch.constants)
     plan = make_plan(p, gpu, True, tf32, False, choice)  # type: ignore[arg-type]
-    load = plan.constants["XK"] * p.image_dtype.itemsize if plan.kernel == "descriptor" else None
-    return plan.kernel, compile_plan(p, plan, gpu.arch), load
+    return plan.kernel, compile_plan(p, plan, gpu.arch), _row_bytes(p, plan.constants)
+
+
+def _row_bytes(p: PatchProblem, constants: dict[str, Any]) -> int | None:
+    return constants["XK"] * p.image_dtype.itemsize if "XK" in constants else None
 
 
 def compile_plan(p: PatchProblem, plan: Plan, arch: int):
@@ -134,8 +147,7 @@ def compile_plan(p: PatchProblem, plan: Plan, arch: int):
         "out": f"*{NAMES[p.out_dtype]}",
     }  # fmt: skip
     block_types = {"image_desc": images, "weight_desc": NAMES[p.compute_dtype], "out_desc": NAMES[p.out_dtype]}
-    for name, (_shape, _strides, block) in plan.descriptors.items():
-        types[name] = f"tensordesc<{block_types[name]}{block}>".replace(" ", "")
+    types |= _descriptors(plan, block_types)
     absent = [name for name, there in (
         ("keep", p.n_keep is not None), ("centred", plan.constants["NORMALISED"]), ("bias", p.has_bias),
         ("pos", p.pos_rows), ("prefix", p.T),
@@ -144,18 +156,27 @@ def compile_plan(p: PatchProblem, plan: Plan, arch: int):
     return _compile(f"{plan.kernel}_kernel", plan.config, scalars, plan.constants, types, absent, arch)
 
 
+def _descriptors(plan: Plan | Launch, of: dict[str, str]) -> dict[str, str]:
+    sizes = {name: block for name, (_shape, _strides, block) in (plan.descriptors or {}).items()}
+    return {name: f"tensordesc<{of[name]}{block}>".replace(" ", "") for name, block in sizes.items()}
+
+
 def _gradient(p: PatchProblem, gpu: Gpu, tf32: bool, kernel: str, config: Config | None = None) -> Launch:
     """The launch of one kernel of the backward, every gradient asked for and dY in the tokens' dtype."""
     if kernel == "images":
         return image_launch(p, p.image_strides, gpu, p.out_dtype, tf32, choice=config)[0]
     wanted = Wanted(kernel != "sums", p.has_bias, p.pos_rows > 0 and not p.pos_per_image, p.T > 0)
-    plan = reduction(p, gpu, p.out_dtype, wanted, tf32, choice=config if kernel == "weight" else None)
-    return {"kept": plan.kept, "finish": plan.finish}.get(kernel, plan.reduce)
+    choice = None
+    if kernel in ("weight", "weight_descriptor"):
+        choice = kernel, config or weight_choices(p, gpu, product_of(p, tf32), dense(p))[kernel]
+    plan = reduction(p, gpu, dense(p), wanted, tf32, choice=choice)
+    found = {"weight_descriptor": plan.weight, "kept": plan.kept, "finish": plan.finish}.get(kernel, plan.reduce)
+    assert found is not None
+    return found
 
 
-def _compile_gradient(p: PatchProblem, gpu: Gpu, tf32: bool, kernel: str, config: Config | None = None):
+def _compile_gradient(p: PatchProblem, gpu: Gpu, launch: Launch):
     """A kernel of the backward as Triton compiles it, dY contiguous."""
-    launch = _gradient(p, gpu, tf32, kernel, config)
     constants = launch.constants
     weights, images, total = NAMES[p.weight_dtype], NAMES[p.image_dtype], NAMES[constants["SUM"]]
     types = {
@@ -167,7 +188,7 @@ def _compile_gradient(p: PatchProblem, gpu: Gpu, tf32: bool, kernel: str, config
     absent = [name for name, there in (
         ("keep", p.n_keep is not None), ("centred", normalised), ("factor", normalised), ("d_bias", p.has_bias),
         ("bias_parts", p.has_bias), ("d_pos", p.pos_rows), ("d_prefix", p.T), ("table_parts", p.pos_rows or p.T),
-        ("weight_parts", kernel != "sums"), ("images", kernel == "weight"),
+        ("weight_parts", constants.get("WEIGHT", True)), ("images", constants.get("WEIGHT", False)),
     ) if not there]  # fmt: skip
     element = [p.K, p.K // p.C, p.P[1] * p.P[2], p.P[2], 1]
     scalars = {
@@ -176,6 +197,7 @@ def _compile_gradient(p: PatchProblem, gpu: Gpu, tf32: bool, kernel: str, config
         "pos_r": p.D, "pos_d": 1, "prefix_r": p.D, "prefix_d": 1, "bias_d": 1,
     }  # fmt: skip
     types = {name: f"*{dtype}" for name, dtype in types.items()}
+    types |= _descriptors(launch, {"image_desc": images, "grad_desc": NAMES[p.out_dtype]})
     return _compile(launch.kernel, launch.config, scalars, constants, types, absent, gpu.arch)
 
 

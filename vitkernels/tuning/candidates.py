@@ -8,7 +8,7 @@ from typing import Any
 
 from ..backends.patch_layout import product_of
 from ..backends.triton import config_cache, configs
-from ..backends.triton.backward_plan import cells_of, operands, split_of, weight_tiles
+from ..backends.triton.backward_plan import cells_of, dense, operands, split_of, weight_choices, weight_kernels
 from ..backends.triton.configs import Choice, Config
 from ..backends.triton.forward_plan import kernels_of
 from ..gpu import Gpu, tf32
@@ -51,16 +51,19 @@ def ranked(default: Choice, found: Sequence[Choice], cost: Callable[[Choice], fl
 
 def tuning_key(p: PatchProblem, gpu: Gpu, aligned: bool, direction: str = "forward") -> str:
     product = product_of(p, tf32())
-    return config_cache.key(
-        p, product, direction == "forward" and "descriptor" in kernels_of(p, gpu, product, aligned), direction
-    )
+    kernels: dict[str, Any] = {}
+    if direction == "forward":
+        kernels = dict.fromkeys(kernels_of(p, gpu, product, aligned))
+    elif direction == "weight":
+        kernels = weight_kernels(p, gpu, product, dense(p)._replace(aligned=aligned))
+    return config_cache.key(p, product, bool({"descriptor", "weight_descriptor"} & set(kernels)), direction)
 
 
 def candidates_of(p: PatchProblem, gpu: Gpu, aligned: bool, direction: str = "forward") -> list[tuple[str, Config]]:
     """(kernel, tile) to try for a direction, "forward", "weight" or "images": the default first, then by promise."""
     product = product_of(p, tf32())
     if direction != "forward":
-        return gradient_candidates(p, gpu, product, direction)
+        return gradient_candidates(p, gpu, product, direction, aligned)
     kernels = kernels_of(p, gpu, product, aligned)
     found = [
         (kernel, c)
@@ -76,18 +79,26 @@ def candidates_of(p: PatchProblem, gpu: Gpu, aligned: bool, direction: str = "fo
     )  # fmt: skip
 
 
-def gradient_candidates(p: PatchProblem, gpu: Gpu, product: str, direction: str) -> list[tuple[str, Config]]:
+def gradient_candidates(p: PatchProblem, gpu: Gpu, product: str, direction: str, aligned: bool) -> list[Choice]:
     """(kernel, tile) to try for "weight" or "images": the one that the table picks first, then by promise."""
     sizes = operands(p, p.out_dtype, direction)
     if direction == "weight":
-        tiles = weight_tiles(p, gpu, p.out_dtype, product)
-        cost = picks = lambda c: split_of(p, c, gpu).cost
+        grad = dense(p)._replace(aligned=aligned)
+        kernels = weight_kernels(p, gpu, product, grad)
+        default = next(iter(weight_choices(p, gpu, product, grad).items()))
+        cost = lambda choice: split_of(p, choice[0], choice[1], gpu).cost  # noqa: E731
     else:
-        tiles = configs.rows(gpu.arch, "images", product)
+        kernels = {"images": configs.rows(gpu.arch, "images", product)}
         M, columns = p.B * cells_of(p), p.C * prod(p.S)
         depth = p.D * prod(-(-P // S) for P, S in zip(p.P, p.S, strict=True))
-        picks = lambda c: configs.waves(M, columns, c, gpu)  # noqa: E731
-        cost = lambda c: estimate(M, columns, depth, c, gpu, product, *sizes)  # noqa: E731
-    tiles = tuple(configs.staged(c, gpu, *sizes) for c in tiles)
-    near = [c for tile in tiles for c in variants(tile) if configs.staged(c, gpu, *sizes) == c]
-    return ranked((direction, min(tiles, key=picks)), [(direction, c) for c in near], lambda choice: cost(choice[1]))
+        tiles = [configs.staged(c, gpu, *sizes) for c in kernels["images"]]
+        default = "images", min(tiles, key=lambda c: configs.waves(M, columns, c, gpu))
+        cost = lambda choice: estimate(M, columns, depth, choice[1], gpu, product, *sizes)  # noqa: E731
+    near = [
+        (kernel, c)
+        for kernel, tiles in kernels.items()
+        for tile in tiles
+        for c in variants(configs.staged(tile, gpu, *sizes))
+        if configs.staged(c, gpu, *sizes) == c
+    ]
+    return ranked(default, near, cost)

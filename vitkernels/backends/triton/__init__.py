@@ -16,10 +16,9 @@ from ..patch_layout import product_of
 from . import toolchain
 from .backward_launch import backward as backward
 from .backward_plan import cells_of
-from .forward_launch import BACKEND
 from .forward_launch import forward as forward
 from .forward_plan import kernels_of
-from .launch import interpreted
+from .launch import BACKEND, interpreted
 
 INT32 = 2**31
 HOW = {"gather": "pixels gathered by threads", "descriptor": "patches cut by the copy engine"}

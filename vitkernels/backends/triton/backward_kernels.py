@@ -2,6 +2,8 @@
 
 reduce_kernel  from one launch: tiles of dW = dYᵀ·patches (no patch matrix), each over a part of the patches, and the
                sums of dY over images for position, prefix and bias, each over a part of the images.
+weight_descriptor_kernel  those tiles of dW with dY and patches cut by the copy engine (sm_90 and later); reduce_kernel
+               then gives the sums alone.
 kept_kernel    the sums for the position where patches are kept.
 finish_kernel  adds those parts, in order, and rounds: no atomics, so the same inputs give the same bits.
 images_kernel  dX = dY·W, every pixel from the patches that saw it and written once.
@@ -10,7 +12,7 @@ images_kernel  dX = dY·W, every pixel from the patches that saw it and written 
 import triton
 import triton.language as tl
 
-from .primitives import corners, elements, gathered, product, rounded
+from .primitives import corners, elements, gathered, pixels, product, rounded
 
 
 @triton.jit
@@ -56,6 +58,53 @@ def _weight_tile(
         acc = product(rounded(dy, COMPUTE, INTERPRETED), x, acc, PRECISION, SUM, SETTLE, INTERPRETED)
     out = parts + (split.to(tl.int64) * D + d)[:, None] * K + k[None, :]
     tl.store(out, acc, mask=(d < D)[:, None] & (k < K)[None, :])
+
+
+@triton.jit
+def weight_descriptor_kernel(
+    image_desc,  # [B, G_h, G_w, C·H, P_w] in blocks [BB, BY, BX, RK, XK]: BK patches, RK rows of XK pixels of each
+    grad_desc,  # dY behind the prefix, [B, G_h, G_w, D], in blocks [BB, BY, BX, BM]
+    centred,  # [2, K]: m and a of y = (x − m)·a
+    weight_parts,  # [splits, D, K], K in the order of the image's layout
+    B, H, D, G_h, G_w, chunk,
+    C: tl.constexpr, P_h: tl.constexpr, P_w: tl.constexpr,
+    NORMALISED: tl.constexpr, COMPUTE: tl.constexpr, SUM: tl.constexpr, PRECISION: tl.constexpr, SETTLE: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    BB: tl.constexpr, BY: tl.constexpr, BX: tl.constexpr, BM: tl.constexpr, RK: tl.constexpr, XK: tl.constexpr,
+):  # fmt: skip
+    """weight_parts[split, d, k] = Σ_m dY[m, d]·x[m, k] for BM channels × BN = RK·XK elements, over the `chunk` blocks
+    of BK patches of a split. The copy engine cuts both, and brings zeros where a block has no patch or channel."""
+    BK: tl.constexpr = BB * BY * BX
+    BN: tl.constexpr = RK * XK
+    K: tl.constexpr = C * P_h * P_w
+    STEPS_X: tl.constexpr = P_w // XK
+    STEPS_Y: tl.constexpr = P_h // RK
+    pid = tl.program_id(0)
+    tiles_k: tl.constexpr = C * STEPS_Y * STEPS_X
+    tiles = tl.cdiv(D, BM) * tiles_k  # neighbours share their patches and their dY
+    split = pid // tiles
+    d0 = (pid % tiles) // tiles_k * BM
+    step = (pid % tiles) % tiles_k
+    kx = (step % STEPS_X) * XK
+    ky = (step // STEPS_X) % STEPS_Y * RK
+    c = step // (STEPS_X * STEPS_Y)
+    j = tl.arange(0, BN)
+    k = (c * P_h + ky + j // XK) * P_w + kx + j % XK
+    tiles_y = tl.cdiv(G_h, BY)
+    tiles_x = tl.cdiv(G_w, BX)
+    first = split * chunk
+    acc = tl.zeros((BM, BN), SUM)
+    for block in tl.range(first, tl.minimum(first + chunk, tl.cdiv(B, BB) * tiles_y * tiles_x)):
+        x0 = (block % tiles_x) * BX
+        y0 = ((block // tiles_x) % tiles_y) * BY
+        b0 = (block // (tiles_x * tiles_y)) * BB
+        patches = image_desc.load([b0, y0, x0, c * H + ky, kx])
+        x = pixels(patches.reshape(BK, BN), k, centred, K, NORMALISED, COMPUTE, SUM, INTERPRETED)
+        dy = rounded(grad_desc.load([b0, y0, x0, d0]).reshape(BK, BM), COMPUTE, INTERPRETED)
+        acc = product(dy.T, x, acc, PRECISION, SUM, SETTLE, INTERPRETED)
+    d = d0 + tl.arange(0, BM)
+    out = weight_parts + (split.to(tl.int64) * D + d)[:, None] * K + k[None, :]
+    tl.store(out, acc, mask=(d < D)[:, None])
 
 
 @triton.jit

@@ -3,32 +3,50 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
-from ...gpu import gpu_of, tf32
+from ...gpu import bind_context, gpu_of, tf32
 from ...problem import PatchProblem
-from .. import reference
+from .. import fallbacks, reference
 from ..common import Grads, canonical, empty, masked, own_tables, scattered
 from ..common import centred as channels_centred
-from .backward_plan import Launch, Reduction, Wanted, image_launch, reduction
+from .backward_plan import Grad, Launch, Reduction, Wanted, image_launch, reduction
 from .config_cache import planned
-from .configs import Config
+from .configs import Choice
 from .forward_plan import Order
-from .launch import bound, centred, interpreted, packed
+from .launch import BACKEND, Descriptor, bound, centred, interpreted, packed, refused
 from .toolchain import launch
 
 
+class Prepared(NamedTuple):
+    """Launches but for their tensors."""
+
+    plan: Reduction
+    weight: partial[None] | None
+    descriptors: dict[str, Descriptor]
+    reduce: partial[None]
+    kept: partial[None]
+    finish: partial[None]
+
+
 @planned
-def _prepared_reduction(p, grad_dtype, wanted, tf32, interpreted, tile) -> tuple[Reduction, partial, partial, partial]:
-    plan = reduction(p, gpu_of(p.device), grad_dtype, wanted, tf32, interpreted, tile)
-    return plan, bound(*plan.reduce), bound(*plan.kept), bound(*plan.finish)
+def _prepared_reduction(p, grad: Grad, wanted, tf32, interpreted, choice) -> Prepared:
+    plan = reduction(p, gpu_of(p.device), grad, wanted, tf32, interpreted, choice)
+    weight = plan.weight
+    return Prepared(
+        plan,
+        weight and bound(*weight[:5]),
+        {name: Descriptor(*sizes) for name, sizes in ((weight and weight.descriptors) or {}).items()},
+        *(bound(*one[:5]) for one in (plan.reduce, plan.kept, plan.finish)),
+    )
 
 
 @planned
 def _prepared_images(p, strides, grad_dtype, tf32, interpreted, tile) -> tuple[Launch, Order, partial]:
     plan, order = image_launch(p, strides, gpu_of(p.device), grad_dtype, tf32, interpreted, tile)
-    return plan, order, bound(*plan)
+    return plan, order, bound(*plan[:5])
 
 
 def backward(
@@ -42,38 +60,57 @@ def backward(
     keep: torch.Tensor | None,  # [B, rows]
     grads: Grads,  # of images, weight, bias, pos_embed and prefix, to be written; None: nobody asks
     *,
-    choice: tuple[str, Config] | None = None,  # "weight" or "images" and its tile, instead of the tables'
+    choice: Choice | None = None,  # weight, weight_descriptor or images and its tile, instead of the tables'
 ) -> None:
     images, weight, _, _, _, keep = canonical(images, weight, None, None, None, keep)
     d_images, d_weight, d_bias, d_pos, d_prefix, _ = canonical(*grads)
     if grad.numel() == 0 or p.rows == 0:
         return reference.backward(p, grad, images, weight, bias, pos_embed, prefix, keep, grads)
     keep = None if keep is None else keep.contiguous()
-    tiles = {} if choice is None else dict([choice])
+    of_images = choice is not None and choice[0] == "images"
     if d_images is not None:
-        _images(p, grad, weight, keep, d_images, tiles.get("images"))
+        _images(p, grad, weight, keep, d_images, choice[1] if choice and of_images else None)
     d_pos, d_prefix = own_tables(p, grad, keep, d_pos, d_prefix)
     if any(g is not None for g in (d_weight, d_bias, d_pos, d_prefix)):
-        _reduce(p, grad, images, keep, d_weight, d_bias, d_pos, d_prefix, tiles.get("weight"))
+        _reduce(p, grad, images, keep, (d_weight, d_bias, d_pos, d_prefix), None if of_images else choice)
     return None
 
 
-def _reduce(p, grad, images, keep, d_weight, d_bias, d_pos, d_prefix, tile) -> None:
-    wanted = Wanted(*(g is not None for g in (d_weight, d_bias, d_pos, d_prefix)))
-    plan, reduce, scatter, finish = _prepared_reduction(p, grad.dtype, wanted, tf32(), interpreted(), tile)
-    dtype = p.sum_dtype
+def _reduce(p, grad, images, keep, learnt, choice) -> None:
+    aligned = (images.data_ptr() | grad.data_ptr()) % 16 == 0 and not fallbacks.happened(BACKEND, p)
+    wanted = Wanted(*(g is not None for g in learnt))
+    prepared = _prepared_reduction(p, Grad(grad.dtype, grad.stride(), aligned), wanted, tf32(), interpreted(), choice)
+    try:
+        _launch(p, prepared, grad, images, keep, *learnt)
+    except RuntimeError as error:
+        if prepared.weight is None or choice is not None or not refused(error):
+            raise
+        fallbacks.remember(BACKEND, p, f"{' '.join(str(error).split())}; pixels are gathered")
+        _reduce(p, grad, images, keep, learnt, choice)
+
+
+def _launch(p, prepared: Prepared, grad, images, keep, d_weight, d_bias, d_pos, d_prefix) -> None:
+    plan, dtype = prepared.plan, p.sum_dtype
     parts = {name: empty(images, shape, dtype) if all(shape) else None for name, shape in plan.parts.items()}
     with torch.cuda.device_of(images):
         steps = _strides("grad", "bnd", grad)
+        if prepared.weight is not None and plan.weight is not None:
+            bind_context(p.device)  # Triton does so only after it has made the descriptors
+            bases = {"image_desc": images, "grad_desc": grad.narrow(1, p.T, p.rows)}
+            launch(
+                prepared.weight, weight_parts=parts["weight_parts"],
+                centred=centred(p, plan.order, p.K) if plan.weight.constants["NORMALISED"] else None,
+                **{name: descriptor(bases[name]) for name, descriptor in prepared.descriptors.items()},
+            )  # fmt: skip
         if plan.reduce.grid:
             launch(
-                reduce, images=images, grad=grad, keep=keep, **parts, **steps,
+                prepared.reduce, images=images, grad=grad, keep=keep, **parts, **steps,
                 centred=centred(p, plan.order, plan.padded_K) if plan.reduce.constants["NORMALISED"] else None,
             )  # fmt: skip
         if plan.kept.grid:
-            launch(scatter, grad=grad, keep=keep, table_parts=parts["table_parts"], **steps)
+            launch(prepared.kept, grad=grad, keep=keep, table_parts=parts["table_parts"], **steps)
         launch(
-            finish, **parts, d_weight=d_weight, d_bias=d_bias, d_pos=d_pos, d_prefix=d_prefix,
+            prepared.finish, **parts, d_weight=d_weight, d_bias=d_bias, d_pos=d_pos, d_prefix=d_prefix,
             **_strides("weight", "dcthw", d_weight), **_strides("pos", "rd", d_pos),
             **_strides("prefix", "rd", d_prefix), **_strides("bias", "d", d_bias),
         )  # fmt: skip

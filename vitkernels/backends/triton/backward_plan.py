@@ -13,15 +13,16 @@ import torch
 from ...gpu import Gpu
 from ...problem import PatchProblem
 from .. import split_k
-from ..patch_layout import layout_of, product_of, scaling
+from ..patch_layout import blocks_in, blocks_of, layout_of, no_copy_engine, product_of, scaling
 from ..split_k import TABLE_BYTES
 from . import config_cache, configs
-from .configs import Config
+from .configs import Choice, Config
 from .forward_plan import Order, by_axis, settles, vector_of
 
 FINISH = Config(0, 0, 512, 4, 1)  # BK elements of a table in one program of finish_kernel
 KEPT = Config(64, 64, 16, 8, 3)  # BM patches × BN channels, BK kept patches at a step
 SUMS = Config(0, 0, 16, 4, 1)  # of reduce_kernel, where there is no product in it
+BLOCK = 128  # elements of a patch that the copy engine brings at a step: BN of weight_descriptor's tiles
 
 
 class Launch(NamedTuple):
@@ -30,6 +31,20 @@ class Launch(NamedTuple):
     grid: int
     scalars: dict[str, int | float]
     constants: dict[str, Any]  # dtypes as torch's
+    descriptors: dict[str, tuple[list[int], list[int], list[int]]] | None = None  # name -> shape, strides, block
+
+
+class Grad(NamedTuple):
+    """The gradient of the tokens, [B, T + rows, D], as a kernel reads it."""
+
+    dtype: torch.dtype
+    strides: tuple[int, ...]
+    aligned: bool  # images and it begin on 16 bytes, and the driver has refused no tensor map
+
+
+def dense(p: PatchProblem, dtype: torch.dtype | None = None) -> Grad:
+    """As PyTorch makes it, in the tokens' dtype unless another is named."""
+    return Grad(dtype or p.out_dtype, ((p.T + p.rows) * p.D, p.D, 1), True)
 
 
 class Wanted(NamedTuple):
@@ -42,6 +57,7 @@ class Wanted(NamedTuple):
 
 
 class Reduction(NamedTuple):
+    weight: Launch | None  # of dW by the copy engine; None: reduce's programs gather it
     reduce: Launch
     kept: Launch
     finish: Launch
@@ -68,6 +84,39 @@ class Sums(NamedTuple):
     BD: int
 
 
+def no_weight_descriptor(p: PatchProblem, gpu: Gpu, product: str, grad: Grad) -> list[str]:
+    """Why the copy engine can't bring dY and the patches for dW; none: it can."""
+    layout, (b, n, d), size = layout_of(p), grad.strides, grad.dtype.itemsize
+    reasons = [
+        (not configs.rows(gpu.arch, "weight_descriptor", product), f"no such kernel for {product} on sm_{gpu.arch}"),
+        *((True, reason) for reason in no_copy_engine(p, layout, 0 if grad.aligned else 8)),
+        (d != 1, f"channels of the tokens' gradient are {d} apart"),
+        (n <= 0 or n * size % 16 != 0, f"its rows are {n * size} bytes apart, no multiple of 16"),
+        (p.B > 1 and (b <= 0 or b * size % 16 != 0), f"its images are {b * size} bytes apart, no multiple of 16"),
+        (
+            block_of_patch(p) is None,
+            f"a patch of {layout.P[1]} rows of {layout.P[2]} is not cut into blocks of {BLOCK}",
+        ),
+    ]
+    return [text for wrong, text in reasons if wrong]
+
+
+def block_of_patch(p: PatchProblem) -> tuple[int, int] | None:
+    """(RK, XK): BLOCK elements of a patch as RK rows of XK pixels, which are 16 bytes or more."""
+    P = layout_of(p).P
+    XK = gcd(P[2], BLOCK)
+    RK = gcd(P[1], BLOCK // XK)
+    return (RK, XK) if RK * XK == BLOCK and XK * p.image_dtype.itemsize >= 16 else None
+
+
+def weight_kernels(p: PatchProblem, gpu: Gpu, product: str, grad: Grad) -> dict[str, tuple[Config, ...]]:
+    """The kernels that can take dW, the one to take first, and their tiles."""
+    kernels = {"weight": weight_tiles(p, gpu, grad.dtype, product)}
+    if no_weight_descriptor(p, gpu, product, grad):
+        return kernels
+    return {"weight_descriptor": configs.rows(gpu.arch, "weight_descriptor", product), **kernels}
+
+
 def weight_tiles(p: PatchProblem, gpu: Gpu, grad_dtype: torch.dtype, product: str) -> tuple[Config, ...]:
     v, kind = layout_of(p), product
     if product == "half" and (p.n_keep is not None or grad_dtype.itemsize > 2 or p.image_dtype != p.compute_dtype):
@@ -83,17 +132,26 @@ def operands(p: PatchProblem, grad_dtype: torch.dtype, direction: str) -> tuple[
     return max(grad_dtype.itemsize, p.compute_dtype.itemsize), right.itemsize
 
 
-def measured_tile(p: PatchProblem, gpu: Gpu, product: str, sizes: tuple[int, int], direction: str) -> Config | None:
-    found = config_cache.remembered(
-        gpu, config_cache.key(p, product, False, direction), (direction,), lambda c: configs.staged(c, gpu, *sizes) == c
-    )
-    return found and found[1]
+def measured_tile(
+    p: PatchProblem, gpu: Gpu, product: str, sizes: tuple[int, int], direction: str, kernels: tuple[str, ...]
+) -> Choice | None:
+    key = config_cache.key(p, product, "weight_descriptor" in kernels, direction)
+    return config_cache.remembered(gpu, key, kernels, lambda c: configs.staged(c, gpu, *sizes) == c)
 
 
-def split_of(p: PatchProblem, c: Config, gpu: Gpu) -> split_k.Split:
-    """The cheapest of the patches among the programs of a tile."""
-    tiles, steps = -(-p.D // c.BM) * -(-p.K // c.BN), -(-p.B * p.rows // c.BK)
-    return split_k.cheapest(p, gpu, tiles, steps, c.BM * c.BN * c.BK / c.rate)
+def split_of(p: PatchProblem, kernel: str, c: Config, gpu: Gpu) -> split_k.Split:
+    """The cheapest of the patches among the programs of a tile, in steps of BK patches or of a block of them."""
+    steps = blocks_in(p, blocks_of(p, c.BK)) if kernel == "weight_descriptor" else -(-p.B * p.rows // c.BK)
+    return split_k.cheapest(p, gpu, -(-p.D // c.BM) * -(-p.K // c.BN), steps, c.BM * c.BN * c.BK / c.rate)
+
+
+def weight_choices(p: PatchProblem, gpu: Gpu, product: str, grad: Grad) -> dict[str, Config]:
+    """The kernels that can take dW, the one to take first, and of each the cheapest of its tiles."""
+    sizes = operands(p, grad.dtype, "weight")
+    return {
+        kernel: min((configs.staged(c, gpu, *sizes) for c in tiles), key=lambda c: split_of(p, kernel, c, gpu))
+        for kernel, tiles in weight_kernels(p, gpu, product, grad).items()
+    }
 
 
 def sums_of(p: PatchProblem, gpu: Gpu, grad_dtype: torch.dtype, wanted: Wanted, warps: int) -> Sums:
@@ -113,23 +171,26 @@ def sums_of(p: PatchProblem, gpu: Gpu, grad_dtype: torch.dtype, wanted: Wanted, 
 
 
 def reduction(
-    p: PatchProblem, gpu: Gpu, grad_dtype: torch.dtype, wanted: Wanted, tf32: bool, interpreted: bool = False,
-    choice: Config | None = None,
+    p: PatchProblem, gpu: Gpu, grad: Grad, wanted: Wanted, tf32: bool, interpreted: bool = False,
+    choice: Choice | None = None,
 ) -> Reduction:  # fmt: skip
     """The launches that give the gradients of weight, bias, position table and prefix."""
-    product, v = product_of(p, tf32), layout_of(p)
-    c, splits, chunk = choice or SUMS, 0, 0
+    product, v, weight = product_of(p, tf32), layout_of(p), None
+    c, splits, chunk, weight_programs, padded_K = SUMS, 0, 0, 0, p.K
     if wanted.weight:
-        sizes = operands(p, grad_dtype, "weight")
-        choice = choice or measured_tile(p, gpu, product, sizes, "weight")
-        tiles = (choice,) if choice else weight_tiles(p, gpu, grad_dtype, product)
-        c = min((configs.staged(c, gpu, *sizes) for c in tiles), key=lambda c: split_of(p, c, gpu))
-        _, splits, steps = split_of(p, c, gpu)
-        chunk = steps * c.BK
-    weight_programs = splits * -(-p.D // c.BM) * -(-p.K // c.BN) if wanted.weight else 0
-    sums = sums_of(p, gpu, grad_dtype, wanted, c.warps)
+        choices, sizes = weight_choices(p, gpu, product, grad), operands(p, grad.dtype, "weight")
+        choice = choice or measured_tile(p, gpu, product, sizes, "weight", tuple(choices))
+        kernel, c = choice or next(iter(choices.items()))
+        c = configs.staged(c, gpu, *sizes)
+        _, splits, steps = split_of(p, kernel, c, gpu)
+        programs = splits * -(-p.D // c.BM) * -(-p.K // c.BN)
+        if kernel == "weight_descriptor":
+            weight, c = _weight_descriptor(p, gpu, grad, product, interpreted, c, programs, steps), SUMS
+        else:
+            weight_programs, chunk, padded_K = programs, steps * c.BK, -(-p.K // c.BN) * c.BN
+    gathered = weight_programs > 0
+    sums = sums_of(p, gpu, grad.dtype, wanted, c.warps)
     vec, (b, ch, f, h, w) = vector_of(p, v)
-    padded_K = -(-p.K // c.BN) * c.BN if wanted.weight else p.K
     normalised, scaled = scaling(p, product)
     reduce = Launch(
         "reduce_kernel", c,
@@ -144,10 +205,10 @@ def reduction(
         },
         constants={
             **by_axis(P=v.P, S=v.S, pad=v.pad), "K": p.K, "K_PAD": padded_K, "VEC": vec,
-            "NORMALISED": normalised and wanted.weight, "HAS_KEEP": p.n_keep is not None,
-            "WEIGHT": wanted.weight, "SUMS": sums.tiles > 0, "TABLE": sums.rows > 0, "BIAS": wanted.bias,
+            "NORMALISED": normalised and gathered, "HAS_KEEP": p.n_keep is not None,
+            "WEIGHT": gathered, "SUMS": sums.tiles > 0, "TABLE": sums.rows > 0, "BIAS": wanted.bias,
             "COMPUTE": p.compute_dtype, "SUM": p.sum_dtype, "PRECISION": "tf32" if product == "tf32" else "ieee",
-            "SETTLE": settles(gpu, product, grad_dtype != p.compute_dtype), "INTERPRETED": interpreted,
+            "SETTLE": settles(gpu, product, grad.dtype != p.compute_dtype), "INTERPRETED": interpreted,
             "BM": c.BM, "BN": c.BN, "BK": c.BK, "BI": sums.BI, "BR": sums.BR, "BD": sums.BD,
         },
     )  # fmt: skip
@@ -155,9 +216,38 @@ def reduction(
         "weight_parts": (splits, p.D, p.K), "table_parts": (sums.splits, sums.rows, p.D),
         "bias_parts": (sums.splits * sums.blocks, p.D) if wanted.bias else (0,),
     }  # fmt: skip
-    kept = _kept(p, gpu, grad_dtype, sums, interpreted)
+    kept = _kept(p, gpu, grad.dtype, sums, interpreted)
     finish = _finish(p, wanted, sums, splits, scaled, interpreted)
-    return Reduction(reduce, kept, finish, parts, Order(v.channels_last, None), padded_K)
+    return Reduction(weight, reduce, kept, finish, parts, Order(v.channels_last, None), padded_K)
+
+
+def _weight_descriptor(
+    p: PatchProblem, gpu: Gpu, grad: Grad, product: str, interpreted: bool, c: Config, programs: int, chunk: int
+) -> Launch:
+    """dW, both operands by the copy engine. Measured on an H200 beside the sums of dY, of which a launch of their own
+    takes 22 µs: 145 µs for ViT-B/16, B = 256, where the gathering kernel takes 439 with them."""
+    v, block = layout_of(p), blocks_of(p, c.BK)
+    RK, XK = block_of_patch(p)  # type: ignore[misc]
+    _, gh, gw = p.G
+    b, _c, _f, h, _w = v.strides
+    grad_b, grad_n, _ = grad.strides
+    if p.B == 1:  # one image has no next
+        b, grad_b = gh * v.S[1] * h, gh * gw * grad_n
+    return Launch(
+        "weight_descriptor_kernel", c,
+        grid=programs,
+        scalars={"B": p.B, "H": p.H, "D": p.D, "G_h": gh, "G_w": gw, "chunk": chunk},
+        constants={
+            "C": v.C, "P_h": v.P[1], "P_w": v.P[2], "NORMALISED": scaling(p, product)[0], "COMPUTE": p.compute_dtype,
+            "SUM": p.sum_dtype, "PRECISION": "ieee",
+            "SETTLE": settles(gpu, product, True),  # dY is transposed in registers
+            "INTERPRETED": interpreted, "BB": block[0], "BY": block[1], "BX": block[2], "BM": c.BM, "RK": RK, "XK": XK,
+        },
+        descriptors={
+            "image_desc": ([p.B, gh, gw, v.C * p.H, v.P[2]], [b, v.S[1] * h, v.S[2], h, 1], [*block, RK, XK]),
+            "grad_desc": ([p.B, gh, gw, p.D], [grad_b, gw * grad_n, grad_n, 1], [*block, c.BM]),
+        },
+    )  # fmt: skip
 
 
 def _kept(p: PatchProblem, gpu: Gpu, grad_dtype: torch.dtype, sums: Sums, interpreted: bool) -> Launch:
@@ -219,8 +309,12 @@ def image_launch(
     M, columns = p.B * prod(cells), v.C * prod(v.S)
 
     sizes = operands(p, grad_dtype, "images")
-    choice = choice or measured_tile(p, gpu, product, sizes, "images")
-    c = choice or min(configs.rows(gpu.arch, "images", product), key=lambda c: configs.waves(M, columns, c, gpu))
+    found = measured_tile(p, gpu, product, sizes, "images", ("images",))
+    c = (
+        choice
+        or (found and found[1])
+        or min(configs.rows(gpu.arch, "images", product), key=lambda c: configs.waves(M, columns, c, gpu))
+    )
     c = configs.staged(c, gpu, *sizes)
     normalised, scaled = scaling(p, product)
     launch = Launch(

@@ -15,12 +15,8 @@ from ..patch_layout import weight_in_order
 from .config_cache import planned
 from .configs import Config
 from .forward_plan import Plan, make_plan
-from .launch import bound, centred, interpreted, packed
+from .launch import BACKEND, Descriptor, bound, centred, interpreted, packed, refused
 from .toolchain import launch
-
-# As Triton names CUDA_ERROR_INVALID_VALUE of cuTensorMapEncodeTiled; any other error is no refusal.
-BACKEND = "triton"
-REFUSED = "Triton Error [CUDA]: Failed to create tensor map descriptor: invalid argument"
 
 
 class Prepared(NamedTuple):
@@ -28,7 +24,7 @@ class Prepared(NamedTuple):
 
     plan: Plan
     kernel: partial[None]  # with every argument that is no tensor's
-    descriptors: dict[str, _Descriptor]
+    descriptors: dict[str, Descriptor]
     normalised: bool
     packs: bool  # the weight is no operand as it lies
     gathers: bool  # the elements of a row of bias, position or prefix are apart
@@ -53,7 +49,7 @@ def forward(
     try:
         _launch(p, prepared, images, weight, bias, pos_embed, prefix, keep, out)
     except RuntimeError as error:
-        if prepared.plan.kernel != "descriptor" or choice is not None or not str(error).startswith(REFUSED):
+        if prepared.plan.kernel != "descriptor" or choice is not None or not refused(error):
             raise
         # The driver checks a descriptor when it is launched; what it refuses, threads can still gather.
         fallbacks.remember(BACKEND, p, f"{' '.join(str(error).split())}; pixels are gathered")
@@ -92,7 +88,7 @@ def _prepared(p: PatchProblem, aligned: bool, tf32: bool, interpreted: bool, cho
     return Prepared(
         plan,
         partial(kernel, **_steps(*(None if table is None else table.strides[:2] for table in tables))),
-        {name: _Descriptor(*sizes) for name, sizes in plan.descriptors.items()},
+        {name: Descriptor(*sizes) for name, sizes in plan.descriptors.items()},
         normalised=bool(plan.constants["NORMALISED"]),
         packs=not in_order or (p.D > 1 and p.weight_strides[0] != p.K),
         gathers=any(t is not None and t.strides[-1] != 1 for t in (bias, *tables)),
@@ -110,25 +106,3 @@ def _side_by_side(p: PatchProblem, bias, pos_embed, prefix) -> dict[str, Any]:
     bias, *tables = (t if t is None else t.contiguous() for t in (bias, pos_embed, prefix))
     steps = (None if t is None else (t[0].numel() if t.ndim == 3 and len(t) > 1 else 0, p.D) for t in tables)
     return {"bias": bias, "pos": tables[0], "prefix": tables[1], **_steps(*steps)}
-
-
-class _Descriptor:
-    """A tensor map of these sizes. The first is checked by Triton, which takes 9 µs; those after it differ in their
-    address alone, whose alignment is a part of the plan."""
-
-    def __init__(self, shape: list[int], strides: list[int], block: list[int]):
-        self.sizes = shape, strides, block
-        self.fields: dict[str, Any] = {}
-        self.kind: Any = None
-
-    def __call__(self, base: torch.Tensor) -> Any:
-        if self.kind is None:
-            from triton.tools.tensor_descriptor import TensorDescriptor
-
-            made = TensorDescriptor(base, *self.sizes)
-            self.fields = {name: value for name, value in vars(made).items() if name != "base"}
-            self.kind = TensorDescriptor
-            return made
-        made = object.__new__(self.kind)
-        vars(made).update(self.fields, base=base)
-        return made

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,10 @@ from ...problem import PatchProblem
 from .. import common
 from .configs import Config
 from .forward_plan import Order
+
+BACKEND = "triton"
+# As Triton names CUDA_ERROR_INVALID_VALUE of cuTensorMapEncodeTiled; any other error is no refusal.
+REFUSED = "Triton Error [CUDA]: Failed to create tensor map descriptor: invalid argument"
 
 
 def interpreted() -> bool:
@@ -43,6 +48,11 @@ def options(config: Config) -> dict[str, object]:
 def bound(kernel: str, config: Config, grid: int, scalars: dict, constants: dict) -> partial:
     """The kernel with every argument that is no tensor's."""
     return partial(kernel_of(kernel)[(grid,)], **scalars, **constants_of(constants), **options(config))
+
+
+def refused(error: Exception) -> bool:
+    """Whether the driver refused a tensor map, which it checks at a launch: what it won't cut, threads can gather."""
+    return str(error).startswith(REFUSED)
 
 
 def packed(p: PatchProblem, order: Order, columns: int, weight: torch.Tensor) -> torch.Tensor:
@@ -85,3 +95,25 @@ def _in_order(p: PatchProblem, order: Order, x: torch.Tensor, columns: int) -> t
         x = x.reshape(-1, C, P_h // RK, RK, P_w // XK, XK).transpose(3, 4)
     x = x.reshape(x.shape[0], p.K)
     return F.pad(x, (0, columns - p.K)) if columns > p.K else x.contiguous()
+
+
+class Descriptor:
+    """A tensor map of these sizes. The first is checked by Triton, which takes 9 µs; those after it differ in their
+    address alone, whose alignment is a part of the plan."""
+
+    def __init__(self, shape: list[int], strides: list[int], block: list[int]):
+        self.sizes = shape, strides, block
+        self.fields: dict[str, Any] = {}
+        self.kind: Any = None
+
+    def __call__(self, base: torch.Tensor) -> Any:
+        if self.kind is None:
+            from triton.tools.tensor_descriptor import TensorDescriptor
+
+            made = TensorDescriptor(base, *self.sizes)
+            self.fields = {name: value for name, value in vars(made).items() if name != "base"}
+            self.kind = TensorDescriptor
+            return made
+        made = object.__new__(self.kind)
+        vars(made).update(self.fields, base=base)
+        return made
