@@ -124,6 +124,15 @@ def test_one_image_has_no_next(device):
     assert torch.equal(*found)
 
 
+def test_a_tile_from_a_file_covers_the_weight_once():
+    """BN is the patch's cut: another would make programs for which there is nothing to write."""
+    p, wanted = compile_triton.problem(16, "bf16"), backward_plan.Wanted(True, False, False, False)
+    for BN in (32, 128, 256):
+        choice = "weight_descriptor", configs.Config(128, BN, 64, 4, 4)
+        plan = backward_plan.reduction(p, H100, backward_plan.dense(p), wanted, False, choice=choice)
+        assert plan.weight.grid == plan.parts["weight_parts"][0] * 6 * 6
+
+
 def test_why_the_copy_engine_does_not_bring_the_weights_gradient():
     p = compile_triton.problem(16, "bf16")
     grad = backward_plan.dense(p)

@@ -182,6 +182,8 @@ def reduction(
         choice = choice or measured_tile(p, gpu, product, sizes, "weight", tuple(choices))
         kernel, c = choice or next(iter(choices.items()))
         c = configs.staged(c, gpu, *sizes)
+        if kernel == "weight_descriptor":
+            c = c._replace(BN=BLOCK)  # whatever a file says
         _, splits, steps = split_of(p, kernel, c, gpu)
         programs = splits * -(-p.D // c.BM) * -(-p.K // c.BN)
         if kernel == "weight_descriptor":
