@@ -113,6 +113,35 @@ def test_pieces_of_any_size(seed, piece_rows, poisoned, monkeypatch):
         assert row["ok"], row
 
 
+KEPT = {  # images, patch, stride
+    "plain": ((2, 3, 32, 48), (16, 8), (16, 8)),
+    "lines apart": ((2, 3, 40, 48), (8, 16), (16, 16)),
+    "lines overlap": ((2, 3, 40, 48), (16, 16), (8, 16)),
+    "columns apart": ((2, 3, 32, 48), (8, 8), (8, 20)),
+    "columns overlap": ((2, 3, 32, 48), (8, 16), (8, 4)),
+    "one image": ((1, 3, 32, 48), (16, 16), (16, 16)),
+    "pixels left over": ((2, 3, 37, 48), (16, 16), (16, 16)),
+    "columns left over": ((2, 3, 32, 50), (16, 16), (16, 16)),
+    "video, frames apart": ((2, 3, 9, 32, 32), (2, 16, 16), (3, 16, 16)),
+    "video, frames overlap": ((2, 3, 5, 32, 32), (2, 16, 16), (1, 16, 16)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("pixels", [torch.float32, torch.uint8])
+@pytest.mark.parametrize("lie", [lambda x: x, lambda x: x.transpose(-1, -2).contiguous().transpose(-1, -2)])
+@pytest.mark.parametrize("name", KEPT)
+def test_kept_patches_are_those_of_all(name, lie, pixels):
+    size, patch, stride = KEPT[name]
+    g = torch.Generator().manual_seed(3)
+    images = lie(torch.randint(256, size, generator=g).to(pixels))
+    call = dict(images=images, weight=torch.randn(8, 3, *patch, generator=g), stride=stride, scale=1.0)
+    every = vk.patch_embed(**call)
+    keep = torch.randint(every.shape[1], (len(images), 5), generator=g)
+    torch.testing.assert_close(
+        vk.patch_embed(**call, keep=keep), every.gather(1, keep[:, :, None].expand(-1, -1, 8)), rtol=1e-4, atol=1e-2
+    )
+
+
 class Allocations(TorchDispatchMode):
     """The largest tensor that any operation makes, in elements; a view of an input is not made."""
 

@@ -85,8 +85,10 @@ def _positions(p, pos_embed, b: slice, n: slice, keep) -> torch.Tensor:
         pos_embed = pos_embed[b]
     if keep is None:
         return pos_embed.narrow(1, first + n.start, n.stop - n.start)
-    pos = pos_embed[:, first:]  # [1|b, N, D]
-    return pos[torch.arange(pos.shape[0], device=pos.device)[:, None], keep[b, n].long()]
+    pos, kept = pos_embed[:, first:], keep[b, n].long()  # [1|b, N, D], [b, n]
+    if not p.pos_per_image:
+        return pos[0].index_select(0, kept.reshape(-1)).view(*kept.shape, p.D)
+    return pos[torch.arange(pos.shape[0], device=pos.device)[:, None], kept]
 
 
 def product_dtype(p: PatchProblem) -> torch.dtype:

@@ -27,6 +27,7 @@ class Way(NamedTuple):
     spans: tuple[slice, ...]  # the largest
     windows: tuple[tuple[int, ...], tuple[int, ...]] | None  # of all images, sizes and strides; None: they are staged
     as_they_are: bool  # patches are multiplied where they lie
+    in_lines: bool  # kept patches are gathered line by line
     wide: torch.dtype  # what pixels are normalised in
 
 
@@ -51,8 +52,10 @@ def pieces(
             here = windows(p, _normalise(p, block[: b.stop - b.start].copy_(images[b]), block.ndim - 2))
         for n in way.spans:
             part = here
-            if keep is not None or n.stop - n.start < p.N:
-                part = _part(p, here, n, None if keep is None else keep[b, n])
+            if keep is not None:
+                part = _lines(p, images[b], keep[b, n]) if way.in_lines else _kept(p, here, keep[b, n])
+            elif n.stop - n.start < p.N:
+                part = _part(p, here, n)
             if way.as_they_are:
                 part = part if keep is None else _normalise(p, part, 3)  # kept patches are copies, gathered in a row
                 yield b, n, part.reshape(-1, p.K).contiguous()
@@ -83,6 +86,7 @@ def _way(p: PatchProblem, dtype: torch.dtype, piece_rows: int, columns: int) -> 
         tuple(spans),
         None if is_staged(p, spans) else ((p.B, *p.G, p.C, *p.P), _steps(p, p.image_strides)),
         columns == p.K and is_matrix(p, dtype, spans),
+        p.on_cpu and _lies_in_lines(p),
         _normalised_dtype(p, dtype),
     )
 
@@ -123,10 +127,13 @@ def _lies_in_rows(p: PatchProblem) -> bool:
     an image is one patch, as those come that somebody cut before (Qwen2-VL)."""
     if p.P == (1, 1, 1):
         return p.image_strides[1] == 1
-    sizes = (p.C, p.F, p.H, p.W)
-    dense = (p.F * p.H * p.W, p.H * p.W, p.W, 1)
-    lies = all(n == 1 or s == d for n, s, d in zip(sizes, p.image_strides[1:], dense, strict=True))
-    return lies and sizes[1:] == p.P and not any(p.pad)
+    return _is_dense(p, p.image_strides[1:]) and (p.F, p.H, p.W) == p.P and not any(p.pad)
+
+
+def _is_dense(p: PatchProblem, strides: tuple[int, ...]) -> bool:
+    """Whether these of the images' last axes are those of a contiguous tensor."""
+    sizes = (p.B, p.C, p.F, p.H, p.W)[-len(strides) :]
+    return all(n == 1 or s == prod(sizes[i + 1 :]) for i, (n, s) in enumerate(zip(sizes, strides, strict=True)))
 
 
 def _cut(p: PatchProblem, piece_rows: int) -> tuple[int, list[slice]]:
@@ -156,13 +163,30 @@ def _steps(p: PatchProblem, image_strides: tuple[int, ...]) -> tuple[int, ...]:
     return b, f * t, h * y, w * x, c, f, h, w
 
 
-def _part(p: PatchProblem, grid: torch.Tensor, n: slice, keep: torch.Tensor | None) -> torch.Tensor:
+def _kept(p: PatchProblem, grid: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    """Patches `keep` [b, n] of the grid's images, [b, n, C, P_t, P_h, P_w]."""
+    t, y, x = torch.unravel_index(keep.long(), p.G)
+    return grid[torch.arange(grid.shape[0], device=grid.device)[:, None], t, y, x]
+
+
+def _lies_in_lines(p: PatchProblem) -> bool:
+    """Whether dense images are lines of P_w pixels, each of them of one patch."""
+    return _is_dense(p, p.image_strides) and p.W % p.P[2] == 0 and p.S[2] == p.P[2] and not any(p.pad)
+
+
+def _lines(p: PatchProblem, images: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    """As `_kept`, by lines of P_w pixels, which takes a CPU a third of the time that pixels take one by one."""
+    t, y, x = torch.unravel_index(keep.long(), p.G)
+    image, line = torch.arange(len(images))[:, None], p.W // p.P[2]
+    first = ((image * p.C * p.F + t * p.S[0]) * p.H + y * p.S[1]) * line + x  # [b, n]
+    channel, frame, row = (torch.arange(n) for n in (p.C, p.P[0], p.P[1]))
+    inside = ((channel[:, None, None] * p.F + frame[:, None]) * p.H + row) * line  # [C, P_t, P_h]
+    index = first[:, :, None, None, None] + inside
+    return images.reshape(-1, p.P[2]).index_select(0, index.reshape(-1)).view(*index.shape, p.P[2])
+
+
+def _part(p: PatchProblem, grid: torch.Tensor, n: slice) -> torch.Tensor:
     """Patches n of every image in the grid, [b, ..., C, P_t, P_h, P_w]."""
-    if keep is not None:
-        t, y, x = torch.unravel_index(keep.long(), p.G)
-        return grid[torch.arange(grid.shape[0], device=grid.device)[:, None], t, y, x]
-    if n.stop - n.start == p.N:
-        return grid
     t, line = divmod(n.start // p.G[2], p.G[1])
     return grid[:, t, line : line + (n.stop - n.start) // p.G[2]]
 
@@ -233,6 +257,7 @@ def _piece_rows(p: PatchProblem, dtype: torch.dtype, threads: int, summed: bool 
     weight = p.D * p.K * dtype.itemsize
     converted = weight * (dtype != p.weight_dtype)
     budget = most if summed else max(most // 4, min(max(most // 2, 2 * weight), most - converted))
-    kept = p.n_keep is not None
-    row = p.K * (dtype.itemsize + _normalised_dtype(p, dtype).itemsize) + p.D * dtype.itemsize * (1 + kept)
+    kept, wide = p.n_keep is not None, _normalised_dtype(p, dtype)
+    gathered = kept and p.image_dtype == dtype == wide and not any(p.pad)  # and multiplied as they are
+    row = p.K * (dtype.itemsize + wide.itemsize * (not gathered)) + p.D * dtype.itemsize * (1 + kept)
     return max(1, budget // row)
