@@ -26,7 +26,6 @@ except ImportError:  # a PyTorch that keeps them elsewhere: every call is looked
 Tensors = tuple[Any, ...]  # images, weight, bias, pos_embed, prefix, keep
 MOST_OF_A_WEIGHT = 8  # image sizes, layouts, with gradients and without
 MOST_WEIGHTS = 1024
-_profiled = torch._C._autograd._profiler_enabled
 _PLAIN = {torch.Tensor, torch.nn.Parameter}
 _CONSTANT = {type(None), int, float, str, tuple, torch.dtype, Arguments}
 
@@ -118,8 +117,8 @@ def _autocast(tensors: Tensors) -> torch.dtype | None:
 def is_quiet() -> bool:
     """Whether nobody watches or transforms what is called: no transform, mode, trace or profiler."""
     return not (
-        forward_ad._current_level >= 0 or _C._are_functorch_transforms_active() or _C._len_torch_dispatch_stack()
-        or _C._len_torch_function_stack() or _C._is_tracing() or _profiled()
+        in_forward_mode() or _C._len_torch_dispatch_stack() or _C._len_torch_function_stack() or _C._is_tracing()
+        or torch._C._autograd._profiler_enabled()
     )  # fmt: skip
 
 

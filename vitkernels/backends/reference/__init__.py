@@ -59,7 +59,10 @@ def forward(
             tokens = tokens[b]
         positions = None if pos_embed is None else _positions(p, pos_embed, b, n, keep)
         if positions is not None and dtype == p.out_dtype and is_small(p, b, n, dtype):
-            tokens.copy_(positions) if bias is None else torch.add(positions, bias, out=tokens)
+            if bias is None:
+                tokens.copy_(positions)
+            else:
+                torch.add(positions, bias, out=tokens)
             tokens.squeeze(0).addmm_(x, W.t())
         else:
             _add(linear_of(p.on_cpu, dtype)(x, W, bias), positions, tokens)
