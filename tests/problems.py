@@ -113,3 +113,45 @@ def drawn_patches(rng: random.Random, image: torch.dtype) -> PatchProblem:
         image=image, compute=compute, D=one((8, 72, 256, 1000)), normalised=rng.random() < 0.3,
         keep=5 if rng.random() < 0.1 else None,
     )  # fmt: skip
+
+
+def drawn_for_the_copy_engine(seed: int) -> dict:
+    """Random arguments whose patches the copy engine of sm_90 cuts, for products of 16 bits."""
+    rng = random.Random(seed)
+    one = rng.choice
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator)
+
+    T = one((torch.bfloat16, torch.float16))
+    pixels = (torch.uint8, T, torch.float32)[seed % 3]
+    layout = one(("contiguous", "contiguous", "channels-last", "cut out"))
+    P_h, P_w = one(((16, 16), (16, 16), (32, 32), (12, 16), (8, 32)))
+    C = one((1, 3, 3, 4))
+    B, D = one((1, 2, 3, 5, 9, 17, 33)), one((8, 64, 72, 136, 256, 264, 304))
+    G_h, G_w = one(((1, 3), (3, 5), (2, 2), (7, 3), (1, 1), (2, 9)))
+    if B * G_h * G_w > 200 or P_h == 32:
+        B = min(B, 5)
+    images = torch.rand(B, C, G_h * P_h, G_w * P_w, generator=generator)
+    images = (images * 255).byte() if pixels == torch.uint8 else images.to(pixels)
+    if layout == "channels-last":
+        images = images.contiguous(memory_format=torch.channels_last)
+    elif layout == "cut out":
+        around = torch.full(
+            (B, C, G_h * P_h, G_w * P_w + 16), 255 if pixels == torch.uint8 else float("nan"), dtype=pixels
+        )
+        around[..., : G_w * P_w] = images
+        images = around[..., : G_w * P_w]
+    arguments = {"images": images, "weight": (normal(D, C, P_h, P_w) * (C * P_h * P_w) ** -0.5).to(T)}
+    if rng.random() < 0.5:
+        arguments["bias"] = normal(D).to(T)
+    if rng.random() < 0.5:
+        arguments["prefix"] = normal(one((1, 2, 5)), D).to(T)
+    if rng.random() < 0.2 and P_h == P_w == 16 and G_h > 1 and G_w > 1:
+        arguments["stride"] = one(((8, 16), (16, 32), (24, 16)))
+    if rng.random() < 0.5:
+        arguments.update(mean=(0.4, 0.5, 0.6, 0.5)[:C], std=(0.2, 0.3, 0.25, 0.2)[:C])
+    elif rng.random() < 0.3:
+        arguments["scale"] = 1 / 255
+    return arguments

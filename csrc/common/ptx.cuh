@@ -180,6 +180,9 @@ VK_DEVICE void barrier_wait(Barrier* barrier, uint32_t phase) {  // until the ph
         "@!done bra again;\n}" ::"r"(shared_address(barrier)), "r"(phase) : "memory");
 }
 
+// What this thread has written to shared memory is what the copy engine reads of it from here on.
+VK_DEVICE void fence_copy_engine() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
 // One block of a tensor, at these coordinates (the innermost first), to shared memory; its bytes count at `barrier`.
 VK_DEVICE void copy_tensor(void* shared, const TensorMap* map, Barrier* barrier, int c0, int c1, int c2) {
     asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
@@ -192,9 +195,27 @@ VK_DEVICE void copy_tensor(void* shared, const TensorMap* map, Barrier* barrier,
                  "[%0], [%1, {%2,%3,%4,%5,%6}], [%7];" ::"r"(shared_address(shared)), "l"(map), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4),
                  "r"(shared_address(barrier)) : "memory");
 }
+// And from shared memory to the tensor, but for what lies outside of it. Until stores_wait, shared memory must stay.
+VK_DEVICE void store_tensor(const TensorMap* map, const void* shared, int c0, int c1, int c2, int c3) {
+    asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%2,%3,%4,%5}], [%1];" ::"l"(map),
+                 "r"(shared_address(shared)), "r"(c0), "r"(c1), "r"(c2), "r"(c3) : "memory");
+}
+VK_DEVICE void stores_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+template <int PENDING>
+VK_DEVICE void stores_wait() {  // until at most PENDING of the thread's committed groups still read shared memory
+    asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(PENDING) : "memory");
+}
 VK_DEVICE void prefetch_map(const TensorMap* map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
+
+// load_matrices the other way: lane i gives the address to which row i % 8 of matrix i / 8 goes.
+VK_DEVICE void store_matrices(void* row, const uint32_t (&r)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(shared_address(row)), "r"(r[0]),
+                 "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory");
+}
+
+VK_DEVICE void store_pair(void* to, float low, float high) { *static_cast<float2*>(to) = {low, high}; }  // shared memory
 
 // Registers of the threads of this warpgroup from here on.
 template <int COUNT>

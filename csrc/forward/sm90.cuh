@@ -1,22 +1,23 @@
 // The forward on sm_90a: a block of three warpgroups stays on its multiprocessor and takes one tile after the other. The
 // first brings patches and weights, the weights (and where it can the patches) by the copy engine; the other two multiply
-// 64 patches × BN channels each with wgmma and write tokens while the next tile is on its way. Letters: problem.h.
+// 64 patches × BN channels each with wgmma and write tokens (epilogue_sm90.cuh) while the next tile is on its way.
+// Letters: problem.h.
 //
 // Weights lie in shared memory as wgmma reads them. Patches do too where pixels are the operands themselves; otherwise
 // the operands are put together in registers, as in sm80.cuh: converted, normalised, or begun at any even pixel.
 #pragma once
 
 #include "common/driver.h"
-#include "forward/sm80.cuh"
+#include "forward/epilogue_sm90.cuh"
 
 namespace vk {
 
 struct WgmmaArguments {
-    TensorMap image;   // patches: [C·H, B, G_h, G_w, P_w], blocks of [stage_rows, BB, BY, BX, BOX]
+    TensorMap image;   // patches, engine: [C·H, B, G_h, G_w, P_w], blocks of [stage_rows, BB, BY, BX, BOX]
     TensorMap weight;  // [K / span, D, span], blocks of [step_k / span, BN, span]; span: 16 or 64 elements
+    TensorMap tokens;  // engine: [B, G_h, G_w, D] of the patches' tokens, blocks of 16 patches × STORE_ROW bytes
     ForwardArguments a;
-    int block_bits[3];     // patches: 2ᵇ images × lines × columns of the grid in a tile
-    Divisor by_blocks[2];  // of tiles in x, in y
+    TileBlock block;   // patches, engine: of a tile in the grid
     Divisor by_P_h;    // of a channel's rows
     int64_t prefixes;  // threads that write prefix tokens
 };
@@ -36,11 +37,23 @@ struct PatchesOf {
     static constexpr int BOX = DIRECT || sizeof(Pixel) == 1 ? 16 : 8;
 };
 
-template <class T_, class Loader_, int BN_>
+// STORES: the copy engine takes tokens to memory
+template <class T_, class Loader_, int BN_, bool STORES_>
 struct WgmmaKernel {
     using T = T_;
     using Loader = Loader_;
     static constexpr int BM = 128, BN = BN_, THREADS = 384;
+    static constexpr bool STORES = STORES_;
+    // Of a thread of the producer, which adds beside where it STORES, and of the consumers: of the 168 that each has at
+    // the launch, as setmaxnreg would wait for more for ever.
+    static constexpr int PRODUCER_REGISTERS = STORES ? 72 : 40, CONSUMER_REGISTERS = STORES ? 216 : 232;
+    static_assert(PRODUCER_REGISTERS + 2 * CONSUMER_REGISTERS == 3 * 168);
+    static constexpr int STAGING = STORES ? vk::STORES * STORE_BYTES : STAGED_ROWS * (64 + 4) * 4;  // bytes of a warp
+};
+
+struct Barriers {
+    Barrier *full, *empty;              // of the stages
+    Barrier *table_full, *table_empty;  // STORES: what is added to a tile's sums
 };
 
 // The stage of the pipeline that comes next, and the phase (parity) of its barriers
@@ -67,26 +80,10 @@ struct InBoxes {
     VK_DEVICE int stage(int k0) const { return by_P_w.div(k0) * BM * BOX * size; }  // it begins with a row
 };
 
-// Tile row r of the tile that begins at image b0, line y0, column x0
-VK_DEVICE bool block_token(const WgmmaArguments& h, const int64_t (&origin)[3], int r, Token& token) {
-    const int(&bits)[3] = h.block_bits;
-    int64_t x = origin[2] + (r & ((1 << bits[2]) - 1)), y = origin[1] + (r >> bits[2] & ((1 << bits[1]) - 1));
-    int64_t b = origin[0] + (r >> (bits[1] + bits[2]));
-    token = {b, y * h.a.layout.G_w + x, y * h.a.layout.G_w + x, true};
-    return b < h.a.B && y < h.a.layout.G_h && x < h.a.layout.G_w;
-}
-
-VK_DEVICE void block_origin(const WgmmaArguments& h, uint32_t tile, int64_t (&origin)[3]) {
-    uint32_t line = h.by_blocks[0].div(tile), images = h.by_blocks[1].div(line);
-    origin[0] = int64_t{images} << h.block_bits[0];
-    origin[1] = int64_t{line - images * h.by_blocks[1].value} << h.block_bits[1];
-    origin[2] = int64_t{tile - line * h.by_blocks[0].value} << h.block_bits[2];
-}
-
 #if VK_SM90A
 
 template <class K>
-VK_DEVICE void produce(const WgmmaArguments& h, char* stages, char* table, Barrier* full, Barrier* empty) {
+VK_DEVICE void produce(const WgmmaArguments& h, char* stages, char* table, const Barriers& barriers) {
     using Pixel = typename K::Loader::Stored;
     constexpr bool ENGINE = K::Loader::ENGINE;
     const ForwardArguments& a = h.a;
@@ -101,49 +98,58 @@ VK_DEVICE void produce(const WgmmaArguments& h, char* stages, char* table, Barri
         int d0 = static_cast<int>(tile - int64_t{tile_m} * a.by_tiles_n.value) * K::BN;
         int64_t origin[3];
         if constexpr (ENGINE) {
-            block_origin(h, tile_m, origin);
+            h.block.origin(tile_m, origin);
         } else {
             sync_some(1, 128);  // the last tile's segments are not read any more
             rows.start(int64_t{tile_m} * K::BM);
             sync_some(1, 128);
         }
         for (int step = 0; step < a.steps; ++step) {
-            barrier_wait(&empty[state.stage], state.phase ^ 1);
+            barrier_wait(&barriers.empty[state.stage], state.phase ^ 1);
+            Barrier* full = &barriers.full[state.stage];
             char* stage = stages + state.stage * a.stage_bytes;
             if (leader) {
-                barrier_expect(&full[state.stage], weight_bytes + image_bytes);
-                copy_tensor(stage + a.a_bytes, &h.weight, &full[state.stage], 0, d0, step * (a.step_k / span));
+                barrier_expect(full, weight_bytes + image_bytes);
+                copy_tensor(stage + a.a_bytes, &h.weight, full, 0, d0, step * (a.step_k / span));
             }
             if constexpr (ENGINE) {
                 int row = step * a.stage_rows, c = h.by_P_h.div(row), y = row - c * h.by_P_h.value;
                 for (int x = 0; x < a.layout.P_w; x += K::Loader::BOX)
-                    copy_tensor(stage + x * a.stage_rows * K::BM * int(sizeof(Pixel)), &h.image, &full[state.stage], x,
+                    copy_tensor(stage + x * a.stage_rows * K::BM * int(sizeof(Pixel)), &h.image, full, x,
                                 static_cast<int>(origin[2]), static_cast<int>(origin[1]), static_cast<int>(origin[0]),
                                 c * a.layout.H + y);
             } else {
                 rows.issue(stage, step);
-                barrier_arrive_after_copies(&full[state.stage]);
+                barrier_arrive_after_copies(full);
             }
             state.advance(a.stages);
         }
     }
 }
 
-// Registers of a warp's sums, columns 64·part … of the tile, staged as [STAGED_ROWS, 64]
-template <int N>
-VK_DEVICE void put_sums(const float (&c)[N], int part, float* staged, int pitch) {
-    int g = lane_index() / 4, t = lane_index() % 4;
-#pragma unroll
-    for (int j = 0; j < N / 4; ++j)
-        if (j / 8 == part)
-#pragma unroll
-            for (int h = 0; h < 2; ++h)
-                *reinterpret_cast<Two*>(staged + (g + 8 * h) * pitch + j % 8 * 8 + 2 * t) = {c[4 * j + 2 * h],
-                                                                                            c[4 * j + 2 * h + 1]};
+// By the producer's other three warps: what the tiles' sums get added, and then the prefix tokens
+template <class K>
+VK_DEVICE void add_beside(const WgmmaArguments& h, float* table, const Barriers& barriers) {
+    constexpr int THREADS = 96;
+    const ForwardArguments& a = h.a;
+    int thread = thread_index() - 32;
+    uint32_t phase = 0;
+    for (int64_t tile = block_index(); tile < a.tiles; tile += block_count(), phase ^= 1) {
+        uint32_t tile_m = a.by_tiles_n.div(static_cast<uint32_t>(tile));
+        int64_t origin[3];
+        h.block.origin(tile_m, origin);
+        barrier_wait(barriers.table_empty, phase ^ 1);
+        int64_t d0 = (tile - int64_t{tile_m} * a.by_tiles_n.value) * K::BN;
+        fill_table<K::BN>(a, h.block, origin, d0, table, thread, THREADS);
+        barrier_arrive(barriers.table_full);
+    }
+    for (int64_t at = block_index() * THREADS + thread; at < h.prefixes; at += block_count() * THREADS)
+        write_prefix<float>(a, at);
 }
 
 template <class K>
-VK_DEVICE void consume(const WgmmaArguments& h, const char* stages, float* staging, Barrier* full, Barrier* empty) {
+VK_DEVICE void consume(const WgmmaArguments& h, const char* stages, char* staging, const float* table,
+                       const Barriers& barriers) {
     using T = typename K::T;
     using Loader = typename K::Loader;
     using Pixel = typename Loader::Stored;
@@ -157,8 +163,9 @@ VK_DEVICE void consume(const WgmmaArguments& h, const char* stages, float* stagi
     int part_offset[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) part_offset[i] = Loader::DIRECT ? offset_of(i) : 0;
-    float* staged = staging + warp * STAGED_ROWS * (64 + 4);
+    char* staged = staging + warp * K::STAGING;
     PipelineState state;
+    uint32_t table_phase = 0;
     for (int64_t tile = block_index(); tile < a.tiles; tile += block_count()) {
         uint32_t tile_m = a.by_tiles_n.div(static_cast<uint32_t>(tile));
         int64_t d0 = (tile - int64_t{tile_m} * a.by_tiles_n.value) * K::BN, m0 = int64_t{tile_m} * K::BM;
@@ -167,7 +174,7 @@ VK_DEVICE void consume(const WgmmaArguments& h, const char* stages, float* stagi
         for (int i = 0; i < K::BN / 2; ++i) c[i] = 0;
         auto release = [&](int slot) {
             sync_warp();
-            if (lane_index() == 0) barrier_arrive(&empty[slot]);
+            if (lane_index() == 0) barrier_arrive(&barriers.empty[slot]);
         };
         auto place = [&] {
             if constexpr (Loader::ENGINE)
@@ -179,7 +186,7 @@ VK_DEVICE void consume(const WgmmaArguments& h, const char* stages, float* stagi
         int before = -1;          // the stage that the group under way may still read
         uint32_t operands[2][4];  // two, as one is being read by the tensor cores
         for (int step = 0; step < a.steps; ++step) {
-            barrier_wait(&full[state.stage], state.phase);
+            barrier_wait(&barriers.full[state.stage], state.phase);
             const char* stage = stages + state.stage * a.stage_bytes;
             uint32_t patches = shared_address(stage) + row / 64 * (64 * 32), at = shared_address(stage) + a.a_bytes;
             int left = a.layout.K - step * a.step_k, parts = ((left < a.step_k ? left : a.step_k) + 15) / 16;
@@ -231,23 +238,38 @@ VK_DEVICE void consume(const WgmmaArguments& h, const char* stages, float* stagi
         if (before >= 0) release(before);
 
         int64_t origin[3];
-        if constexpr (Loader::ENGINE) block_origin(h, tile_m, origin);
-#pragma unroll
-        for (int part = 0; part < K::BN / 64; ++part) {
-            put_sums(c, part, staged, 64 + 4);
+        if constexpr (Loader::ENGINE) h.block.origin(tile_m, origin);
+        if constexpr (K::STORES) {
+            barrier_wait(barriers.table_full, table_phase);
+            table_phase ^= 1;
+            a.out.dtype == Dtype::f32
+                ? store_tokens<float>(a, h.block, origin, d0, row, c, table, staged, &h.tokens)
+                : store_tokens<T>(a, h.block, origin, d0, row, c, table, staged, &h.tokens);
             sync_warp();
-            write_staged<64>(a, staged, 64 + 4, d0 + part * 64, [&](int r, Token& token) {
-                if constexpr (Loader::ENGINE) return block_token(h, origin, row + r, token);
-                int64_t m = m0 + row + r;
-                if (m >= a.M) return false;
-                token = token_of(a, m);
-                return true;
+            if (lane_index() == 0) barrier_arrive(barriers.table_empty);
+        } else {
+            write_tokens(a, c, reinterpret_cast<float*>(staged), d0, [&](int r, Token& token) {
+                if constexpr (Loader::ENGINE) {
+                    int64_t at[3];
+                    h.block.place(origin, row + r, at);
+                    int64_t n = at[1] * a.layout.G_w + at[2];
+                    token = {at[0], n, n, true};
+                    return at[0] < a.B && at[1] < a.layout.G_h && at[2] < a.layout.G_w;
+                } else {
+                    int64_t m = m0 + row + r;
+                    if (m >= a.M) return false;
+                    token = token_of(a, m);
+                    return true;
+                }
             });
-            sync_warp();
         }
     }
-    for (int64_t at = block_index() * 256 + thread_index() - 128; at < h.prefixes; at += block_count() * 256)
-        write_prefix<float>(a, at);
+    if constexpr (K::STORES) {
+        if (lane_index() == 0) stores_wait<0>();  // shared memory ends with the block
+    } else {
+        for (int64_t at = block_index() * 256 + thread_index() - 128; at < h.prefixes; at += block_count() * 256)
+            write_prefix<float>(a, at);
+    }
 }
 
 #endif
@@ -257,26 +279,30 @@ VK_KERNEL(K::THREADS, 1) wgmma_kernel(VK_GRID_CONSTANT WgmmaArguments h) {
 #if VK_SM90A
     const ForwardArguments& a = h.a;
     char* stages = shared_memory();  // aligned to 1024 bytes, as the swizzles are
-    float* staging = reinterpret_cast<float*>(stages + a.stages * a.stage_bytes);
-    char* table = reinterpret_cast<char*>(staging + 8 * STAGED_ROWS * (64 + 4));
+    char *staging = stages + a.stages * a.stage_bytes, *table = staging + 8 * K::STAGING;
     Barrier* full = reinterpret_cast<Barrier*>(table + a.table_bytes);
-    Barrier* empty = full + a.stages;
+    Barriers barriers{full, full + a.stages, full + 2 * a.stages, full + 2 * a.stages + 1};
     if (thread_index() == 0) {
         prefetch_map(&h.weight);
         if (K::Loader::ENGINE) prefetch_map(&h.image);
+        if (K::STORES) prefetch_map(&h.tokens);
         for (int i = 0; i < a.stages; ++i) {
-            barrier_init(&full[i], K::Loader::ENGINE ? 1 : 129);  // the announcement of bytes, the producer's copies
-            barrier_init(&empty[i], 8);                           // the consumers' warps
+            barrier_init(&barriers.full[i], K::Loader::ENGINE ? 1 : 129);  // announced bytes, the producer's copies
+            barrier_init(&barriers.empty[i], 8);                           // the consumers' warps
         }
+        if (K::STORES) barrier_init(barriers.table_full, 96), barrier_init(barriers.table_empty, 8);
         barrier_init_done();
     }
     sync_block();
     if (thread_index() < 128) {
-        fewer_registers<40>();
-        produce<K>(h, stages, table, full, empty);
+        fewer_registers<K::PRODUCER_REGISTERS>();
+        if (K::STORES && thread_index() >= 32)
+            add_beside<K>(h, reinterpret_cast<float*>(table), barriers);
+        else
+            produce<K>(h, stages, table, barriers);
     } else {
-        more_registers<232>();
-        consume<K>(h, stages, staging, full, empty);
+        more_registers<K::CONSUMER_REGISTERS>();
+        consume<K>(h, stages, staging, reinterpret_cast<const float*>(table), barriers);
     }
 #else
     stop_with_error();  // it is planned for sm_90 alone, and only where there is code of sm_90a
@@ -308,9 +334,20 @@ inline TensorBlock weight_block(const Problem& p, const ForwardPlan& f) {
             static_cast<int>(span * size)};
 }
 
-template <class T, class Loader, int BN>
+// [B, G_h, G_w, D], the tokens behind the prefix; blocks of a warp's 16 rows of a tile
+inline TensorBlock token_block(const Problem& p, const int (&tile)[3]) {
+    uint64_t size = size_of(p.out), row = size * uint64_t(p.D), image = row * uint64_t(p.T + p.rows);
+    int x = std::min(tile[2], STAGED_ROWS), y = std::min(tile[1], STAGED_ROWS / x);
+    return {p.out, 4,
+            {uint64_t(p.D), uint64_t(p.G[2]), uint64_t(p.G[1]), uint64_t(p.B)},
+            {size, row, row * uint64_t(p.G[2]), image},
+            {uint32_t(STORE_ROW / size), uint32_t(x), uint32_t(y), uint32_t(STAGED_ROWS / (x * y))},
+            STORE_ROW};
+}
+
+template <class T, class Loader, int BN, bool STORES>
 void launch_wgmma(const ForwardLaunch& l) {
-    using K = WgmmaKernel<T, Loader, BN>;
+    using K = WgmmaKernel<T, Loader, BN, STORES>;
     const Problem& p = l.p;
     WgmmaArguments h{};
     h.a = l.arguments;
@@ -320,25 +357,35 @@ void launch_wgmma(const ForwardLaunch& l) {
                                         Loader::DIRECT ? 32 : 0);
         h.image = make_tensor_map(image, l.arguments.images);
         for (int i = 0; i < 3; ++i)
-            while (1 << h.block_bits[i] < l.plan.block[i]) ++h.block_bits[i];
-        h.by_blocks[0] = Divisor(ceil_div(p.G[2], l.plan.block[2]));
-        h.by_blocks[1] = Divisor(ceil_div(p.G[1], l.plan.block[1]));
+            while (1 << h.block.bits[i] < l.plan.block[i]) ++h.block.bits[i];
+        h.block.across[0] = Divisor(ceil_div(p.G[2], l.plan.block[2]));
+        h.block.across[1] = Divisor(ceil_div(p.G[1], l.plan.block[1]));
         h.by_P_h = Divisor(p.P[1]);
+    }
+    if constexpr (STORES) {
+        const char* first = static_cast<const char*>(l.arguments.out.data) + p.T * p.D * size_of(p.out);
+        h.tokens = make_tensor_map(token_block(p, l.plan.block), first);
     }
     h.prefixes = l.prefixes;
     launch(wgmma_kernel<K>, l.plan.blocks, K::THREADS, l.plan.shared_bytes, l.stream, h, "the forward");
 }
 
+// Of forward_plan.py's WGMMA_TILES those that it offers
 template <class T, class Loader>
 void launch_wgmma_tile(const ForwardLaunch& l) {
-    if (l.plan.BM == 128 && l.plan.BN == 256) return launch_wgmma<T, Loader, 256>(l);
-    if (l.plan.BM == 128 && l.plan.BN == 128) return launch_wgmma<T, Loader, 128>(l);
+    if constexpr (Loader::ENGINE) {
+        if (l.plan.loader == LoaderKind::engine && l.plan.BN == 256) return launch_wgmma<T, Loader, 256, true>(l);
+        if (l.plan.loader == LoaderKind::engine && l.plan.BN == 128) return launch_wgmma<T, Loader, 128, true>(l);
+    } else {
+        if (l.plan.BN == 256) return launch_wgmma<T, Loader, 256, false>(l);
+    }
+    if (l.plan.loader != LoaderKind::engine && l.plan.BN == 128) return launch_wgmma<T, Loader, 128, false>(l);
     no_kernel(l.plan.BM, l.plan.BN);
 }
 
 template <class T>
 void launch_sm90(const ForwardLaunch& l) {
-    bool patches = l.plan.loader == LoaderKind::patches;
+    bool patches = l.plan.loader != LoaderKind::rows;
     auto of = [&](auto as_patches, auto as_rows) {
         patches ? launch_wgmma_tile<T, decltype(as_patches)>(l) : launch_wgmma_tile<T, decltype(as_rows)>(l);
     };

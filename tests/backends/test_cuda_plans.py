@@ -112,17 +112,21 @@ def check_forward(p, gpu, tf32: bool, f, images: int = 0, weight: int = 0) -> No
     assert f.a_bytes + f.BN * f.b_pitch * value <= f.stage_bytes
     assert f.b_pitch >= f.step_k and divide(16, f.b_pitch * value)
     if f.wgmma:
-        staging = 8 * 16 * (64 + 4) * 4
-        assert f.stages * f.stage_bytes + staging + f.table_bytes + 16 * f.stages <= f.shared_bytes
+        staging = 8 * 2 * 16 * 64 if f.loader == "engine" else 8 * 16 * (64 + 4) * 4
+        assert f.stages * f.stage_bytes + staging + f.table_bytes + 16 * f.stages + 16 <= f.shared_bytes
     else:
         staging = f.threads // 32 * 16 * (32 + 8) * p.sum_dtype.itemsize
         assert f.table_bytes + max(f.stages * f.stage_bytes, staging) <= f.shared_bytes
     tiles_m = ceil_div(p.B * p.rows, f.BM)
-    if f.loader == "patches":
+    if f.loader in forward_plan.BY_ENGINE:
         assert f.BM * f.step_k * image <= f.a_bytes and f.steps * f.step_k == p.K
         assert math.prod(f.block) == f.BM and p.P[1] % f.stage_rows == 0
         assert f.stage_rows * v.P[2] == f.step_k
         tiles_m = math.prod(ceil_div(n, m) for n, m in zip((p.B, *p.G[1:]), f.block, strict=True))
+        if f.loader == "engine":
+            positions = f.block[1] * f.block[2]
+            assert positions <= 16 and positions * (f.BN + 8) * 4 <= f.table_bytes
+            assert p.out_dtype in (p.compute_dtype, F32) and p.D % 8 == 0 and not p.pos_per_image
     elif f.loader == "rows":
         assert not any(p.pad) and p.n_keep is None
         check_copies(p, f, images)
@@ -165,7 +169,7 @@ def test_plans_of_random_problems(image):
         for f in candidates(p, gpu, tf32, images, weight)[0]:
             check_forward(p, gpu, tf32, f, images, weight)
             loaders[f.loader] += 1
-    assert min(loaders.values()) > 25, loaders
+    assert min(loaders.values()) > 15, loaders
 
 
 def test_blocks_of_patches():
@@ -185,7 +189,7 @@ def test_tiles_of_small_and_large_batches(arch, patch):
     for B in compile_triton.BATCHES:
         p = compile_triton.problem(patch, "bf16", B=B)
         found, chosen = candidates(p, gpu, False)[0], make_plan(p, gpu, False)
-        if B == 1:
+        if B == 1 and not chosen.wgmma:
             assert chosen.BM * chosen.BN == min(f.BM * f.BN for f in found)
         if B >= 128:
             assert chosen.BM * chosen.BN >= 128 * 128

@@ -123,7 +123,7 @@ def test_maps(csrc, monkeypatch, image):
         for f in forward_plan.candidates(p, NOMINAL[90], False)[0]:
             if f.wgmma:
                 check_maps(csrc, of(monkeypatch, p), p, f)
-                found += f.loader == "patches"
+                found += f.loader in forward_plan.BY_ENGINE
     assert found > 10
 
 
@@ -134,7 +134,7 @@ def check_maps(csrc, d: dict, p, f) -> None:
     assert weight["block"][0] * weight["block"][2] == f.step_k and weight["sizes"][1] == p.D
     assert -(-p.K // 16) * 16 <= weight["sizes"][0] * weight["sizes"][2] == f.weight_row
     maps = [weight]
-    if f.loader == "patches":
+    if f.loader in forward_plan.BY_ENGINE:
         image = csrc.image_map(d, fields, ADDRESS, (d["image"], *p.image_strides))
         size, v = p.image_dtype.itemsize, layout_of(p)
         box, copies = image["box"], v.P[2] // image["box"]
@@ -144,6 +144,16 @@ def check_maps(csrc, d: dict, p, f) -> None:
         # Each copy's place: the copy engine writes to multiples of 128 bytes, swizzled to eight rows' span.
         assert f.stage_rows * f.BM * box * size % max(128, 8 * image["swizzle"]) == 0
         maps.append(image)
+    if f.loader == "engine":
+        tokens = csrc.token_map(d, fields, ADDRESS)
+        assert (
+            tokens["sizes"] == [p.D, p.G[2], p.G[1], p.B] and math.prod(tokens["block"]) * tokens["itemsize"] == 16 * 64
+        )
+        # A warp's rows are a block of the tile's: whole lines of it, of whole images, or parts of one line
+        within = list(zip(tokens["block"][1:], f.block[::-1], strict=True))
+        assert all(n == size or all(m == 1 for m, _ in within[i + 1 :]) for i, (n, size) in enumerate(within))
+        assert all(size % n == 0 for n, size in within)
+        maps.append(tokens)
     for m in maps:
         assert m["refused"] == ""
         assert all(1 <= n <= 256 for n in m["block"])
@@ -204,12 +214,16 @@ def alone(act):
 
 
 COPY, ROWS, ENGINE = "pixels copied asynchronously", "image rows copied whole", "patches cut by the copy engine"
+STORED = "patches cut and tokens stored by the copy engine"
 BY_16 = " (16 bytes at a time)"
 CASES = {  # architecture, and what is computed there: on one multiprocessor, so that a block has many tiles or steps
     "copy": (80, lambda: wrong_tokens(COPY, **arguments(2, 3, 32, 48, 16, 72))),
     "rows": (80, lambda: wrong_tokens(ROWS, **arguments(2, 3, 28, 42, 14, 72))),
     "wgmma": (90, lambda: wrong_tokens(ENGINE, **arguments(33, 3, 64, 48, 16, 264))),
     "wgmma, bytes": (90, lambda: wrong_tokens(ENGINE, **arguments(33, 3, 64, 48, 16, 264, U8, mean=0.5, std=0.2))),
+    "wgmma, stored": (90, lambda: wrong_tokens(STORED, **arguments(33, 1, 64, 48, 16, 264))),
+    "wgmma, float32 stored": (90, lambda: wrong_tokens(STORED, **arguments(33, 3, 64, 48, 16, 264, out_dtype=F32))),
+    "wgmma, u8 stored": (90, lambda: wrong_tokens(STORED, **arguments(33, 3, 64, 48, 16, 264, U8, mean=0.5, std=0.2))),
     "wgmma, rows": (90, lambda: wrong_tokens(f"{ROWS}, wgmma", **arguments(33, 1, 56, 56, 14, 264))),
     "backward": (80, lambda: wrong_gradients(**arguments(3, 3, 32, 48, 16, 72))),
     "backward, bytes": (80, lambda: wrong_gradients(**arguments(40, 3, 32, 48, 16, 72, U8, mean=0.5, std=0.2))),
@@ -236,12 +250,27 @@ MUTATIONS = {  # object, header, what it says and what it is to say, and the cas
     "no barrier in a step": (FORWARD, "forward/sm80.cuh", "sync_block();  // the step's", "// the step's", "copy"),
     "a wait too short": (FORWARD, "forward/sm80.cuh", "default: copy_wait<2>();", "default: copy_wait<3>();", "copy"),
     "a stage overwritten": (
-        SM90, "forward/sm90.cuh", "barrier_wait(&empty[state.stage], state.phase ^ 1);", "", "wgmma",
+        SM90, "forward/sm90.cuh", "barrier_wait(&barriers.empty[state.stage], state.phase ^ 1);", "", "wgmma",
     ),
     "a descriptor": (SM90, "common/ptx.cuh", ">> 4) | uint64_t{1} << 16", ">> 5) | uint64_t{1} << 16", "wgmma"),
     "staged sums not met at": (
-        SM90, "forward/sm90.cuh", "staged, 64 + 4);\n            sync_warp();", "staged, 64 + 4);", "wgmma",
+        SM90, "forward/epilogue_sm90.cuh", "staged, 64 + 4);\n        sync_warp();", "staged, 64 + 4);", "wgmma",
     ),
+    "a table not waited for": (
+        SM90, "forward/sm90.cuh", "barrier_wait(barriers.table_full, table_phase);", "", "wgmma, stored",
+    ),
+    "a table overwritten": (
+        SM90, "forward/sm90.cuh", "barrier_wait(barriers.table_empty, phase ^ 1);", "", "wgmma, stored",
+    ),
+    "tokens not fenced": (SM90, "forward/epilogue_sm90.cuh", "fence_copy_engine();", "", "wgmma, stored"),
+    "tokens overwritten": (
+        SM90, "forward/epilogue_sm90.cuh", "stores_wait<STORES - 1>();", "stores_wait<STORES>();", "wgmma, stored",
+    ),
+    "tokens not met at": (
+        SM90, "forward/epilogue_sm90.cuh", "fence_copy_engine();\n        sync_warp();", "fence_copy_engine();",
+        "wgmma, stored",
+    ),
+    "a piece of tokens": (SM90, "forward/epilogue_sm90.cuh", "(r / 2 % 4)) * 16", "(r % 4)) * 16", "wgmma, stored"),
     "the next tile too early": (
         SM90, "forward/sm90.cuh", "sync_some(1, 128);  // the last", "// the last", "wgmma, rows",
     ),

@@ -141,6 +141,40 @@ def test_blocks_of_tensors(probe, rank, dtype, swizzle):
         assert np.array_equal(pieces.reshape(-1), np.ascontiguousarray(expected).view(np.uint8).reshape(-1)), start
 
 
+def put(probe, rounds: int, rows: int, columns: int, y: int, x: int, mistake: int = 0) -> bool:
+    """Whether blocks of 16 × 32 are stored where they belong, and nothing else."""
+    out = nothing(rounds, 3, rows, columns, dtype=torch.int16)
+    expected = out.clone()
+    block = torch.arange(16 * 32, dtype=torch.int16).view(16, 32)
+    first_y, first_x, end_y, end_x = max(y, 0), max(x, 0), min(y + 16, rows), min(x + 32, columns)
+    for r in range(rounds):
+        inside = block[first_y - y : max(end_y - y, 0), first_x - x : max(end_x - x, 0)]
+        expected[r, 1, first_y : max(end_y, 0), first_x : max(end_x, 0)] = inside + r
+    probe.put(out.data_ptr(), rounds, rows, columns, y, x, mistake)
+    return torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("rounds", [1, 2, 5])
+def test_stores_of_blocks(probe, seed, rounds):
+    for rows, columns, y, x in [(16, 32, 0, 0), (40, 72, 9, 24), (20, 40, 8, 16), (20, 40, -3, -8), (9, 40, 20, 8)]:
+        assert put(probe, rounds, rows, columns, y, x), (rows, columns, y, x)
+
+
+@pytest.mark.parametrize(("mistake", "rounds"), [(1, 1), (2, 1), (3, 5)])
+def test_mistakes_in_stores(probe, monkeypatch, mistake, rounds):
+    """No fence, no meeting before the store, no wait before a place is used again: each shows, in some order."""
+    seen = []
+    for seed in range(1, 9):
+        monkeypatch.setenv("VITKERNELS_HOST_SEED", str(seed))
+        seen.append(put(probe, rounds, 20, 40, 2, 8, mistake))
+    assert not all(seen) and (mistake != 1 or not any(seen)), seen
+
+
+def test_stores_are_waited_for(probe, seed):
+    with pytest.raises(RuntimeError, match=r"stores of the copy engine never waited for: [12], the first from shared"):
+        put(probe, 3, 20, 40, 0, 0, mistake=4)
+
+
 def test_maps_that_the_driver_would_refuse(probe):
     x, out = aligned(8, 8, 64), nothing(1024)
 

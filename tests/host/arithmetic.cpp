@@ -68,6 +68,9 @@ PYBIND11_MODULE(_host, m) {
     m.def("weight_map", [](const py::dict& p, const py::dict& plan, uintptr_t weight) {
         return dict_of(weight_block(problem_of(p), forward_plan_of(plan)), pointer(weight));
     });
+    m.def("token_map", [](const py::dict& p, const py::dict& plan, uintptr_t first) {
+        return dict_of(token_block(problem_of(p), forward_plan_of(plan).block), pointer(first));
+    });
     m.def("image_map", [](const py::dict& p, const py::dict& plan, uintptr_t address, const py::object& layout) {
         Tensor images = layout_of(layout);
         images.data = pointer(address);

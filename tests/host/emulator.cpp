@@ -141,6 +141,14 @@ struct Copy {
     int group;  // of copy_commit
 };
 
+struct Store {
+    TensorMap map;
+    uint32_t from;
+    int at[5];
+    int group;  // of stores_commit
+    bool early;
+};
+
 struct Operation {  // what all lanes of a warp must execute together
     const char* name = "";
     int id = 0, count = 0;
@@ -168,6 +176,9 @@ struct Thread {
     std::vector<Copy> copies;      // that have not landed
     int groups;                    // committed
     bool handed_over;              // whether barriers hold copies of this thread
+    std::vector<Store> stores;     // that the copy engine has not made
+    int store_groups;              // committed
+    std::vector<int64_t> unseen;   // where in shared memory it wrote 4 bytes that the copy engine does not see
     const BarrierState* waits_at;  // a barrier, or null
     uint32_t waits_for;            // its phase's parity
 };
@@ -242,6 +253,8 @@ struct Block {
     uint32_t ready_warps, live_warps;
     Meeting meetings[16], warpgroups[MOST_THREADS / 128];
     std::deque<BarrierState> barriers;
+    bool early;     // whether its blocks of tensors land at once
+    uint32_t slow;  // warps that run where no other can
     std::string error;
     bool failed;
 };
@@ -293,9 +306,9 @@ void make_ready(Thread& t) {
 Thread* pick() {
     if (!block.ready_warps) return nullptr;
     Warp* w = block.recent;
+    uint32_t fast = block.ready_warps & ~block.slow, left = fast ? fast : block.ready_warps;
     // Mostly one warp runs on for as long as it can, the farther ahead of the others.
-    if (w == nullptr || !w->ready || draw() % 8 == 0) {
-        uint32_t left = block.ready_warps;
+    if (w == nullptr || !(left >> w->index & 1) || draw() % 8 == 0) {
         for (uint64_t skip = draw() % __builtin_popcount(left); skip; --skip) left &= left - 1;
         w = &warps[__builtin_ctz(left)];
     }
@@ -394,32 +407,52 @@ int64_t bytes_of(const TensorMap& map) {
     return bytes;
 }
 
-void land_tensor(const Event& e) {
-    const TensorMap& map = e.map;
-    int64_t size = size_of(map.dtype), row_bytes = map.block[0] * size;
+// act(address of a row of the block in shared memory, where the tensor has it, bytes of the row before what is the
+// tensor's, bytes of that), row by row; the last is 0, and there is no where, for a row outside of the tensor.
+template <class Act>
+void for_each_row(const TensorMap& map, uint32_t shared_row, const int (&at)[5], Act act) {
+    int64_t size = size_of(map.dtype);
     auto inside = [&](int64_t i, int dimension) { return i >= 0 && i < static_cast<int64_t>(map.sizes[dimension]); };
-    char row[256 * 8];
-    int64_t first = std::max<int64_t>(e.at[0], 0);
-    int64_t end = std::min<int64_t>(e.at[0] + int64_t{map.block[0]}, static_cast<int64_t>(map.sizes[0]));
-    uint32_t to = e.to;
+    int64_t first = std::max<int64_t>(at[0], 0);
+    int64_t end = std::min<int64_t>(at[0] + int64_t{map.block[0]}, static_cast<int64_t>(map.sizes[0]));
     int64_t i[5];
-    for (i[4] = e.at[4]; i[4] < e.at[4] + int64_t{map.block[4]}; ++i[4])
-        for (i[3] = e.at[3]; i[3] < e.at[3] + int64_t{map.block[3]}; ++i[3])
-            for (i[2] = e.at[2]; i[2] < e.at[2] + int64_t{map.block[2]}; ++i[2])
-                for (i[1] = e.at[1]; i[1] < e.at[1] + int64_t{map.block[1]}; ++i[1]) {
-                    std::memset(row, 0, static_cast<size_t>(row_bytes));
+    for (i[4] = at[4]; i[4] < at[4] + int64_t{map.block[4]}; ++i[4])
+        for (i[3] = at[3]; i[3] < at[3] + int64_t{map.block[3]}; ++i[3])
+            for (i[2] = at[2]; i[2] < at[2] + int64_t{map.block[2]}; ++i[2])
+                for (i[1] = at[1]; i[1] < at[1] + int64_t{map.block[1]}; ++i[1]) {
+                    const char* where = nullptr;
                     if (first < end && inside(i[1], 1) && inside(i[2], 2) && inside(i[3], 3) && inside(i[4], 4)) {
-                        const char* from = map.base + first * size;
-                        for (int d = 1; d < 5; ++d) from += i[d] * static_cast<int64_t>(map.strides[d]);
-                        std::memcpy(row + (first - e.at[0]) * size, from, static_cast<size_t>((end - first) * size));
+                        where = map.base + first * size;
+                        for (int d = 1; d < 5; ++d) where += i[d] * static_cast<int64_t>(map.strides[d]);
                     }
-                    for (int64_t piece = 0; piece < row_bytes; piece += 16) {
-                        uint32_t offset = swizzled(to + static_cast<uint32_t>(piece), map.swizzle) - FIRST;
-                        std::memcpy(shared() + offset, row + piece, 16);
-                        std::memcpy(engine_view + offset, row + piece, 16);
-                    }
-                    to += static_cast<uint32_t>(row_bytes);
+                    act(shared_row, where, (first - at[0]) * size, where ? (end - first) * size : 0);
+                    shared_row += static_cast<uint32_t>(map.block[0] * size);
                 }
+}
+
+void land_tensor(const Event& e) {
+    int64_t row_bytes = e.map.block[0] * int64_t{size_of(e.map.dtype)};
+    for_each_row(e.map, e.to, e.at, [&](uint32_t to, const char* from, int64_t before, int64_t bytes) {
+        char row[256 * 8];
+        std::memset(row, 0, static_cast<size_t>(row_bytes));
+        if (from) std::memcpy(row + before, from, static_cast<size_t>(bytes));
+        for (int64_t piece = 0; piece < row_bytes; piece += 16) {
+            uint32_t offset = swizzled(to + static_cast<uint32_t>(piece), e.map.swizzle) - FIRST;
+            std::memcpy(shared() + offset, row + piece, 16);
+            std::memcpy(engine_view + offset, row + piece, 16);
+        }
+    });
+}
+
+void make(const Store& s) {
+    int64_t row_bytes = s.map.block[0] * int64_t{size_of(s.map.dtype)};
+    for_each_row(s.map, s.from, s.at, [&](uint32_t from, const char* to, int64_t before, int64_t bytes) {
+        if (to == nullptr) return;
+        char row[256 * 8];
+        for (int64_t piece = 0; piece < row_bytes; piece += 16)
+            std::memcpy(row + piece, engine_view + swizzled(from + static_cast<uint32_t>(piece), s.map.swizzle) - FIRST, 16);
+        std::memcpy(const_cast<char*>(to), row + before, static_cast<size_t>(bytes));
+    });
 }
 
 // Barriers. The word in shared memory holds the index of the state, so that one overwritten or never initialised shows.
@@ -653,6 +686,9 @@ void leave() {  // a thread has returned
     if (!t.copies.empty())
         fail("copies never waited for: " + std::to_string(t.copies.size()) + ", the first to " +
              in_shared(t.copies[0].to - shared()));
+    if (!t.stores.empty())
+        fail("stores of the copy engine never waited for: " + std::to_string(t.stores.size()) + ", the first from " +
+             in_shared(t.stores[0].from - FIRST));
     --w.live;
     if (w.live == 0) {
         if (!w.mmas.empty())
@@ -742,6 +778,8 @@ void make_stacks() {
 void start_block(uint64_t seed) {
     block.random = (seed * 0x9e3779b97f4a7c15ull ^ static_cast<uint64_t>(here.block + 1) * 0xbf58476d1ce4e5b9ull) | 1;
     for (int i = 0; i < 4; ++i) draw();
+    block.early = draw() % 2 == 0;
+    block.slow = block.early ? static_cast<uint32_t>(draw() >> 32) : 0;  // else they would hold up all that lands
     block.current = nullptr;
     block.recent = nullptr;
     block.ready_warps = block.live_warps = 0;
@@ -774,6 +812,9 @@ void start_block(uint64_t seed) {
             t.copies.clear();
             t.groups = 0;
             t.handed_over = false;
+            t.stores.clear();
+            t.store_groups = 0;
+            t.unseen.clear();
             t.waits_at = nullptr;
             // Stacks start at different places of a page, or all of them would fall on the same lines of the cache.
             size_t shift = static_cast<size_t>(t.index * 37 % 128) * 128;
@@ -955,32 +996,95 @@ void barrier_wait(const Barrier* barrier, uint32_t phase) {
     }
 }
 
-void check_map(const TensorMap* map, int rank) {
+void check_map(const TensorMap* map, int rank, const char* what) {
     if (reinterpret_cast<uintptr_t>(map) % 64) fail("a tensor map is aligned to 64 bytes");
     if (map->rank < 1 || map->rank > 5 || map->base == nullptr) fail("a tensor map that make_tensor_map did not make");
     if (rank && map->rank != rank)
-        fail("copy_tensor with " + std::to_string(rank) + " coordinates, and a map of " + std::to_string(map->rank));
+        fail(std::string(what) + " with " + std::to_string(rank) + " coordinates, and a map of " +
+             std::to_string(map->rank));
 }
 
-void copy_tensor(void* to, const TensorMap* map, Barrier* barrier, int rank, const int (&at)[5]) {
-    check_map(map, rank);
-    BarrierState& b = state(barrier, "copy_tensor");
-    if (!b.known) fail("copy_tensor: no barrier_init_done since the initialisation of " + text(b));
-    int64_t bytes = bytes_of(*map), offset = offset_of(to, bytes, "copy_tensor");
+// The address of a block in shared memory
+static uint32_t block_at(const void* p, const TensorMap* map, int rank, const char* what) {
+    check_map(map, rank, what);
+    int64_t offset = offset_of(p, bytes_of(*map), what);
     // The pattern of the swizzle is one of absolute addresses: a block starts where the pattern does.
     int64_t alignment = std::max(128, 8 * map->swizzle);
     if ((offset + FIRST) % alignment)
-        fail("copy_tensor to " + in_shared(offset) + ": not aligned to " + std::to_string(alignment) + " bytes");
+        fail(std::string(what) + " at " + in_shared(offset) + ": not aligned to " + std::to_string(alignment) +
+             " bytes");
     if (map->swizzle && map->block[0] * static_cast<int64_t>(size_of(map->dtype)) != map->swizzle)
-        fail("copy_tensor: a block narrower than its swizzle, the layout of which this emulator does not know");
-    poison(offset, bytes);
+        fail(std::string(what) + ": a block narrower than its swizzle, the layout of which this emulator does not know");
+    return static_cast<uint32_t>(offset) + FIRST;
+}
+
+void copy_tensor(void* to, const TensorMap* map, Barrier* barrier, int rank, const int (&at)[5]) {
+    uint32_t address = block_at(to, map, rank, "copy_tensor");
+    BarrierState& b = state(barrier, "copy_tensor");
+    if (!b.known) fail("copy_tensor: no barrier_init_done since the initialisation of " + text(b));
+    poison(address - FIRST, bytes_of(*map));
     Event e{};
     e.of_tensor = true;
     e.map = *map;
-    e.to = static_cast<uint32_t>(offset) + FIRST;
+    e.to = address;
     std::copy(at, at + 5, e.at);
     e.thread = block.current;
-    b.events.push_back(std::move(e));
+    if (block.early)
+        land(b, e);
+    else
+        b.events.push_back(std::move(e));
+}
+
+void fence_copy_engine() {
+    Thread& t = *block.current;
+    for (int64_t at : t.unseen) std::memcpy(engine_view + at, shared() + at, 4);
+    t.unseen.clear();
+}
+
+void store_tensor(const TensorMap* map, const void* from, int rank, const int (&at)[5]) {
+    Thread& t = *block.current;
+    Store s{*map, block_at(from, map, rank, "store_tensor"), {}, t.store_groups, draw() % 2 == 0};
+    std::copy(at, at + 5, s.at);
+    if (s.early) make(s);
+    t.stores.push_back(s);
+}
+
+void stores_commit() { ++block.current->store_groups; }
+
+void stores_wait(int pending) {
+    Thread& t = *block.current;
+    size_t left = 0;
+    for (const Store& s : t.stores) {
+        if (s.group >= t.store_groups - pending)
+            t.stores[left++] = s;
+        else if (!s.early)
+            make(s);
+    }
+    t.stores.resize(left);
+}
+
+void store_matrices(void* row, const uint32_t* r) {
+    struct Request {
+        char* row;
+        const uint32_t* r;
+    } request{static_cast<char*>(row), r};
+    if (offset_of(row, 16, "store_matrices") % 16) fail("store_matrices: a row that is not aligned to 16 bytes");
+    meet({"store_matrices", 0, 0}, &request, [](Warp& w) {
+        for (int lane = 0; lane < 32; ++lane)
+            for (int i = 0; i < 4; ++i) {
+                char* to = static_cast<Request*>(w.requests[8 * i + lane / 4])->row + lane % 4 * 4;
+                std::memcpy(to, static_cast<Request*>(w.requests[lane])->r + i, 4);
+                w.lanes[lane]->unseen.push_back(to - shared());
+            }
+    });
+}
+
+void store_pair(void* to, float low, float high) {
+    int64_t offset = offset_of(to, 8, "store_pair");
+    if (offset % 8) fail("store_pair: an address that is not aligned to 8 bytes");
+    float pair[2] = {low, high};
+    std::memcpy(to, pair, 8);
+    for (int64_t at : {offset, offset + 4}) block.current->unseen.push_back(at);
 }
 
 void warpgroup_fence() {

@@ -2,8 +2,10 @@
 //
 // Every thread is a fiber that runs until it must meet others. Which goes first is drawn for each block from a seed
 // (VITKERNELS_HOST_SEED in the environment, 1 without), and shared memory is NaN until it is written, so that a missing
-// barrier shows. What may happen late does: copies land when a thread waits for them and nothing else can run, products
-// of a warpgroup are there when it has waited for them, and until then NaN is in their place.
+// barrier shows. What may happen late does: copies land when a thread waits for them and nothing else can run (in half
+// of the blocks the copy engine's land at once, and there some warps run only where no other can), products of a warpgroup are there when it has waited for them, and until
+// then NaN is in their place. The copy engine reads what it stores at once or when a thread waits for that, and of what
+// a thread has written only what it has fenced since.
 #pragma once
 
 #include <cstdint>
@@ -57,7 +59,13 @@ void barrier_arrive_after_copies(Barrier* barrier);
 void barrier_wait(const Barrier* barrier, uint32_t phase);
 
 void copy_tensor(void* shared, const TensorMap* map, Barrier* barrier, int rank, const int (&at)[5]);
-void check_map(const TensorMap* map, int rank);
+void fence_copy_engine();
+void store_tensor(const TensorMap* map, const void* shared, int rank, const int (&at)[5]);
+void stores_commit();
+void stores_wait(int pending);
+void store_matrices(void* row, const uint32_t* r);
+void store_pair(void* to, float low, float high);
+void check_map(const TensorMap* map, int rank, const char* what);
 
 void warpgroup_fence();
 void warpgroup_commit();

@@ -169,7 +169,18 @@ inline void copy_tensor(void* shared, const TensorMap* map, Barrier* barrier, in
 inline void copy_tensor(void* shared, const TensorMap* map, Barrier* barrier, int c0, int c1, int c2, int c3, int c4) {
     host::copy_tensor(shared, map, barrier, 5, {c0, c1, c2, c3, c4});
 }
-inline void prefetch_map(const TensorMap* map) { host::check_map(map, 0); }
+inline void fence_copy_engine() { host::fence_copy_engine(); }
+inline void store_tensor(const TensorMap* map, const void* shared, int c0, int c1, int c2, int c3) {
+    host::store_tensor(map, shared, 4, {c0, c1, c2, c3, 0});
+}
+inline void stores_commit() { host::stores_commit(); }
+template <int PENDING>
+inline void stores_wait() {
+    host::stores_wait(PENDING);
+}
+inline void store_pair(void* to, float low, float high) { host::store_pair(to, low, high); }
+inline void store_matrices(void* row, const uint32_t (&r)[4]) { host::store_matrices(row, r); }
+inline void prefetch_map(const TensorMap* map) { host::check_map(map, 0, "prefetch_map"); }
 
 template <int COUNT>
 inline void more_registers() {

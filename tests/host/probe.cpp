@@ -184,6 +184,40 @@ VK_KERNEL(32, 1) fetch_kernel(VK_GRID_CONSTANT Fetch p) {
 #endif
 }
 
+// Rows of 16 pairs, as lanes have them of matrices, to a block of a tensor again and again, by way of two places in
+// shared memory: of `rounds` blocks [1, 1, 16, 32] each 1 more than the one before. `mistake` leaves out what it names.
+enum class Unstored : int { nothing, fence, meeting, wait, last_wait };
+struct Put {
+    TensorMap map;
+    int rounds, at[4];
+    Unstored mistake;
+};
+VK_KERNEL(32, 1) put_kernel(VK_GRID_CONSTANT Put p) {
+#if VK_SM90A
+    int lane = thread_index(), row = lane % 16, turn = row / 2 % 4;
+    for (int round = 0; round < p.rounds; ++round) {
+        char* block = shared_memory() + round % 2 * 1024;
+        if (lane == 0 && p.mistake != Unstored::wait) stores_wait<1>();
+        sync_warp();
+        for (int half = 0; half < 2; ++half) {
+            uint32_t pairs[4];
+            for (int i = 0; i < 4; ++i) {  // matrix i: rows 8·(i % 2) …, columns 16·half + 8·(i / 2) …
+                uint32_t first = static_cast<uint32_t>((lane / 4 + i % 2 * 8) * 32 + 16 * half + i / 2 * 8 + lane % 4 * 2 + round);
+                pairs[i] = first | (first + 1) << 16;
+            }
+            store_matrices(block + row * 64 + ((2 * half + lane / 16) ^ turn) * 16, pairs);
+        }
+        if (p.mistake != Unstored::fence) fence_copy_engine();
+        if (p.mistake != Unstored::meeting) sync_warp();
+        if (lane == 0) {
+            store_tensor(&p.map, block, p.at[0], p.at[1], p.at[2], p.at[3] + round);
+            stores_commit();
+        }
+    }
+    if (lane == 0 && p.mistake != Unstored::last_wait) stores_wait<0>();
+#endif
+}
+
 TensorBlock tensor_block(int dtype, const std::vector<uint64_t>& sizes, const std::vector<uint64_t>& strides,
                          const std::vector<uint32_t>& block, int swizzle) {
     TensorBlock t{};
@@ -205,6 +239,15 @@ void fetch(const TensorBlock& t, Address base, const std::vector<int>& where, Ad
         p.at[i] = where[static_cast<size_t>(i)];
     }
     launch(fetch_kernel, 1, 32, static_cast<int>(round_up(p.bytes, 8)) + 8, Stream{}, p, "fetch");
+}
+
+// Into [rounds, 3, rows, columns] of 16-bit numbers, at row `y` and column `x` of its second plane
+void put(Address out, int rounds, int rows, int columns, int y, int x, int mistake) {
+    uint64_t row = static_cast<uint64_t>(columns), plane = row * static_cast<uint64_t>(rows);
+    TensorBlock t = tensor_block(int(Dtype::i16), {row, static_cast<uint64_t>(rows), 3, static_cast<uint64_t>(rounds)},
+                                 {2, 2 * row, 2 * plane, 6 * plane}, {32, 16, 1, 1}, 64);
+    Put p{make_tensor_map(t, at<void>(out)), rounds, {x, y, 1, 0}, static_cast<Unstored>(mistake)};
+    launch(put_kernel, 1, 32, 2048, Stream{}, p, "put");
 }
 
 // c = a·bᵀ, 64×k and n×k, on a warpgroup, from blocks that the copy engine swizzled
@@ -581,6 +624,7 @@ PYBIND11_MODULE(VITKERNELS_MODULE, m) {
     m.def("fetch", [](int dtype, const std::vector<uint64_t>& sizes, const std::vector<uint64_t>& strides,
                       const std::vector<uint32_t>& block, int swizzle, Address base, const std::vector<int>& where,
                       Address out) { fetch(tensor_block(dtype, sizes, strides, block, swizzle), base, where, out); });
+    m.def("put", put);
     m.def("group_product", group_product);
     m.def("group_across", group_across);
     m.def("pipeline", pipeline);

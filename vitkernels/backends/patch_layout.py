@@ -88,10 +88,11 @@ def no_copy_engine(p: PatchProblem, layout: PatchLayout, images_at: int) -> list
     return [text for wrong, text in reasons if wrong]
 
 
-def blocks_of(p: PatchProblem, BM: int) -> Triple:
-    """BM patches as images × grid rows × grid columns: the block that leaves the fewest patches empty."""
+def blocks_of(p: PatchProblem, BM: int, most: int | None = None) -> Triple:
+    """BM patches as images × grid rows × grid columns, at most so many of one image: the block that leaves the fewest
+    patches empty."""
     sides = [1 << i for i in range(BM.bit_length())]
-    shapes = [(BM // (y * x), y, x) for y in sides for x in sides if y * x <= BM]
+    shapes = [(BM // (y * x), y, x) for y in sides for x in sides if y * x <= (most or BM)]
 
     def covered(shape: Triple) -> Triple:
         total = prod(-(-n // s) * s for n, s in zip((p.B, *p.G[1:]), shape, strict=True))

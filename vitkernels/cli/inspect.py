@@ -142,7 +142,7 @@ def _built(arch: str, cubin: Path) -> list[dict[str, Any]]:
     return [
         {
             "kernel": name, "arch": arch, "registers": usage.registers, "stack_bytes": usage.stack,
-            "shared_bytes": usage.shared, **sass.counts(code[name]),
+            "shared_bytes": usage.shared, "instructions": sass.instructions(code[name]), **sass.counts(code[name]),
             "cp_async_bytes": sorted(sass.widths(code[name], "LDGSTS")),
             "load_bytes": max(sass.widths(code[name], "LDG"), default=0),
             "hazards": len(found[name]), "first_hazard": next(iter(found[name]), ""),
@@ -178,7 +178,8 @@ def _show_extension(result: dict[str, Any]) -> None:
 
     columns = {
         "arch": "arch", "registers": "registers", "stack_bytes": "stack bytes", "spills": "LDL/STL",
-        "shared_bytes": "static shared bytes", "wgmma": "wgmma", "mma": "mma", "tma_loads": "TMA loads",
+        "shared_bytes": "static shared bytes", "instructions": "instructions", "wgmma": "wgmma", "mma": "mma",
+        "tma_loads": "TMA loads",
         "tma_stores": "TMA stores", "cp_async": "cp.async", "cp_async_bytes": "of bytes", "loads": "loads",
         "load_bytes": "of bytes, up to", "hazards": "hazards",
     }  # fmt: skip

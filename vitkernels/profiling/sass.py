@@ -64,6 +64,10 @@ def counts(sass: str) -> dict[str, int]:
     return {name: len(re.findall(rf"\b{pattern}\b", sass)) for name, pattern in COUNTED.items()}
 
 
+def instructions(sass: str) -> int:
+    return len(re.findall(r"^\s*/\*[0-9a-f]{4,}\*/", sass, flags=re.MULTILINE))
+
+
 def widths(sass: str, pattern: str) -> set[int]:
     """Bytes that one thread moves with each of these instructions."""
     return {width(modifiers) for modifiers in re.findall(rf"\b{pattern}\b((?:\.\w+)*)", sass)}

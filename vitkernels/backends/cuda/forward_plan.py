@@ -33,13 +33,13 @@ class Tile(NamedTuple):
     BM: int  # patches
     BN: int  # channels
     threads: int
-    rate: float  # guess, not measured: the share of the tensor cores' rate that it reaches
+    rate: float  # of the largest tile's, as measured on an H200 (benchmarks/results/nvidia-h200)
 
 
 # As csrc instantiates them, large to small: mma.sync, multiply-adds (sm80.cuh), wgmma (sm90.cuh)
-MMA_TILES = (Tile(128, 128, 256, 1.0), Tile(32, 64, 128, 0.45))
+MMA_TILES = (Tile(128, 128, 256, 1.0), Tile(32, 64, 128, 0.55))
 PLAIN_TILES = (Tile(64, 64, 128, 1.0),)
-WGMMA_TILES = (Tile(128, 256, 384, 1.0), Tile(128, 128, 384, 0.8))
+WGMMA_TILES = (Tile(128, 256, 384, 1.0), Tile(128, 128, 384, 0.7))
 
 # How patches come into shared memory (csrc/forward/loaders.cuh)
 LOADERS = {
@@ -49,7 +49,10 @@ LOADERS = {
     # bytes.
     "rows": "image rows copied whole",
     "patches": "patches cut by the copy engine",  # sm_90a
+    "engine": "patches cut and tokens stored by the copy engine",
 }
+BY_ENGINE = ("patches", "engine")
+POSITIONS = 16  # in a tile, of the table that "engine" adds from
 
 
 class Plan(NamedTuple):
@@ -68,7 +71,7 @@ class Plan(NamedTuple):
     slot_bytes: int  # rows: bytes of one row of all patches
     segment_bytes: int  # rows: bytes of one row of the patches in a line of the grid
     segments: int
-    block: Triple  # patches: images × grid lines × grid columns of a tile
+    block: Triple  # patches, engine: images × grid lines × grid columns of a tile
     a_bytes: int
     b_pitch: int
     stage_bytes: int
@@ -135,6 +138,19 @@ def no_patches(p: PatchProblem, layout: PatchLayout, product: str, images_at: in
     return next((text for wrong, text in reasons if wrong), "")
 
 
+def no_engine(p: PatchProblem) -> str:
+    """Why the copy engine can't store the tokens of patches that it cuts (csrc/forward/epilogue_sm90.cuh)."""
+    reasons = (
+        (
+            p.out_dtype not in (p.compute_dtype, torch.float32),
+            f"tokens are {p.out_dtype}, neither {p.compute_dtype} nor torch.float32",
+        ),
+        (p.D % 8 != 0, f"D = {p.D} is no multiple of 8"),
+        (p.pos_per_image, "positions per image"),
+    )
+    return next((text for wrong, text in reasons if wrong), "")
+
+
 def _weight(p: PatchProblem, layout: PatchLayout, weight_at: int, wgmma: bool, step_k: int) -> tuple[bool, int, int]:
     """Whether it is packed first, the elements of its rows, and the bytes of one copy. It is read where it lies if its
     rows are in the patches' order, of the operands' type, and can be copied 4 bytes at a time."""
@@ -179,12 +195,18 @@ def _stage(p: PatchProblem, layout: PatchLayout, product: str, loader: str, tile
         segments = -(-(tile.BM - 1) // p.G[2]) + 1
         slot = segments * segment
         return Stage(step_k, rows * slot, _round_up(segments * 16, 128), rows, slot, segment, segments)
-    if loader == "patches":
+    if loader in BY_ENGINE:
         rows = next(n for n in range(max(1, 64 // P_w), 0, -1) if p.P[1] % n == 0)
-        return Stage(rows * P_w, rows * P_w * tile.BM * pixel, rows=rows)
+        _, lines, columns = _block(p, loader, tile)
+        table = _round_up(lines * columns * (tile.BN + 8) * 4, 128) if loader == "engine" else 0
+        return Stage(rows * P_w, rows * P_w * tile.BM * pixel, table, rows=rows)
     step_k = 16 if not product_step(product) else 64 if value == 2 and tile.BM < 128 else 32
     row = step_k * (value if loader == "gather" else pixel) + 16
     return Stage(step_k, tile.BM * row, _round_up(tile.BM * CORNER_BYTES, 128))
+
+
+def _block(p: PatchProblem, loader: str, tile: Tile) -> Triple:
+    return blocks_of(p, tile.BM, POSITIONS if loader == "engine" else tile.BM)
 
 
 def _plan(
@@ -194,15 +216,18 @@ def _plan(
     """A loader with a tile; None where fewer than two stages fit."""
     value, total = p.compute_dtype.itemsize, p.sum_dtype.itemsize
     s = _stage(p, layout, product, loader, tile, chunk)
-    block = blocks_of(p, tile.BM) if loader == "patches" else (0, 0, 0)
+    block = _block(p, loader, tile) if loader in BY_ENGINE else (0, 0, 0)
     pack, row, weight_chunk = _weight(p, layout, weight_at, wgmma, s.step_k)
     steps, align = -(-p.K // s.step_k), 1024 if wgmma else 128
     b_pitch = s.step_k if wgmma else s.step_k + 16 // value
     a_bytes = _round_up(s.a_bytes, align)
     stage = a_bytes + _round_up(tile.BN * b_pitch * value, align)
     # The epilogue's staging: sums of 16 rows of each warp on their way to tokens. With wgmma it has a place of its own,
-    # as the next tile is copied meanwhile, and less padding, which leaves room for 4 stages.
+    # as the next tile is copied meanwhile, and less padding, which leaves room for 4 stages. What the copy engine
+    # stores are tokens, twice 64 bytes of a row.
     staging = 8 * 16 * (64 + 4) * total if wgmma else tile.threads // 32 * 16 * (32 + 8) * total
+    if loader == "engine":
+        staging = 8 * 2 * 16 * 64
     beside = staging + s.table_bytes + 1024 if wgmma else s.table_bytes
     room, half = gpu.shared_bytes - beside, (gpu.shared_bytes + 1024) // 2 - 1024 - beside
     if not wgmma and half // stage >= 3:
@@ -212,14 +237,17 @@ def _plan(
     if stages < 2 or shared_bytes > gpu.shared_bytes:
         return None
     tiles_n = -(-p.D // tile.BN)
-    tiles = tiles_n * (blocks_in(p, block) if loader == "patches" else -(-p.B * p.rows // tile.BM))
+    tiles = tiles_n * (blocks_in(p, block) if loader in BY_ENGINE else -(-p.B * p.rows // tile.BM))
     unit = "wgmma" if wgmma else "mma.sync" if product_step(product) else "multiply-adds"
     at_a_time = f" ({chunk} bytes at a time)" if loader in ("copy", "rows") else ""
     how = f"{LOADERS[loader]}{at_a_time}, {unit} in tiles of {tile.BM}×{tile.BN}"
-    # In the time that one multiprocessor takes for a multiply-add of the largest tile; a tile begins and ends with the
-    # latency of some 128 of k, and two stages hide less of the memory's.
-    rate = tile.rate * _rate(loader, wgmma, chunk) * (0.8 if stages == 2 else 1.0)
-    cost = -(-tiles // gpu.multiprocessors) * (steps * s.step_k + 128) * tile.BM * tile.BN / rate
+    # In the time that one multiprocessor takes for a multiply-add of wgmma's largest tile. A tile begins and ends with
+    # the latency of some 128 of k (250 were measured where threads store what wgmma multiplied), two stages hide less
+    # of the memory's, and a tile takes as long alone as with all that its multiprocessor has room for.
+    resident = 1 if wgmma else min(512 // tile.threads, (gpu.shared_bytes + 1024) // (shared_bytes + 1024))
+    rate = tile.rate * _rate(p, product, loader, wgmma, chunk) * (0.8 if stages == 2 else 1.0)
+    waves, ends = -(-tiles // (gpu.multiprocessors * resident)), 250 if loader == "patches" else 128
+    cost = waves * resident * (steps * s.step_k + ends) * tile.BM * tile.BN / rate
     return Plan(
         loader, wgmma, tile.BM, tile.BN, tile.threads, s.step_k, steps, stages, chunk, s.rows, s.slot_bytes,
         s.segment_bytes, s.segments, block, a_bytes, b_pitch, stage, s.table_bytes, shared_bytes, pack,
@@ -228,13 +256,16 @@ def _plan(
     )  # fmt: skip
 
 
-def _rate(loader: str, wgmma: bool, chunk: int) -> float:
-    """A guess, not measured: the share of the tensor cores' rate by warp that a loader brings pixels for."""
+def _rate(p: PatchProblem, product: str, loader: str, wgmma: bool, chunk: int) -> float:
+    """Of the rate at which wgmma multiplies operands that the copy engine brings, as measured on an H200 (the stage
+    "kernels" of benchmarks/results/nvidia-h200, ViT-B/16 and ViT-L/14 at B = 256); 0.08 is a guess."""
+    if loader in BY_ENGINE:
+        return 1.0 if p.image_dtype == p.compute_dtype and not scaling(p, product)[0] else 0.4
     if loader == "copy":
-        return 1.0 if chunk == 16 else 0.6
+        return 0.2 if chunk == 16 else 0.13
     if loader == "rows":
-        return 1.4 if wgmma else 0.9 if chunk == 16 else 0.7
-    return {"gather": 0.15, "patches": 1.6}[loader]
+        return 0.2 if wgmma else 0.11 if chunk == 16 else 0.08
+    return 0.043  # gather
 
 
 def candidates(
@@ -247,8 +278,10 @@ def candidates(
     copy, copy_chunk = no_copy(p, layout, product, images_at)
     rows, row_chunk = no_rows(p, layout, product, images_at)
     patches = no_patches(p, layout, product, images_at) if wgmma else "wgmma in 16 bits is sm_90's"
+    engine = patches or no_engine(p)
     offers: list[tuple[str, bool, tuple[Tile, ...], int, str]] = [
-        ("patches", True, WGMMA_TILES, 16, patches),
+        ("engine", True, WGMMA_TILES, 16, engine),
+        ("patches", True, WGMMA_TILES[1:], 16, patches),  # with the other tile its epilogue took three times as long
         ("rows", True, WGMMA_TILES if wgmma and row_chunk >= 4 else (), row_chunk, rows),
         ("copy", False, MMA_TILES if product_step(product) else PLAIN_TILES, copy_chunk, copy),
         ("rows", False, MMA_TILES, row_chunk, rows),

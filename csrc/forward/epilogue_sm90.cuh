@@ -1,0 +1,158 @@
+// The epilogues of sm90.cuh: sums in the registers of a consumer's warp, 16 patches × BN channels of a tile, to tokens.
+// Letters: problem.h.
+//
+// The general one takes all that the contract allows. In the other the copy engine takes tokens to memory, from where
+// each warp lays them in shared memory, and what is added to the sums comes from a table in shared memory that threads
+// without other work fill while the tile is multiplied: so dtypes, strides and the edges of grid and batch cost the
+// consumers no instruction. forward_plan.py's no_engine says what it can't take.
+#pragma once
+
+#include "forward/sm80.cuh"
+
+namespace vk {
+
+// How the copy engine's tiles lie in the grid: 2ᵇ images × lines × columns, columns innermost
+struct TileBlock {
+    int bits[3];
+    Divisor across[2];  // tiles in x, in y
+
+    VK_DEVICE void origin(uint32_t tile, int64_t (&at)[3]) const {  // image, line, column
+        uint32_t line = across[0].div(tile), images = across[1].div(line);
+        at[0] = int64_t{images} << bits[0];
+        at[1] = int64_t{line - images * across[1].value} << bits[1];
+        at[2] = int64_t{tile - line * across[0].value} << bits[2];
+    }
+    // … of row r of the tile that begins there
+    VK_DEVICE void place(const int64_t (&begin)[3], int r, int64_t (&at)[3]) const {
+        at[0] = begin[0] + (r >> (bits[1] + bits[2]));
+        at[1] = begin[1] + (r >> bits[2] & ((1 << bits[1]) - 1));
+        at[2] = begin[2] + (r & ((1 << bits[2]) - 1));
+    }
+    VK_DEVICE int positions() const { return 1 << (bits[1] + bits[2]); }  // row r has position r % positions
+};
+
+// Registers of a warp's sums, columns 64·part … of the tile, staged as [STAGED_ROWS, 64]
+template <int N>
+VK_DEVICE void put_sums(const float (&c)[N], int part, float* staged, int pitch) {
+    int g = lane_index() / 4, t = lane_index() % 4;
+#pragma unroll
+    for (int j = 0; j < N / 4; ++j)
+        if (j / 8 == part)
+#pragma unroll
+            for (int h = 0; h < 2; ++h)
+                *reinterpret_cast<Two*>(staged + (g + 8 * h) * pitch + j % 8 * 8 + 2 * t) = {c[4 * j + 2 * h],
+                                                                                            c[4 * j + 2 * h + 1]};
+}
+
+// row(r, token) as write_staged has it; `staged` is the warp's
+template <int N, class Row>
+VK_DEVICE void write_tokens(const ForwardArguments& a, const float (&c)[N], float* staged, int64_t d0, const Row& row) {
+#pragma unroll
+    for (int part = 0; part < N / 32; ++part) {
+        put_sums(c, part, staged, 64 + 4);
+        sync_warp();
+        write_staged<64>(a, staged, 64 + 4, d0 + part * 64, row);
+        sync_warp();
+    }
+}
+
+// By the copy engine
+
+inline constexpr int STORE_ROW = 64;  // bytes of a row of one store, swizzled within them
+inline constexpr int STORE_BYTES = STAGED_ROWS * STORE_ROW;
+inline constexpr int STORES = 2;      // of a warp, one being laid out while the other is read
+
+#if VK_SM90A
+
+inline constexpr int TABLE_PAD = 8;  // floats, so that four rows are read without bank conflicts
+
+// table[r, d] = bias[d0 + d] + pos[position r of the tile, d0 + d], by `threads` threads
+template <int BN>
+VK_DEVICE void fill_table(const ForwardArguments& a, const TileBlock& block, const int64_t (&origin)[3], int64_t d0,
+                          float* table, int thread, int threads) {
+    constexpr int ACROSS = BN / 8;
+    for (int each = thread; each < block.positions() * ACROSS; each += threads) {
+        int r = each / ACROSS, column = each % ACROSS * 8;
+        int64_t d = d0 + column, at[3];
+        block.place(origin, r, at);
+        float values[8] = {}, pos[8] = {};
+        if (d < a.D && at[1] < a.layout.G_h && at[2] < a.layout.G_w) {
+            if (a.bias.data)
+                load_eight(values, a.bias.data, a.bias.dtype, d * a.bias.strides[0], a.bias.strides[0], 8);
+            if (a.pos.data) {
+                const int64_t(&p)[5] = a.pos.strides;
+                int64_t n = at[1] * a.layout.G_w + at[2];
+                load_eight(pos, a.pos.data, a.pos.dtype, (a.pos_first + n) * p[1] + d * p[2], p[2], 8);
+            }
+        }
+        Words* to = reinterpret_cast<Words*>(table + r * (BN + TABLE_PAD) + column);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            union { Words words; float values[4]; } sums;
+#pragma unroll
+            for (int i = 0; i < 4; ++i) sums.values[i] = values[4 * half + i] + pos[4 * half + i];
+            to[half] = sums.words;
+        }
+    }
+}
+
+// The warp's rows are those from `row` of the tile on; `staged`: STORES blocks as the map `tokens` has them. Out: the
+// product's type, or float.
+template <class Out, int N>
+VK_DEVICE void store_tokens(const ForwardArguments& a, const TileBlock& block, const int64_t (&origin)[3], int64_t d0,
+                            int row, const float (&c)[N], const float* table, char* staged, const TensorMap* tokens) {
+    constexpr int PITCH = 2 * N + TABLE_PAD, COLUMNS = STORE_ROW / int(sizeof(Out));  // of one store
+    int lane = lane_index(), g = lane / 4, t = lane % 4, period = block.positions();
+    float scale = static_cast<float>(a.scale);
+    const float* above = table + ((row + g) & (period - 1)) * PITCH + 2 * t;
+    const float* below = table + ((row + g + 8) & (period - 1)) * PITCH + 2 * t;
+    auto at_piece = [&](char* store, int r, int piece) {  // of 16 bytes: where the swizzle has it
+        return store + r * STORE_ROW + (piece ^ (r / 2 % 4)) * 16;
+    };
+    int64_t at[3];
+    block.place(origin, row, at);
+#pragma unroll
+    for (int part = 0; part < 2 * N / COLUMNS; ++part) {
+        char* store = staged + part % STORES * STORE_BYTES;
+        if (lane == 0) stores_wait<STORES - 1>();
+        sync_warp();
+#pragma unroll
+        for (int two = 0; two < COLUMNS / 16; ++two) {  // times eight columns
+            float tokens_of[2][4];                      // rows g and g + 8 of columns 2t and 2t + 1
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+                int j = part * (COLUMNS / 8) + 2 * two + e;
+                Two high = *reinterpret_cast<const Two*>(above + 8 * j), low = high;
+                if (period > 8) low = *reinterpret_cast<const Two*>(below + 8 * j);
+#pragma unroll
+                for (int i = 0; i < 4; ++i)
+                    tokens_of[e][i] = c[4 * j + i] * scale + (i < 2 ? high : low).value[i % 2];
+            }
+            if constexpr (same<Out, float>) {
+#pragma unroll
+                for (int e = 0; e < 2; ++e)
+#pragma unroll
+                    for (int h = 0; h < 2; ++h)
+                        store_pair(at_piece(store, g + 8 * h, 2 * e + t / 2) + t % 2 * 8, tokens_of[e][2 * h],
+                                   tokens_of[e][2 * h + 1]);
+            } else {
+                uint32_t pairs[4];
+#pragma unroll
+                for (int i = 0; i < 4; ++i)
+                    pairs[i] = pack(tokens_of[i / 2][i % 2 * 2], tokens_of[i / 2][i % 2 * 2 + 1], Out{});
+                store_matrices(at_piece(store, lane % 16, 2 * two + lane / 16), pairs);
+            }
+        }
+        fence_copy_engine();
+        sync_warp();
+        if (lane == 0) {
+            if (d0 + part * COLUMNS < a.D) store_tensor(tokens, store, static_cast<int>(d0) + part * COLUMNS, static_cast<int>(at[2]),
+                         static_cast<int>(at[1]), static_cast<int>(at[0]));
+            stores_commit();  // an empty group, too: groups are counted
+        }
+    }
+}
+
+#endif
+
+}  // namespace vk

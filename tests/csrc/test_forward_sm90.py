@@ -1,0 +1,87 @@
+"""The forward on sm_90a where the copy engine cuts the patches, and where it stores the tokens as well
+(csrc/forward/epilogue_sm90.cuh): random problems against fp64."""
+
+import random
+
+import pytest
+import torch
+from problems import arguments, drawn_for_the_copy_engine, on
+
+import vitkernels as vk
+from vitkernels.backends import cuda
+from vitkernels.backends.common import canonical
+from vitkernels.backends.cuda import forward_plan
+from vitkernels.gpu import NOMINAL
+from vitkernels.profiling import compile_triton
+from vitkernels.testing import accuracy, oracle
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+NAMES = ("images", "weight", "bias", "pos_embed", "prefix", "keep")
+
+
+def with_positions(arguments: dict, seed: int) -> dict:
+    """A table of any layout and type, or none."""
+    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    p = vk.explain(**arguments).problem
+    rows = rng.choice((0, p.N, p.N + p.T))
+    if not rows:
+        return arguments
+    dtype = rng.choice((arguments["weight"].dtype, torch.float32))
+    table = torch.randn(rows, p.D, generator=generator).to(dtype)
+    wide = torch.nn.functional.pad(table, (1, 7))[:, 1:-7]
+    across = table.T.contiguous().T
+    return arguments | {"pos_embed": rng.choice((table, table, wide, across))}
+
+
+def tokens_of_all(arguments: dict) -> tuple[float, dict[str, torch.Tensor], torch.Tensor]:
+    """The error allowed, what every plan by the copy engine makes, by its loader and tile, and the exact tokens."""
+    p = vk.explain(**arguments).problem
+    tensors = canonical(*(arguments.get(name) for name in NAMES))
+    exact, eager = oracle.oracle(**arguments), oracle.eager(**arguments)
+    bound = 2 * accuracy.error_of(eager, exact) + exact.abs().max().item() * torch.finfo(p.compute_dtype).eps
+    plans = [q for q in cuda.candidates(p, *tensors[:2]).values() if q.loader in forward_plan.BY_ENGINE]
+    return bound, {f"{q.loader} {q.BN}": cuda.forward(p, *tensors, plan=q) for q in plans}, exact
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_random_problem(on_cuda_kernels, device, seed):
+    on_cuda_kernels(90, multiprocessors=random.Random(seed).choice((1, 2, 5, 132)))
+    arguments = on(device, with_positions(drawn_for_the_copy_engine(seed), seed))
+    if seed % 5 == 0:
+        arguments["out_dtype"] = torch.float32
+    bound, tokens, exact = tokens_of_all(arguments)
+    assert tokens.keys() == {"engine 256", "engine 128", "patches 128"}
+    for how, found in tokens.items():
+        assert accuracy.error_of(found, exact) <= bound, how
+    assert torch.equal(tokens["engine 256"], tokens["engine 128"])
+
+
+REFUSED = {
+    "tokens of another type": (
+        dict(out_dtype=torch.float16),
+        "tokens are torch.float16, neither torch.bfloat16 nor torch.float32",
+    ),
+    "D": (dict(D=44), "D = 44 is no multiple of 8"),
+    "positions": (dict(pos="B"), "positions per image"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_it_does_not_store(on_cuda_kernels, device, case):
+    """Then threads do, and no error is larger."""
+    on_cuda_kernels(90)
+    more, reason = REFUSED[case]
+    call = arguments(5, 3, 32, 48, 16, **({"D": 40} | more), device=device)
+    p = vk.explain(**call).problem
+    assert forward_plan.candidates(p, NOMINAL[90], False)[1]["engine"] == reason
+    bound, tokens, exact = tokens_of_all(call)
+    assert tokens.keys() == {"patches 128"} and accuracy.error_of(tokens["patches 128"], exact) <= bound
+
+
+def test_what_is_planned():
+    """At most 16 positions in a tile, which with one image leaves it mostly empty, and is the fastest all the same."""
+    blocks = {1: (8, 1, 16), 16: (8, 1, 16), 64: (32, 2, 2)}
+    for B, block in blocks.items():
+        plan = forward_plan.make_plan(compile_triton.problem(16, "bf16", B=B), NOMINAL[90], False)
+        assert (plan.loader, plan.block) == ("engine", block)
