@@ -57,6 +57,9 @@ VK_DEVICE T shuffle(T value, int lane) {
 
 VK_DEVICE void stop_with_error() { asm volatile("trap;"); }
 
+// What follows from x is computed from here on, not ahead of a loop, where it would take registers all the time.
+VK_DEVICE void compute_here(int64_t& x) { asm volatile("" : "+l"(x)); }
+
 // Numbers
 
 template <class T>

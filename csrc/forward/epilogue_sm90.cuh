@@ -36,18 +36,20 @@ template <int N>
 VK_DEVICE void put_sums(const float (&c)[N], int part, float* staged, int pitch) {
     int g = lane_index() / 4, t = lane_index() % 4;
 #pragma unroll
-    for (int j = 0; j < N / 4; ++j)
-        if (j / 8 == part)
+    for (int i = 0; i < N / 32; ++i)
+        if (i == part)
 #pragma unroll
-            for (int h = 0; h < 2; ++h)
-                *reinterpret_cast<Two*>(staged + (g + 8 * h) * pitch + j % 8 * 8 + 2 * t) = {c[4 * j + 2 * h],
-                                                                                            c[4 * j + 2 * h + 1]};
+            for (int j = 0; j < 8; ++j)
+#pragma unroll
+                for (int h = 0; h < 2; ++h)
+                    *reinterpret_cast<Two*>(staged + (g + 8 * h) * pitch + 8 * j + 2 * t) = {
+                        c[32 * i + 4 * j + 2 * h], c[32 * i + 4 * j + 2 * h + 1]};
 }
 
 // row(r, token) as write_staged has it; `staged` is the warp's
 template <int N, class Row>
 VK_DEVICE void write_tokens(const ForwardArguments& a, const float (&c)[N], float* staged, int64_t d0, const Row& row) {
-#pragma unroll
+#pragma unroll 1  // write_staged is long, and would stand there for each
     for (int part = 0; part < N / 32; ++part) {
         put_sums(c, part, staged, 64 + 4);
         sync_warp();

@@ -178,8 +178,7 @@ VK_KERNEL(K::THREADS, K::RESIDENT) forward_kernel(VK_GRID_CONSTANT ForwardArgume
 
     constexpr int PITCH = WN + STAGING_PAD;
     Sum* staged = reinterpret_cast<Sum*>(stages) + warp_index() * STAGED_ROWS * PITCH;
-#pragma unroll
-    for (int part = 0; part < WM / STAGED_ROWS; ++part) {
+    auto write = [&](int part) {
         tile.put(part, staged, PITCH);
         sync_warp();
         write_staged<WN>(a, staged, PITCH, d0 + column, [&](int r, Token& token) {
@@ -189,6 +188,16 @@ VK_KERNEL(K::THREADS, K::RESIDENT) forward_kernel(VK_GRID_CONSTANT ForwardArgume
             return true;
         });
         sync_warp();
+    };
+    if constexpr (Kind<T>::K_STEP > 0) {
+#pragma unroll 1  // write_staged is long, and would stand there for each
+        for (int part = 0; part < WM / STAGED_ROWS; ++part) {
+            compute_here(d0), compute_here(m0);
+            write(part);
+        }
+    } else {  // float64's sums leave no register for a loop
+#pragma unroll
+        for (int part = 0; part < WM / STAGED_ROWS; ++part) write(part);
     }
 }
 

@@ -72,6 +72,9 @@ def test_what_touches_a_product_in_flight_is_found(text, first):
     "text",
     [
         looped(LOAD, LEFT, WAIT.format(0)),
+        # a barrier's parity is one register, 64 is its word
+        looped("SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [R60+URZ], R23", LOAD, LEFT, WAIT.format(0)),
+        looped(LEFT, "SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [R60+URZ], R23", WAIT.format(0)),
         # two operands in turn, each waited for before it is written again
         looped(LOAD, LEFT, WAIT.format(1), LOAD.replace("R4", "R8"), LEFT.replace("R4", "R8"), WAIT.format(1)),
         # products over shared memory, one in flight over the back edge: the hardware orders sums of one shape

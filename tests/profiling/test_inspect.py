@@ -222,7 +222,8 @@ def test_csrc_as_it_ships(tmp_path, monkeypatch, stem, arch):
     assert {r["arch"] for r in rows} == {{"8.0+PTX": "sm_80", "9.0": "sm_90a", "10.0": "sm_100"}[arch]}
     by_wgmma = [r for r in rows if "wgmma_" in r["kernel"]]
     assert len(by_wgmma) >= 14 * (arch == "9.0") and all(r["wgmma"] and r["tma_loads"] for r in by_wgmma)
-    # Where the copy engine stores, the epilogue is small: the general one does not fit the instruction cache.
+    # Small, as the general epilogue once did not fit the instruction cache: unrolled it had 13,000.
+    assert all(r["instructions"] < 5500 for r in by_wgmma)
     stores = [r for r in by_wgmma if r["tma_stores"]]
     assert len(stores) == 8 * (arch == "9.0") and all(r["instructions"] < 4500 for r in stores)
     halves = [r for r in rows if r not in by_wgmma and ("half" in r["kernel"] or "bfloat16" in r["kernel"])]

@@ -152,7 +152,7 @@ def _width(opcode: str, operand: int) -> int:
         return 2
     if "MMA" in opcode:
         return 4
-    return 2 if re.search(r"\.64\b|[FSU]64\b", opcode) and not opcode.startswith("SHF") else 1
+    return 2 if re.search(r"\.[FSU]?64\b", opcode) and not opcode.startswith("SHF") else 1
 
 
 LABEL = re.compile(r"\s*([.$\w]+):\s*$")
