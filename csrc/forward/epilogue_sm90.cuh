@@ -60,9 +60,9 @@ VK_DEVICE void write_tokens(const ForwardArguments& a, const float (&c)[N], floa
 
 // By the copy engine
 
-inline constexpr int STORE_ROW = 64;  // bytes of a row of one store, swizzled within them
+inline constexpr int STORE_ROW = 64;     // bytes of a row of one store, swizzled within them
 inline constexpr int STORE_BYTES = STAGED_ROWS * STORE_ROW;
-inline constexpr int STORES = 2;      // of a warp, one being laid out while the other is read
+inline constexpr int STORE_BUFFERS = 2;  // of a warp: one is laid out while the other is read
 
 #if VK_SM90A
 
@@ -98,8 +98,8 @@ VK_DEVICE void fill_table(const ForwardArguments& a, const TileBlock& block, con
     }
 }
 
-// The warp's rows are those from `row` of the tile on; `staged`: STORES blocks as the map `tokens` has them. Out: the
-// product's type, or float.
+// The warp's rows are those from `row` of the tile on; `staged`: STORE_BUFFERS blocks as the map `tokens` has them.
+// Out: the product's type, or float.
 template <class Out, int N>
 VK_DEVICE void store_tokens(const ForwardArguments& a, const TileBlock& block, const int64_t (&origin)[3], int64_t d0,
                             int row, const float (&c)[N], const float* table, char* staged, const TensorMap* tokens) {
@@ -115,8 +115,8 @@ VK_DEVICE void store_tokens(const ForwardArguments& a, const TileBlock& block, c
     block.place(origin, row, at);
 #pragma unroll
     for (int part = 0; part < 2 * N / COLUMNS; ++part) {
-        char* store = staged + part % STORES * STORE_BYTES;
-        if (lane == 0) stores_wait<STORES - 1>();
+        char* store = staged + part % STORE_BUFFERS * STORE_BYTES;
+        if (lane == 0) stores_wait<STORE_BUFFERS - 1>();
         sync_warp();
 #pragma unroll
         for (int two = 0; two < COLUMNS / 16; ++two) {  // times eight columns
@@ -148,8 +148,9 @@ VK_DEVICE void store_tokens(const ForwardArguments& a, const TileBlock& block, c
         fence_copy_engine();
         sync_warp();
         if (lane == 0) {
-            if (d0 + part * COLUMNS < a.D) store_tensor(tokens, store, static_cast<int>(d0) + part * COLUMNS, static_cast<int>(at[2]),
-                         static_cast<int>(at[1]), static_cast<int>(at[0]));
+            if (d0 + part * COLUMNS < a.D)
+                store_tensor(tokens, store, static_cast<int>(d0) + part * COLUMNS, static_cast<int>(at[2]),
+                             static_cast<int>(at[1]), static_cast<int>(at[0]));
             stores_commit();  // an empty group, too: groups are counted
         }
     }

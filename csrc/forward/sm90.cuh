@@ -48,7 +48,7 @@ struct WgmmaKernel {
     // the launch, as setmaxnreg would wait for more for ever.
     static constexpr int PRODUCER_REGISTERS = STORES ? 72 : 40, CONSUMER_REGISTERS = STORES ? 216 : 232;
     static_assert(PRODUCER_REGISTERS + 2 * CONSUMER_REGISTERS == 3 * 168);
-    static constexpr int STAGING = STORES ? vk::STORES * STORE_BYTES : STAGED_ROWS * (64 + 4) * 4;  // bytes of a warp
+    static constexpr int STAGING = STORES ? STORE_BUFFERS * STORE_BYTES : STAGED_ROWS * (64 + 4) * 4;  // bytes of a warp
 };
 
 struct Barriers {
@@ -127,10 +127,11 @@ VK_DEVICE void produce(const WgmmaArguments& h, char* stages, char* table, const
     }
 }
 
-// By the producer's other three warps: what the tiles' sums get added, and then the prefix tokens
+inline constexpr int BESIDE = 96;  // threads: the producer's other three warps
+
+// By them: what the tiles' sums get added, and then the prefix tokens
 template <class K>
 VK_DEVICE void add_beside(const WgmmaArguments& h, float* table, const Barriers& barriers) {
-    constexpr int THREADS = 96;
     const ForwardArguments& a = h.a;
     int thread = thread_index() - 32;
     uint32_t phase = 0;
@@ -140,10 +141,10 @@ VK_DEVICE void add_beside(const WgmmaArguments& h, float* table, const Barriers&
         h.block.origin(tile_m, origin);
         barrier_wait(barriers.table_empty, phase ^ 1);
         int64_t d0 = (tile - int64_t{tile_m} * a.by_tiles_n.value) * K::BN;
-        fill_table<K::BN>(a, h.block, origin, d0, table, thread, THREADS);
+        fill_table<K::BN>(a, h.block, origin, d0, table, thread, BESIDE);
         barrier_arrive(barriers.table_full);
     }
-    for (int64_t at = block_index() * THREADS + thread; at < h.prefixes; at += block_count() * THREADS)
+    for (int64_t at = block_index() * BESIDE + thread; at < h.prefixes; at += block_count() * BESIDE)
         write_prefix<float>(a, at);
 }
 
@@ -290,7 +291,7 @@ VK_KERNEL(K::THREADS, 1) wgmma_kernel(VK_GRID_CONSTANT WgmmaArguments h) {
             barrier_init(&barriers.full[i], K::Loader::ENGINE ? 1 : 129);  // announced bytes, the producer's copies
             barrier_init(&barriers.empty[i], 8);                           // the consumers' warps
         }
-        if (K::STORES) barrier_init(barriers.table_full, 96), barrier_init(barriers.table_empty, 8);
+        if (K::STORES) barrier_init(barriers.table_full, BESIDE), barrier_init(barriers.table_empty, 8);
         barrier_init_done();
     }
     sync_block();

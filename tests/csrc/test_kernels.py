@@ -264,7 +264,8 @@ MUTATIONS = {  # object, header, what it says and what it is to say, and the cas
     ),
     "tokens not fenced": (SM90, "forward/epilogue_sm90.cuh", "fence_copy_engine();", "", "wgmma, stored"),
     "tokens overwritten": (
-        SM90, "forward/epilogue_sm90.cuh", "stores_wait<STORES - 1>();", "stores_wait<STORES>();", "wgmma, stored",
+        SM90, "forward/epilogue_sm90.cuh", "stores_wait<STORE_BUFFERS - 1>", "stores_wait<STORE_BUFFERS>",
+        "wgmma, stored",
     ),
     "tokens not met at": (
         SM90, "forward/epilogue_sm90.cuh", "fence_copy_engine();\n        sync_warp();", "fence_copy_engine();",
