@@ -33,7 +33,7 @@ class Tile(NamedTuple):
     BM: int  # patches
     BN: int  # channels
     threads: int
-    rate: float  # of the largest tile's, as measured on an H200 (benchmarks/results/nvidia-h200)
+    rate: float  # of the largest tile's; on an H200 (_rate) the smaller tile of wgmma had 0.62 to 0.86 of it
 
 
 # As csrc instantiates them, large to small: mma.sync, multiply-adds (sm80.cuh), wgmma (sm90.cuh)
@@ -257,8 +257,9 @@ def _plan(
 
 
 def _rate(p: PatchProblem, product: str, loader: str, wgmma: bool, chunk: int) -> float:
-    """Of the rate at which wgmma multiplies operands that the copy engine brings, as measured on an H200 (the stage
-    "kernels" of benchmarks/results/nvidia-h200, ViT-B/16 and ViT-L/14 at B = 256); 0.08 is a guess."""
+    """Of the rate at which wgmma multiplies operands that the copy engine brings: from the times of every kernel on an
+    H200 (the notes of benchmarks/results/nvidia-h200/results.json, ViT-B/16 and ViT-L/14 at B = 256). 0.4 is without
+    the share of the epilogue that there was; 0.08 is a guess."""
     if loader in BY_ENGINE:
         return 1.0 if p.image_dtype == p.compute_dtype and not scaling(p, product)[0] else 0.4
     if loader == "copy":
