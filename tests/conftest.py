@@ -54,6 +54,22 @@ def on_cuda_kernels(request, device, monkeypatch):
     backend.forget()
 
 
+@pytest.fixture(params=["Intel", "another maker"])
+def maker(request, monkeypatch):
+    """The processor's, which decides how the reference evaluates: each is played on any."""
+    from vitkernels import cpu
+    from vitkernels.backends.reference import unfold
+
+    remembered = unfold._way, unfold._piece_rows, unfold._lands_in_tokens
+    for function in remembered:
+        function.cache_clear()
+    monkeypatch.setattr(cpu, "is_intel", lambda: request.param == "Intel")
+    monkeypatch.setattr(cpu, "instructions", lambda: ("amx_bf16",) if request.param == "Intel" else ())
+    yield request.param
+    for function in remembered:
+        function.cache_clear()
+
+
 def poison(tensor: torch.Tensor) -> torch.Tensor:
     if tensor.dtype == torch.bool:
         return tensor.fill_(True)

@@ -10,7 +10,7 @@ import vitkernels as vk
 ROOT = Path(vk.__file__).parent
 # From the ground up: a module imports from its own floor's folder and from the floors below.
 FLOORS = (
-    ("problem", "gpu"),
+    ("problem", "cpu", "gpu"),
     ("backends", "calls"),
     ("dispatch",),
     ("ops", "cost_model"),

@@ -107,10 +107,61 @@ def test_gradcheck(case):
 
 @pytest.mark.parametrize("piece_rows", [1, 3, 20, 150])
 @pytest.mark.parametrize("seed", range(1000, 1040))
-def test_pieces_of_any_size(seed, piece_rows, poisoned, monkeypatch):
+def test_pieces_of_any_size(seed, piece_rows, maker, poisoned, monkeypatch):
     monkeypatch.setattr(unfold, "_piece_rows", lambda *_: piece_rows)
     for row in accuracy.compare(random_problems.case(seed).tensors(), "reference", gradients=True):
         assert row["ok"], row
+
+
+PLACES = {  # images, patch, rows of the table, pieces of so many patches
+    "a piece": ((5, 3, 32, 48), 16, 2 + 6, 100),
+    "the last piece is one image": ((5, 3, 32, 48), 16, 2 + 6, 12),
+    "an image a piece": ((3, 3, 32, 48), 16, 2 + 6, 6),
+    "lines of an image": ((3, 3, 32, 48), 16, 6, 3),
+    "a row to pad": ((5, 3, 28, 42), 14, 2 + 6, 18),
+    "no positions": ((5, 3, 28, 42), 14, None, 18),
+    "positions of each image": ((5, 3, 32, 48), 16, (5, 2 + 6), 18),
+    "kept": ((5, 3, 32, 48), 16, 2 + 6, 8),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("T", [0, 2])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("name", PLACES)
+def test_products_and_where_they_land(name, bias, T, dtype, maker, poisoned, monkeypatch):
+    """The bias is rounded with the product in bf16, so it may cancel the product: others keep what is left, too."""
+    monkeypatch.setattr(reference, "_has_bf16", lambda: True)
+    size, P, rows, piece_rows = PLACES[name]
+    monkeypatch.setattr(unfold, "_piece_rows", lambda *_: piece_rows)
+    images, weight = images_of(*size, dtype=dtype), images_of(48, 3, P, P, dtype=dtype, seed=1) / 8
+    call = {"images": 1 + images / 16, "weight": weight.abs() + 0.1}
+    call["bias"] = -call["weight"].flatten(1).sum(1) if bias else None
+    if rows is not None:
+        rows = (rows,) if isinstance(rows, int) else rows
+        rows = (*rows[:-1], rows[-1] - 2 + T if rows[-1] > 6 else rows[-1])
+        call["pos_embed"] = images_of(*rows, 48, dtype=dtype, seed=2)
+    if T:
+        call["prefix"] = images_of(T, 48, dtype=dtype, seed=3)
+    if name == "kept":
+        call["keep"] = torch.tensor([[5, 0, 0, 3], [1, 2, 3, 4], [0, 1, 2, 5], [5, 4, 3, 2], [2, 2, 2, 2]])
+    for row in accuracy.compare(call, "reference", gradients=True):
+        assert row["ok"], row
+
+
+@pytest.mark.parametrize("D", [384, 768, 1024])
+def test_two_threads_both_multiply(D, monkeypatch):
+    """Pieces of at least one image have no such number of rows as oneDNN gives to one thread of two."""
+    monkeypatch.setattr(unfold.cpu, "instructions", lambda: ("amx_bf16",))
+    call = Case(batch=1, dim=D, dtype="bf16").call("cpu")
+    for B in range(1, 60):
+        p = replace(vk.explain(**call).problem, B=B)
+        least, most = unfold._by_one_thread(p, torch.bfloat16, 2)
+        images, _ = unfold._cut(p, torch.bfloat16, 20 * p.N, 2)
+        assert sum(b.stop - b.start for b in images) == B
+        assert all(b.stop - b.start <= images[0].stop <= 20 for b in images)
+        assert not least <= images[0].stop * p.N < most
+        assert unfold._by_one_thread(p, torch.bfloat16, 4) == (0, 0)
 
 
 KEPT = {  # images, patch, stride
@@ -162,7 +213,7 @@ class Allocations(TorchDispatchMode):
     "shape",
     [{}, {"pixels": "uint8"}, {"patch": 14, "dim": 1024}, {"dim": 192}, {"keep": 0.25}, {"image": 518, "patch": 14}],
 )
-def test_temporary_memory_does_not_grow_with_the_batch(shape, dtype):
+def test_temporary_memory_does_not_grow_with_the_batch(shape, dtype, maker):
     step = partial(vk.patch_embed, **Case(batch=32 if "image" in shape else 96, dtype=dtype, **shape).call("cpu"))
     with torch.no_grad():
         step()
@@ -190,7 +241,7 @@ VIEWS = {
 
 
 @pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
-def test_images_are_not_copied(view, monkeypatch):
+def test_images_are_not_copied(view, maker, monkeypatch):
     monkeypatch.setattr(unfold, "_piece_rows", lambda *_: 20)
     images, weight = view(images_of(8, 3, 64, 64, dtype=torch.float32)), torch.zeros(2, 3, 8, 8)
     problem = vk.explain(images, weight).problem
@@ -289,13 +340,13 @@ class InnerSizes(TorchDispatchMode):
         self.seen = set()
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        if op.name() in ("aten::addmm", "aten::mm", "aten::linear", "mkldnn::_linear_pointwise"):
+        if op.name() in ("aten::addmm", "aten::mm", "aten::mm.out", "aten::linear", "mkldnn::_linear_pointwise"):
             a = args[1] if op.name() == "aten::addmm" else args[0]
             self.seen.add((a.dtype, a.shape[-1]))
         return op(*args, **(kwargs or {}))
 
 
-def test_rows_that_are_multiplied_in_bf16_are_padded(monkeypatch):
+def test_rows_that_are_multiplied_in_bf16_are_padded(maker, monkeypatch):
     """To 32, on a CPU: oneDNN's product with AMX takes the next row's NaN times zero (its issue 5717), and hides it on
     any other CPU. In fp32 where PyTorch was told to round that to bf16, too."""
     monkeypatch.setattr(reference, "_has_bf16", lambda: True)

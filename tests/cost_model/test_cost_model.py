@@ -160,7 +160,7 @@ def test_what_the_peers_keep_for_the_backward(case):
     ],
     ids=["normalised", "bf16", "kept", "kept floats", "padded", "overlap"],
 )
-def test_the_reference_moves_what_the_model_says(call, piece, monkeypatch):
+def test_the_reference_moves_what_the_model_says(call, piece, maker, monkeypatch):
     monkeypatch.setattr(unfold, "_piece_rows", lambda *_: piece)
     monkeypatch.setattr(reference, "_has_bf16", lambda: True)  # whatever CPU this is
     call = call_of(**call)
@@ -174,7 +174,7 @@ def test_the_reference_moves_what_the_model_says(call, piece, monkeypatch):
     assert largest <= p.B * p.rows * p.D * 4
     kinds = {
         "images": ("constant_pad_nd", "copy_"), "normalise": ("sub_", "mul_"),
-        "product": ("_linear_pointwise", "addmm", "addmm_"),
+        "product": ("_linear_pointwise", "addmm", "addmm_", "mm"), "add": ("add", "add_"),
     }  # fmt: skip
     counted = Counter()
     for name, read, written in operators.moved:
@@ -189,13 +189,19 @@ def test_the_reference_moves_what_the_model_says(call, piece, monkeypatch):
     assert counted["images"] == copies
     if "position" in requested:  # prefix + its rows of the table
         table = p.T * p.D * (p.B if p.pos_per_image else 1) * p.weight_dtype.itemsize
-        prefix_sum = p.T * p.D * 4 + table + p.B * p.T * p.D * p.out_dtype.itemsize
-        assert counted["add"] == prefix_sum + requested["tokens"] + _added_positions(p, requested)
+        prefix_sum = (
+            p.T * p.D * (p.out_dtype if p.weight_dtype == p.out_dtype else p.sum_dtype).itemsize
+            + table
+            + p.B * p.T * p.D * p.out_dtype.itemsize
+        )
+        table = requested.get("table", 0)
+        assert counted["add"] == prefix_sum + table + requested["tokens"] + _added_positions(p, requested)
     assert f" {one.note.split()[1]}" == " pieces"
 
 
 def _added_positions(p, requested):
-    return requested["position"] if p.n_keep is None else p.B * p.rows * p.D * p.weight_dtype.itemsize
+    table = (p.sum_dtype if "table" in requested else p.weight_dtype).itemsize
+    return requested["position"] if p.n_keep is None else p.B * p.rows * p.D * table
 
 
 # --- Triton programs, in the interpreter: unmasked bytes of every load and store.

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import platform
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .. import __version__
+from .. import __version__, cpu
 from ..backends.triton.config_cache import compiled_from
 
 # What changes how fast PyTorch is, where it is set.
@@ -25,10 +24,12 @@ def header(device: torch.device | str, command: str) -> dict[str, Any]:
     if commit and output("git", "-C", str(root), "status", "--porcelain"):
         commit += "+changes"
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    capability = torch.backends.cpu.get_cpu_capability()  # PyTorch's own, as it was built or told
+    processor = (cpu.name(), f"{torch.get_num_threads()} threads", capability, *cpu.instructions()[:3])
     return {
         "gpu": gpu,
         "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if gpu else None,
-        "cpu": f"{cpu_name()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
+        "cpu": ", ".join(processor),
         "torch": torch.__version__,
         "triton": compiled_from()["triton"],
         "vitkernels": __version__,
@@ -43,12 +44,3 @@ def output(*command: str) -> str | None:
         return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip() or None
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        brand = output("sysctl", "-n", "machdep.cpu.brand_string") if platform.system() == "Darwin" else None
-        return brand or platform.processor() or platform.machine()

@@ -89,10 +89,10 @@ def machine() -> dict[str, Any]:
     """Processor and GPUs; the latter from the driver's own tool, which creates no CUDA context."""
     import torch
 
-    from ..bench.environment import cpu_name
+    from .. import cpu
 
     return {
-        "cpu": cpu_name(),
+        "cpu": cpu.name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "instructions": torch.backends.cpu.get_cpu_capability(),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
 from dataclasses import replace
 from math import prod
 
@@ -25,23 +27,22 @@ def forward(p: PatchProblem) -> Algorithm:
     if p.T:
         table = p.T * p.D * p.weight_dtype.itemsize * (p.pos_rows > p.N) * (p.B if p.pos_per_image else 1)
         passes.append(Pass("prefix", sizes.prefix + table, prefix))
-    step, spans = unfold._cut(p, unfold._piece_rows(p, dtype, torch.get_num_threads()))
-    batches = -(-p.B // max(1, step)) if p.rows else 0
-    requests = _requests(p, dtype, step, spans, batches, weight, bias)
+    way = unfold.way_of(p, dtype)
+    requests = _requests(p, dtype, way, weight, bias)
     first = max(0, p.pos_rows - p.N) * p.D * p.weight_dtype.itemsize * (p.B if p.pos_per_image else 1)
     read = sizes.images + weight + bias + sizes.position - first + sizes.keep
     passes.append(Pass("pieces", read, sizes.tokens - prefix, p.flops, 0, requests))
-    largest = min(step, p.B) * max(n.stop - n.start for n in spans) * p.K * size
+    largest = (way.images[0].stop if way.images else 0) * (way.spans[0].stop + way.room) * way.columns * size
     name = str(dtype).removeprefix("torch.")
-    return Algorithm(tuple(passes), 0, f"{batches * len(spans)} pieces of {largest / 1e6:.2f} MB at most, in {name}")
+    return Algorithm(
+        tuple(passes), 0, f"{len(way.images) * len(way.spans)} pieces of {largest / 1e6:.2f} MB at most, in {name}"
+    )
 
 
-def _requests(
-    p: PatchProblem, dtype, step: int, spans: list[slice], batches: int, weight: int, bias: int
-) -> dict[str, int]:
-    s, size, pieces = p.image_dtype.itemsize, dtype.itemsize, batches * len(spans)
-    elements, M, taken = p.B * p.rows * p.K, p.B * p.rows * p.D, p.B * p.rows * INDEX
-    staged = unfold.is_staged(p, spans)
+def _requests(p: PatchProblem, dtype, way: unfold.Way, weight: int, bias: int) -> dict[str, int]:
+    s, size, w = p.image_dtype.itemsize, dtype.itemsize, p.weight_dtype.itemsize
+    batches, pieces = len(way.images), len(way.images) * len(way.spans)
+    elements, staged = p.B * p.rows * p.K, way.windows is None
     whole = p.B * p.C * p.F * p.H * p.W
     padded = p.B * p.C * prod(n + 2 * pad for n, pad in zip((p.F, p.H, p.W), p.pad, strict=True)) * size
     # In place: x − m and ·a with a value of each channel, or ·scale
@@ -51,21 +52,31 @@ def _requests(
         "images": whole * (s + size) * staged + (whole * size + padded) * any(p.pad),
         "normalise": turns * (2 * size * (whole if staged else elements) + constants * (batches if staged else pieces)),
         "kept patches": 0 if p.n_keep is None else 2 * moved,
-        "patches": 0 if unfold.is_matrix(p, dtype, spans) else moved + elements * size,
-        "product": elements * size + pieces * (weight + bias) + M * size,
-        "tokens": M * size + M * p.out_dtype.itemsize,
+        "patches": 0 if way.as_they_are else moved + elements * size,
+        "keep": 0 if p.n_keep is None else p.B * p.rows * INDEX,
     }
-    if p.pos_rows and dtype == p.out_dtype:  # where the sum starts at position and bias, which are added first
-        alone = batches if step == 1 or p.B == 1 else int(p.B % step == 1)
-        few = [n.stop - n.start for n in spans if unfold.is_small(p, slice(0, 1), n, dtype)] * alone
-        Ms = sum(few) * p.D
-        requests["product"] += Ms * size - len(few) * bias
-        requests["tokens"] += len(few) * bias - Ms * p.out_dtype.itemsize
-    if p.pos_rows:
-        w, per_batch = p.weight_dtype.itemsize, p.B if p.pos_per_image else batches
-        kept = 0
-        if p.n_keep is not None:  # gathered first: at most the table, for each piece
-            each = [min(p.N, min(step, p.B) * (n.stop - n.start)) for n in spans]
-            kept = M * w + batches * sum(each) * p.D * w
-        requests["position"] = M * w + kept if p.n_keep is not None else per_batch * p.rows * p.D * w
-    return {name: n for name, n in requests.items() if n} | ({"keep": taken} if p.n_keep is not None else {})
+    found = Counter(requests)
+    tabled = way.in_place and p.has_bias and dtype != torch.bfloat16  # the bias is in the table of positions
+    if tabled and p.pos_rows:
+        found["table"] = p.N * p.D * (w + size) + bias
+        w = size
+    for b, n in itertools.product(way.images, way.spans):
+        images, rows = b.stop - b.start, n.stop - n.start
+        M = images * rows * p.D
+        room = images * way.room
+        found["product"] += (images * rows + room) * (p.K + p.D) * size + weight
+        if p.pos_rows:
+            each = images if p.pos_per_image else 1
+            found["position"] += each * rows * p.D * w
+            if p.n_keep is not None:  # gathered first: at most the table, for each piece
+                found["position"] += (M - each * rows * p.D) * w + (M + min(p.N, images * rows) * p.D) * w
+        if way.in_place and (room or p.T == 0 or images == 1):
+            found["tokens"] += 2 * M * size * (p.pos_rows > 0 or tabled)
+            found["position"] += bias * (tabled and not p.pos_rows)
+        elif p.pos_rows and dtype == p.out_dtype and unfold.is_small(p, b, n, dtype):
+            found["product"] += M * size  # it starts at position and bias, which are added first
+            found["tokens"] += bias + M * size
+        else:
+            found["product"] += bias * (not tabled)
+            found["tokens"] += M * size + M * p.out_dtype.itemsize
+    return {name: n for name, n in found.items() if n}

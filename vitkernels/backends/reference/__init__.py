@@ -12,12 +12,11 @@ import os
 from functools import lru_cache
 
 import torch
-import torch.nn.functional as F
 
 from ...problem import PatchProblem, in_grid
 from ..common import empty
 from .gradients import backward as backward
-from .unfold import columns_of, is_small, linear_of, pieces
+from .unfold import Way, is_small, linear_of, pieces, way_of
 
 
 def why_not(p: PatchProblem) -> list[str]:
@@ -39,36 +38,60 @@ def forward(
 ) -> torch.Tensor:  # [B, T+N, D]
     dtype = product_dtype(p)
     keep, outside = in_grid(p, keep)
-    if pos_embed is not None and pos_embed.ndim == 2:
-        pos_embed = pos_embed[None]
     out = empty(images, p.out_shape, p.out_dtype)
+    way = way_of(p, dtype)
+    W, bias, table = _operands(p, way, dtype, weight, bias, pos_embed)
+    for b, n, x in pieces(p, images, keep, dtype, way):  # x [b·n or b·(T+N), columns]
+        tokens = out.narrow(1, p.T + n.start, n.stop - n.start)  # [b, n, D]
+        if b.stop - b.start < p.B:
+            tokens = tokens[b]
+        positions = None if table is None else _positions(p, table, b, n, keep)
+        if way.room or (way.in_place and tokens.is_contiguous()):
+            torch.mm(x, W.t(), out=(out[b] if way.room else tokens).view(-1, p.D))
+            if positions is not None:
+                tokens.add_(positions)
+        elif positions is not None and dtype == p.out_dtype and is_small(p, b, n, dtype):
+            if bias is None:
+                tokens.copy_(positions)
+            else:
+                torch.add(positions, bias, out=tokens.view(positions.shape))
+            tokens.squeeze(0).addmm_(x, W.t())
+        else:
+            _add(linear_of(p.on_cpu, dtype)(x, W, bias), positions, tokens)
     if prefix is not None:
         first = out.narrow(1, 0, p.T)
         if pos_embed is None or p.pos_rows == p.N:
             first.copy_(prefix)
         else:
-            torch.add(prefix.to(p.sum_dtype), pos_embed.narrow(1, 0, p.T).expand(p.B, -1, -1), out=first)
-    W = weight.reshape(p.D, p.K).to(dtype).contiguous()  # oneDNN reads past the strides of either
-    columns = columns_of(p, dtype)
-    if columns > p.K:
-        W = F.pad(W, (0, columns - p.K))
-    bias = bias if bias is None else bias.to(dtype).contiguous()
-    for b, n, x in pieces(p, images, keep, dtype, columns):  # x [b·n, K, or more with zeros]
-        tokens = out.narrow(1, p.T + n.start, n.stop - n.start)  # [b, n, D]
-        if b.stop - b.start < p.B:
-            tokens = tokens[b]
-        positions = None if pos_embed is None else _positions(p, pos_embed, b, n, keep)
-        if positions is not None and dtype == p.out_dtype and is_small(p, b, n, dtype):
-            if bias is None:
-                tokens.copy_(positions)
-            else:
-                torch.add(positions, bias, out=tokens)
-            tokens.squeeze(0).addmm_(x, W.t())
-        else:
-            _add(linear_of(p.on_cpu, dtype)(x, W, bias), positions, tokens)
+            if prefix.dtype != p.out_dtype:
+                prefix = prefix.to(p.sum_dtype)  # the sum is rounded once
+            torch.add(prefix, pos_embed.narrow(-2, 0, p.T).expand(p.B, -1, -1), out=first)
     if outside is not None:
         out[:, p.T :].masked_fill_(outside[:, :, None], float("nan"))
     return out
+
+
+def _operands(
+    p, way: Way, dtype: torch.dtype, weight, bias, pos_embed
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """W [D, columns], bias [D], and what is added to all patches [(1|B,) N, D], as `way` multiplies and adds them."""
+    W = weight.view(p.D, p.K) if weight.is_contiguous() else weight.reshape(p.D, p.K)
+    if way.columns > p.K:
+        narrow, W = W, empty(weight, (p.D, way.columns), dtype)
+        W[:, : p.K].copy_(narrow)
+        W[:, p.K :].zero_()
+    elif W.dtype != dtype or not W.is_contiguous():
+        W = W.to(dtype).contiguous()  # oneDNN reads past the strides of this and the bias
+    if bias is not None:
+        bias = bias.to(dtype).contiguous()
+    table = None if pos_embed is None else pos_embed.narrow(-2, p.pos_rows - p.N, p.N)
+    if not way.in_place or bias is None:
+        return W, bias, table
+    if dtype == torch.bfloat16:
+        W[:, p.K] = bias  # times the ones in the patches' column: rounded with the product, as others round it
+    else:
+        table = bias.expand(p.N, p.D) if table is None else table + bias
+    return W, None, table
 
 
 def _add(products: torch.Tensor, positions: torch.Tensor | None, tokens: torch.Tensor) -> None:
@@ -81,17 +104,16 @@ def _add(products: torch.Tensor, positions: torch.Tensor | None, tokens: torch.T
         tokens.copy_(products.add_(positions))
 
 
-def _positions(p, pos_embed, b: slice, n: slice, keep) -> torch.Tensor:
-    """What is added to the tokens of one piece, [1|b, n, D]."""
-    first = p.pos_rows - p.N
+def _positions(p, table, b: slice, n: slice, keep) -> torch.Tensor:
+    """What is added to the tokens of one piece, [(1|b,) n, D]."""
     if p.pos_per_image:
-        pos_embed = pos_embed[b]
+        table = table[b]
     if keep is None:
-        return pos_embed.narrow(1, first + n.start, n.stop - n.start)
-    pos, kept = pos_embed[:, first:], keep[b, n].long()  # [1|b, N, D], [b, n]
+        return table if n.stop - n.start == p.N else table.narrow(-2, n.start, n.stop - n.start)
+    kept = keep[b, n].long()  # [b, n]
     if not p.pos_per_image:
-        return pos[0].index_select(0, kept.reshape(-1)).view(*kept.shape, p.D)
-    return pos[torch.arange(pos.shape[0], device=pos.device)[:, None], kept]
+        return table.view(p.N, p.D).index_select(0, kept.reshape(-1)).view(*kept.shape, p.D)
+    return table[torch.arange(table.shape[0], device=table.device)[:, None], kept]
 
 
 def product_dtype(p: PatchProblem) -> torch.dtype:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from ...problem import PatchProblem
 from ..common import Grads, canonical, centred, each_or_sum, masked, position, scattered
-from .unfold import columns_of, images_at_once, padded, pieces, product, windows
+from .unfold import images_at_once, padded, pieces, product, way_of, windows
 
 
 def backward(
@@ -53,7 +53,8 @@ def _weight_on_cpu(p, d_tokens, images, keep, out) -> None:
     """Each piece's product is added to one sum. It lies as [K, D] where rows of K would begin anywhere: they take MKL a
     tenth longer."""
     dtype, buffer = p.sum_dtype, None
-    columns = columns_of(p, dtype)
+    way = way_of(p, dtype, tokens=False)
+    columns = way.columns
     in_place = out.dtype == dtype and out.is_contiguous() and columns == p.K and p.K % 16 == 0
     if in_place:
         total = out.zero_().view(p.D, p.K)
@@ -61,7 +62,7 @@ def _weight_on_cpu(p, d_tokens, images, keep, out) -> None:
         total = images.new_zeros((p.D, columns), dtype=dtype)  # [D, K, or more with zeros]
     else:
         total = images.new_zeros((columns, p.D), dtype=dtype).t()
-    for b, n, x in pieces(p, images, keep, dtype, columns, summed=True):  # x [b·n, K, or more with zeros]
+    for b, n, x in pieces(p, images, keep, dtype, way):  # x [b·n, K, or more with zeros]
         dy = d_tokens[b, n]
         if buffer is None:  # the first piece is the largest
             buffer = x.new_empty(dy.numel())
@@ -74,8 +75,9 @@ def _weight_on_cpu(p, d_tokens, images, keep, out) -> None:
 def _weight_on_gpu(p, d_tokens, images, keep, out) -> None:
     """In the product's own dtype, from rows as they are read: a transposed copy would cost more than the product."""
     dtype, total = p.sum_dtype, None
-    columns = columns_of(p, p.compute_dtype)
-    for b, n, x in pieces(p, images, keep, p.compute_dtype, columns):  # x [b·n, K, or more with zeros]
+    for b, n, x in pieces(
+        p, images, keep, p.compute_dtype, way_of(p, p.compute_dtype, tokens=False)
+    ):  # x [b·n, K, or more with zeros]
         dy = d_tokens[b, n].reshape(-1, p.D).to(p.compute_dtype)
         part = product(dy.t(), x, dtype)
         total = part if total is None else total.add_(part)

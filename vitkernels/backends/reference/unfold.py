@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from ... import cpu
 from ...gpu import not_nvidia
 from ...problem import PatchProblem, video_strides
 from ..common import centred, empty
@@ -21,25 +22,26 @@ GPU_BYTES = 3 << 28  # of a piece on a GPU, which it has to fill
 
 
 class Way(NamedTuple):
-    """How images become patches."""
+    """How images become patches, and where their products go."""
 
+    columns: int  # elements of a row of patches: K, a one (for a bias in the weight's column), zeros
+    in_place: bool  # products are written where the tokens are
     images: tuple[slice, ...]  # b and n: a piece is of these images and of these patches of each; the first is
     spans: tuple[slice, ...]  # the largest
     windows: tuple[tuple[int, ...], tuple[int, ...]] | None  # of all images, sizes and strides; None: they are staged
     as_they_are: bool  # patches are multiplied where they lie
+    room: int  # rows of zeros before the patches of each image: a piece's products are then all its tokens
     in_lines: bool  # kept patches are gathered line by line
     wide: torch.dtype  # what pixels are normalised in
 
 
 def pieces(
-    p: PatchProblem, images: torch.Tensor, keep: torch.Tensor | None, dtype: torch.dtype, columns: int,
-    summed: bool = False,
+    p: PatchProblem, images: torch.Tensor, keep: torch.Tensor | None, dtype: torch.dtype, way: Way
 ) -> Iterator[tuple[slice, slice, torch.Tensor]]:  # fmt: skip
-    """Images b, patches n of each, and their normalised pixels [b·n, columns], zeros past K.
+    """Images b, patches n of each, and their normalised pixels [b·n, columns], or with `room` [b·(T+N), columns].
 
-    `summed`: for products that are added up. The buffers are contiguous, and reused by the next piece.
+    The buffers are contiguous, and reused by the next piece.
     """
-    way = _way(p, dtype, _piece_rows(p, dtype, torch.get_num_threads(), summed), columns)
     wide, staged = way.wide, way.windows is None
     grid = None if way.windows is None else images.as_strided(*way.windows)  # [B, G_t, G_h, G_w, C, P_t, P_h, P_w]
     block = buffer = None
@@ -60,15 +62,15 @@ def pieces(
                 part = part if keep is None else _normalise(p, part, 3)  # kept patches are copies, gathered in a row
                 yield b, n, part.reshape(-1, p.K).contiguous()
                 continue
-            rows = (b.stop - b.start) * (n.stop - n.start)
-            if buffer is None and columns == p.K:
+            sizes = (b.stop - b.start, way.room + n.stop - n.start, way.columns)
+            if buffer is None and way.columns == p.K and not way.room:
                 x = empty(images, tuple(part.shape), dtype)
-                piece = buffer = x.view(rows, columns)
+                piece = buffer = x.view(-1, p.K)
             else:
                 if buffer is None:
-                    buffer = images.new_zeros((rows, columns), dtype=dtype)
-                piece = buffer[:rows]
-                x = piece[:, : p.K].view(part.shape)
+                    buffer = _with_room(p, way, images, sizes, dtype)
+                piece = buffer[: sizes[0] * sizes[1]]
+                x = piece.view(sizes)[:, way.room :, : p.K].view(part.shape)
             if staged or wide == dtype:
                 x.copy_(part)
             if not staged and (p.normalised or p.scale != 1):
@@ -78,22 +80,40 @@ def pieces(
             yield b, n, piece
 
 
+def _with_room(p: PatchProblem, way: Way, images, sizes: tuple[int, int, int], dtype: torch.dtype) -> torch.Tensor:
+    """For the patches of a piece, [b·(room + n), columns]: all around them is written here, once."""
+    buffer = empty(images, sizes, dtype)
+    buffer[:, : way.room].zero_()
+    if way.columns > p.K:
+        buffer[:, way.room :, p.K].fill_(1)
+        buffer[:, way.room :, p.K + 1 :].zero_()
+    return buffer.view(-1, way.columns)
+
+
+def way_of(p: PatchProblem, dtype: torch.dtype, tokens: bool = True) -> Way:
+    """`tokens`: whose products these are; others are added up."""
+    threads = torch.get_num_threads()
+    in_place = tokens and _lands_in_tokens(p, dtype, threads)
+    columns = padded(p.K + (in_place and p.has_bias and dtype == torch.bfloat16), p.on_cpu, dtype)
+    return _way(p, dtype, _piece_rows(p, dtype, threads, in_place, not tokens), columns, in_place, threads)
+
+
 @lru_cache(maxsize=1024)
-def _way(p: PatchProblem, dtype: torch.dtype, piece_rows: int, columns: int) -> Way:
-    step, spans = _cut(p, piece_rows)
+def _way(p: PatchProblem, dtype: torch.dtype, piece_rows: int, columns: int, in_place: bool, threads: int) -> Way:
+    images, spans = _cut(p, dtype, piece_rows, threads)
+    as_they_are = columns == p.K and is_matrix(p, dtype, spans)
+    several = len(images) > 0 and images[0].stop > 1 and not as_they_are
     return Way(
-        tuple(slice(first, min(first + step, p.B)) for first in range(0, p.B if p.rows else 0, max(1, step))),
+        columns,
+        in_place,
+        tuple(images),
         tuple(spans),
-        None if is_staged(p, spans) else ((p.B, *p.G, p.C, *p.P), _steps(p, p.image_strides)),
-        columns == p.K and is_matrix(p, dtype, spans),
+        None if is_staged(p, dtype, spans) else ((p.B, *p.G, p.C, *p.P), _steps(p, p.image_strides)),
+        as_they_are,
+        p.T if in_place and several else 0,
         p.on_cpu and _lies_in_lines(p),
         _normalised_dtype(p, dtype),
     )
-
-
-def columns_of(p: PatchProblem, dtype: torch.dtype) -> int:
-    """Elements of a row of patches."""
-    return padded(p.K, p.on_cpu, dtype)
 
 
 def padded(n: int, on_cpu: bool, dtype: torch.dtype) -> int:
@@ -109,9 +129,12 @@ def padded(n: int, on_cpu: bool, dtype: torch.dtype) -> int:
     return n if dtype.itemsize > 2 else -(-n // 8) * 8
 
 
-def is_staged(p: PatchProblem, spans: list[slice]) -> bool:
-    """Whether images are copied first, in memory's order, and normalised; a CPU's patches then come from the cache."""
+def is_staged(p: PatchProblem, dtype: torch.dtype, spans: list[slice]) -> bool:
+    """Whether images are copied first, in memory's order, and normalised; a CPU's patches then come from the cache. On
+    Intel's that gains only where they are converted."""
     whole = p.on_cpu and p.B > 1 and p.n_keep is None and len(spans) == 1
+    if whole and cpu.is_intel():
+        whole = p.image_dtype != _normalised_dtype(p, dtype)
     return any(p.pad) or (whole and p.image_strides[-1] == 1 and not _lies_in_rows(p))
 
 
@@ -119,7 +142,7 @@ def is_matrix(p: PatchProblem, dtype: torch.dtype, spans: list[slice]) -> bool:
     """Whether patches are multiplied where they lie: kept ones, which are gathered anyhow, and such as lie in rows."""
     plain = _lies_in_rows(p) and not p.normalised and p.scale == 1
     same = p.image_dtype == dtype == _normalised_dtype(p, dtype)
-    return same and not is_staged(p, spans) and (plain or p.n_keep is not None)
+    return same and not is_staged(p, dtype, spans) and (plain or p.n_keep is not None)
 
 
 def _lies_in_rows(p: PatchProblem) -> bool:
@@ -136,16 +159,41 @@ def _is_dense(p: PatchProblem, strides: tuple[int, ...]) -> bool:
     return all(n == 1 or s == prod(sizes[i + 1 :]) for i, (n, s) in enumerate(zip(sizes, strides, strict=True)))
 
 
-def _cut(p: PatchProblem, piece_rows: int) -> tuple[int, list[slice]]:
-    """Images in a piece, and the patches of an image that make one: all of them, unless one image is too large."""
+def _cut(p: PatchProblem, dtype: torch.dtype, piece_rows: int, threads: int) -> tuple[list[slice], list[slice]]:
+    """The images of each piece, and the patches of an image that make one: all, unless one image is too large."""
+    if p.B * p.rows == 0:
+        return [], [slice(0, 0)]
+    step, spans = 1, _spans(p, piece_rows)
     if p.rows <= piece_rows:
-        most = piece_rows // max(1, p.rows)
-        return -(-p.B // max(1, -(-p.B // most))), [slice(0, p.rows)]  # pieces of like size
+        step = _alike(p.B, piece_rows // p.rows)
+        least, most = _by_one_thread(p, dtype, threads)
+        if least <= step * p.rows < most:
+            step = _alike(p.B, max(1, least // p.rows))
+    return [slice(first, min(first + step, p.B)) for first in range(0, p.B, step)], spans
+
+
+def _alike(B: int, most: int) -> int:
+    """Images of a piece where all pieces have about as many."""
+    return -(-B // max(1, -(-B // most)))
+
+
+def _by_one_thread(p: PatchProblem, dtype: torch.dtype, threads: int) -> tuple[int, int]:
+    """From how many rows, and below how many, oneDNN's product for AMX keeps the second of two threads idle (3.12; seen
+    in what it asks of OpenMP, for K = 192 to 3,072, D = 192 to 1,536). With more threads it does not."""
+    if not (p.on_cpu and threads == 2 and dtype == torch.bfloat16 and "amx_bf16" in cpu.instructions()):
+        return 0, 0
+    few = min(p.D, 768)
+    return few * 5 // 6, few * 2
+
+
+def _spans(p: PatchProblem, piece_rows: int) -> list[slice]:
+    if p.rows <= piece_rows:
+        return [slice(0, p.rows)]
     # Cut along the list of kept patches, or along the lines of the grid, frame by frame.
     frames, lines, line = (1, p.rows, 1) if p.n_keep is not None else p.G
     step = max(1, piece_rows // line)
     starts = [(t, y) for t in range(frames) for y in range(0, lines, step)]
-    return 1, [slice((t * lines + y) * line, (t * lines + min(y + step, lines)) * line) for t, y in starts]
+    return [slice((t * lines + y) * line, (t * lines + min(y + step, lines)) * line) for t, y in starts]
 
 
 def windows(p: PatchProblem, images: torch.Tensor) -> torch.Tensor:
@@ -201,12 +249,14 @@ def _normalise(p: PatchProblem, x: torch.Tensor, after: int) -> torch.Tensor:
 
 
 def linear_of(on_cpu: bool, dtype: torch.dtype) -> Callable[..., torch.Tensor]:
-    """x·Wᵀ + bias. For fp32 by what Inductor calls: oneDNN multiplies up to 2.2 × faster than MKL, which F.linear
-    takes, on a CPU that isn't Intel's. Not where x and W are small: one image in 192 channels takes oneDNN 540 µs and
-    MKL 490, and P = 14 770 and 525 (2 cores of an AMD EPYC, torch 2.14)."""
-    if on_cpu and dtype == torch.float32 and _has_onednn() and torch.backends.mkldnn.enabled:
-        return _linear
-    return F.linear
+    """x·Wᵀ + bias, by what Inductor calls: oneDNN adds a bias in bf16 for nothing, for which F.linear takes a tenth
+    longer. In fp32 it multiplies up to 2.2 × faster than MKL, which F.linear takes, on a CPU that isn't Intel's, and on
+    Intel's a tenth slower."""
+    if not (on_cpu and _has_onednn() and torch.backends.mkldnn.enabled):
+        return F.linear
+    if dtype == torch.bfloat16:
+        return _onednn
+    return _linear if dtype == torch.float32 and not cpu.is_intel() else F.linear
 
 
 def is_small(p: PatchProblem, b: slice, n: slice, dtype: torch.dtype) -> bool:
@@ -215,9 +265,26 @@ def is_small(p: PatchProblem, b: slice, n: slice, dtype: torch.dtype) -> bool:
     return p.on_cpu and dtype == torch.float32 and b.stop - b.start == 1 and n.stop - n.start < 1000
 
 
+@lru_cache(maxsize=1024)
+def _lands_in_tokens(p: PatchProblem, dtype: torch.dtype, threads: int) -> bool:
+    """Whether a piece's product is written where its tokens are, and positions added there, on Intel's: then a piece
+    has twice the rows. In bf16 the bias takes a column of the weight, which is copied: where that gains rows."""
+    if not (p.on_cpu and cpu.is_intel() and p.B > 1 and dtype == p.out_dtype):
+        return False
+    if dtype == torch.bfloat16:
+        rows = _piece_rows(p, dtype, threads)
+        return not p.has_bias or padded(p.K, True, dtype) > p.K or (rows < p.B * p.rows and p.D >= p.K)
+    return dtype == torch.float32 and not p.pos_per_image
+
+
 def _linear(x: torch.Tensor, W: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    if W.shape[0] <= 384 and x.shape[0] < 1000:
-        return F.linear(x, W, bias)
+    """By MKL where x and W are small: one image in 192 channels takes oneDNN 540 µs and MKL 490, and P = 14 770 and 525
+    (2 cores of an AMD EPYC, torch 2.14)."""
+    small = W.shape[0] <= 384 and x.shape[0] < 1000
+    return (F.linear if small else _onednn)(x, W, bias)
+
+
+def _onednn(x: torch.Tensor, W: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, W, bias, "none", [], "")
 
 
@@ -248,16 +315,26 @@ def images_at_once(p: PatchProblem) -> int:
 
 
 @lru_cache(maxsize=1024)
-def _piece_rows(p: PatchProblem, dtype: torch.dtype, threads: int, summed: bool = False) -> int:
+def _piece_rows(p: PatchProblem, dtype: torch.dtype, threads: int, in_place: bool = False, summed: bool = False) -> int:
     """Patches of a piece. On a CPU all that a piece needs (its images, patches, product and positions, and the weight
     where it is converted) stays within 3.75 MB a thread; half of that, which the caches hold, where the weight is small
     enough to be read again for each piece. Where products are added up, the sum is read and written for each
-    piece: all of it. On a GPU a piece has to fill it."""
+    piece: all of it. And on Intel's CPUs, whose products need many rows. On a GPU a piece has to fill it."""
     most = 3_750_000 * max(2, threads) if p.on_cpu else GPU_BYTES
     weight = p.D * p.K * dtype.itemsize
     converted = weight * (dtype != p.weight_dtype)
-    budget = most if summed else max(most // 4, min(max(most // 2, 2 * weight), most - converted))
+    whole = p.on_cpu and cpu.is_intel() and p.n_keep is None
+    if summed:
+        budget = most
+    elif whole:
+        aside = 2 * weight if dtype == torch.bfloat16 else p.N * p.D * dtype.itemsize  # oneDNN's copies, or the table
+        budget = max(most // 4, min(most // 2, weight), most - converted - aside)
+    else:
+        budget = max(most // 4, min(max(most // 2, 2 * weight), most - converted))
     kept, wide = p.n_keep is not None, _normalised_dtype(p, dtype)
     gathered = kept and p.image_dtype == dtype == wide and not any(p.pad)  # and multiplied as they are
-    row = p.K * (dtype.itemsize + wide.itemsize * (not gathered)) + p.D * dtype.itemsize * (1 + kept)
+    straight = gathered or (whole and p.image_dtype == wide and not any(p.pad))
+    row = p.K * (dtype.itemsize + wide.itemsize * (not straight)) + p.D * dtype.itemsize * (
+        1 + kept - (in_place and whole)
+    )
     return max(1, budget // row)
