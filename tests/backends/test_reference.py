@@ -113,6 +113,38 @@ def test_pieces_of_any_size(seed, piece_rows, maker, poisoned, monkeypatch):
         assert row["ok"], row
 
 
+INTERLEAVED = {
+    "a picture": dict(images=(3, 3, 32, 48), weight=(8, 3, 8, 16)),
+    "one image": dict(images=(1, 3, 64, 64), weight=(4, 3, 8, 8)),
+    "normalised": dict(
+        images=(3, 3, 32, 48), weight=(8, 3, 16, 16), mean=(0.3, 0.5, 0.1), std=(0.5, 0.2, 2.0), scale=0.25
+    ),
+    "mean alone": dict(images=(3, 4, 32, 48), weight=(8, 4, 16, 16), mean=(0.3, 0.5, 0.1, 0.7)),
+    "std alone": dict(images=(3, 4, 32, 48), weight=(8, 4, 16, 16), std=(0.3, 0.5, 0.1, 0.7)),
+    "video": dict(images=(2, 3, 4, 32, 48), weight=(8, 3, 2, 16, 16), mean=0.5),
+    "overlap and padding": dict(images=(3, 3, 33, 45), weight=(8, 3, 7, 9), stride=(4, 5), padding=(2, 3), std=0.5),
+    "kept": dict(images=(3, 3, 32, 48), weight=(4, 3, 8, 16), keep=((3, 3, 1, 0),) * 3, std=(0.5, 0.2, 2.0)),
+}
+
+
+@pytest.mark.parametrize("pixels", [torch.uint8, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("lie", ["weight as it is", "weight channels-last"])
+@pytest.mark.parametrize("name", INTERLEAVED)
+def test_channels_side_by_side(name, lie, pixels, maker):
+    """A pixel's channels lie together, as a decoder and channels-last models leave them."""
+    call = dict(INTERLEAVED[name])
+    images, weight = (images_of(*call.pop(n), dtype=torch.float32, seed=i) for i, n in enumerate(("images", "weight")))
+    images = (images * 50).abs().to(pixels).movedim(1, -1).contiguous().movedim(-1, 1)
+    if lie == "weight channels-last":
+        weight = weight.movedim(1, -1).contiguous().movedim(-1, 1)
+    if "keep" in call:
+        call["keep"] = torch.tensor(call["keep"])
+    call |= {"images": images, "weight": weight, "bias": images_of(len(weight), dtype=torch.float32)}
+    assert unfold.side_by_side(vk.explain(**call).problem) is not None
+    for row in accuracy.compare(call, "reference", gradients=True):
+        assert row["ok"], row
+
+
 PLACES = {  # images, patch, rows of the table, pieces of so many patches
     "a piece": ((5, 3, 32, 48), 16, 2 + 6, 100),
     "the last piece is one image": ((5, 3, 32, 48), 16, 2 + 6, 12),

@@ -152,13 +152,14 @@ def test_what_the_peers_keep_for_the_backward(case):
     "call",
     [
         dict(B=5, H=32, W=32, P=16, D=48, pixels=U8, **NORM),
+        dict(B=5, H=32, W=32, P=16, D=8, pixels=U8, channels_last=True, **NORM),
         dict(B=3, H=32, W=48, P=8, D=40, weights=HALF, pixels=HALF),
         dict(B=3, H=32, W=32, P=8, D=24, keep=7, pixels=U8),
         dict(B=3, H=32, W=32, P=8, D=24, keep=7),
         dict(B=2, H=32, W=32, P=8, D=24, padding=3, pos="B"),
         dict(B=2, H=30, W=30, P=7, D=24, T=0, pos=None, stride=5),
     ],
-    ids=["normalised", "bf16", "kept", "kept floats", "padded", "overlap"],
+    ids=["normalised", "channels-last", "bf16", "kept", "kept floats", "padded", "overlap"],
 )
 def test_the_reference_moves_what_the_model_says(call, piece, maker, monkeypatch):
     monkeypatch.setattr(unfold, "_piece_rows", lambda *_: piece)

@@ -21,8 +21,12 @@ def forward(p: PatchProblem) -> Algorithm:
     sizes, dtype = Sizes.of(p), reference.product_dtype(p)
     size, passes = dtype.itemsize, []
     weight, bias = p.D * p.K * size, p.D * size * p.has_bias
+    interleaved = unfold.side_by_side(p)
     if dtype != p.weight_dtype:
         passes.append(Pass("weight and bias to the product's dtype", sizes.weight + sizes.bias, weight + bias))
+    elif interleaved and p.weight_strides[1] != 1:
+        passes.append(Pass("weight in the pixels' order", sizes.weight, weight))
+    p = interleaved or p
     prefix = p.B * p.T * p.D * p.out_dtype.itemsize
     if p.T:
         table = p.T * p.D * p.weight_dtype.itemsize * (p.pos_rows > p.N) * (p.B if p.pos_per_image else 1)
@@ -45,8 +49,11 @@ def _requests(p: PatchProblem, dtype, way: unfold.Way, weight: int, bias: int) -
     elements, staged = p.B * p.rows * p.K, way.windows is None
     whole = p.B * p.C * p.F * p.H * p.W
     padded = p.B * p.C * prod(n + 2 * pad for n, pad in zip((p.F, p.H, p.W), p.pad, strict=True)) * size
-    # In place: x − m and ·a with a value of each channel, or ·scale
-    turns, constants = (2, p.C * p.sum_dtype.itemsize) if p.normalised else (int(p.scale != 1), 0)
+    # In place: x − m and ·a with a value of each channel, or of a line where channels lie side by side; or ·scale
+    turns, constants = (2, p.C) if p.normalised else (int(p.scale != 1), 0)
+    if p.normalised and len(p.centred[0]) != p.C:
+        constants = p.W if staged else p.P[2]
+    constants *= p.sum_dtype.itemsize
     moved = elements * size if staged else elements * s
     requests = {
         "images": whole * (s + size) * staged + (whole * size + padded) * any(p.pad),

@@ -16,7 +16,7 @@ import torch
 from ...problem import PatchProblem, in_grid
 from ..common import empty
 from .gradients import backward as backward
-from .unfold import Way, is_small, linear_of, pieces, way_of
+from .unfold import Way, is_small, linear_of, pieces, side_by_side, way_of
 
 
 def why_not(p: PatchProblem) -> list[str]:
@@ -39,6 +39,9 @@ def forward(
     dtype = product_dtype(p)
     keep, outside = in_grid(p, keep)
     out = empty(images, p.out_shape, p.out_dtype)
+    if (q := side_by_side(p)) is not None:
+        p, weight = q, weight.movedim(1, -1)
+        images = images.as_strided((p.B, p.C, p.F, p.H, p.W), p.image_strides)
     way = way_of(p, dtype)
     W, bias, table = _operands(p, way, dtype, weight, bias, pos_embed)
     for b, n, x in pieces(p, images, keep, dtype, way):  # x [b·n or b·(T+N), columns]

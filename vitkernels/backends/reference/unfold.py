@@ -6,16 +6,17 @@ The pieces are all that is here for speed: one piece's patches stay in the cache
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import lru_cache
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from ... import cpu
 from ...gpu import not_nvidia
-from ...problem import PatchProblem, video_strides
+from ...problem import Layout, PatchProblem, video_strides
 from ..common import centred, empty
 
 GPU_BYTES = 3 << 28  # of a piece on a GPU, which it has to fill
@@ -116,6 +117,21 @@ def _way(p: PatchProblem, dtype: torch.dtype, piece_rows: int, columns: int, in_
     )
 
 
+@lru_cache(maxsize=1024)
+def side_by_side(p: PatchProblem) -> PatchProblem | None:
+    """The same problem where a pixel's channels lie side by side: of one channel, in which a pixel is C long. Patches
+    are then lines of P_w·C elements. The weight has to lie likewise (channels-last), or is copied."""
+    b, c, f, h, w = p.image_strides
+    free = p.weight_strides[1] == 1 or p.B * p.rows >= 2 * p.D
+    if not (p.on_cpu and p.C > 1 and p.P != (1, 1, 1) and (c, w) == (1, p.C) and free):
+        return None
+    wider: dict[str, Any] = {name: (*getattr(p, name)[:2], getattr(p, name)[2] * p.C) for name in ("P", "S", "pad")}
+    if p.normalised:  # `_normalise` repeats them along a line
+        wider |= {"mean": p.mean or (0.0,) * p.C, "std": p.std or (1.0,) * p.C}
+    layout = Layout(p.image_dtype, (b, p.W * p.C, f, h, 1))
+    return replace(p, C=1, W=p.W * p.C, tensors=(layout, *p.tensors[1:]), **wider)
+
+
 def padded(n: int, on_cpu: bool, dtype: torch.dtype) -> int:
     """n elements of a product's row and zeros behind them. On a GPU rows of halves begin at 16 bytes: the library's
     product of K = 588 takes 441 µs as it lies and 129 padded (H200, ViT-L/14, B = 256). On a CPU with AMX oneDNN's
@@ -132,10 +148,15 @@ def padded(n: int, on_cpu: bool, dtype: torch.dtype) -> int:
 def is_staged(p: PatchProblem, dtype: torch.dtype, spans: list[slice]) -> bool:
     """Whether images are copied first, in memory's order, and normalised; a CPU's patches then come from the cache. On
     Intel's that gains only where they are converted."""
-    whole = p.on_cpu and p.B > 1 and p.n_keep is None and len(spans) == 1
+    return any(p.pad) or (len(spans) == 1 and _gains_by_staging(p, dtype))
+
+
+def _gains_by_staging(p: PatchProblem, dtype: torch.dtype) -> bool:
+    whole = p.on_cpu and p.B > 1 and p.n_keep is None and p.image_strides[-1] == 1 and not _lies_in_rows(p)
     if whole and cpu.is_intel():
-        whole = p.image_dtype != _normalised_dtype(p, dtype)
-    return any(p.pad) or (whole and p.image_strides[-1] == 1 and not _lies_in_rows(p))
+        wide = _normalised_dtype(p, dtype)
+        return p.image_dtype != wide and (wide != dtype or p.P[2] < 32)  # long lines are converted as fast on their way
+    return whole
 
 
 def is_matrix(p: PatchProblem, dtype: torch.dtype, spans: list[slice]) -> bool:
@@ -243,7 +264,11 @@ def _normalise(p: PatchProblem, x: torch.Tensor, after: int) -> torch.Tensor:
     """(x·scale − mean)/std in place; the channel is the dimension before the last `after`."""
     if p.normalised:
         # Rounded to 16 bits, m and a would err alike for every pixel, and that does not cancel in the sum.
-        m, a = centred(p, p.sum_dtype).view(2, p.C, *(1,) * after)
+        m, a = centred(p, p.sum_dtype)
+        if len(m) == p.C:
+            m, a = m.view(p.C, *(1,) * after), a.view(p.C, *(1,) * after)
+        else:  # of channels that lie side by side
+            m, a = m.repeat(x.shape[-1] // len(m)), a.repeat(x.shape[-1] // len(a))
         return x.sub_(m).mul_(a)
     return x if p.scale == 1 else x.mul_(p.scale)
 
@@ -333,7 +358,7 @@ def _piece_rows(p: PatchProblem, dtype: torch.dtype, threads: int, in_place: boo
         budget = max(most // 4, min(max(most // 2, 2 * weight), most - converted))
     kept, wide = p.n_keep is not None, _normalised_dtype(p, dtype)
     gathered = kept and p.image_dtype == dtype == wide and not any(p.pad)  # and multiplied as they are
-    straight = gathered or (whole and p.image_dtype == wide and not any(p.pad))
+    straight = gathered or (whole and dtype == wide and not any(p.pad) and not _gains_by_staging(p, dtype))
     row = p.K * (dtype.itemsize + wide.itemsize * (not straight)) + p.D * dtype.itemsize * (
         1 + kept - (in_place and whole)
     )
