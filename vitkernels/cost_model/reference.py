@@ -63,7 +63,7 @@ def _requests(p: PatchProblem, dtype, way: unfold.Way, weight: int, bias: int) -
         "keep": 0 if p.n_keep is None else p.B * p.rows * INDEX,
     }
     found = Counter(requests)
-    tabled = way.in_place and p.has_bias and dtype != torch.bfloat16  # the bias is in the table of positions
+    tabled = way.in_place and unfold.has_bias_in_table(p, dtype)
     if tabled and p.pos_rows:
         found["table"] = p.N * p.D * (w + size) + bias
         w = size
@@ -78,6 +78,7 @@ def _requests(p: PatchProblem, dtype, way: unfold.Way, weight: int, bias: int) -
             if p.n_keep is not None:  # gathered first: at most the table, for each piece
                 found["position"] += (M - each * rows * p.D) * w + (M + min(p.N, images * rows) * p.D) * w
         if way.in_place and (room or p.T == 0 or images == 1):
+            found["product"] += bias * (not tabled and dtype == torch.float32)
             found["tokens"] += 2 * M * size * (p.pos_rows > 0 or tabled)
             found["position"] += bias * (tabled and not p.pos_rows)
         elif p.pos_rows and dtype == p.out_dtype and unfold.is_small(p, b, n, dtype):

@@ -16,7 +16,7 @@ import torch
 from ...problem import PatchProblem, in_grid
 from ..common import empty
 from .gradients import backward as backward
-from .unfold import Way, is_small, linear_of, pieces, side_by_side, way_of
+from .unfold import Way, has_bias_in_table, is_small, linear_of, pieces, side_by_side, way_of
 
 
 def why_not(p: PatchProblem) -> list[str]:
@@ -50,7 +50,8 @@ def forward(
             tokens = tokens[b]
         positions = None if table is None else _positions(p, table, b, n, keep)
         if way.room or (way.in_place and tokens.is_contiguous()):
-            torch.mm(x, W.t(), out=(out[b] if way.room else tokens).view(-1, p.D))
+            here = (out[b] if way.room else tokens).view(-1, p.D)
+            torch.mm(x, W.t(), out=here) if bias is None else torch.addmm(bias, x, W.t(), out=here)
             if positions is not None:
                 tokens.add_(positions)
         elif positions is not None and dtype == p.out_dtype and is_small(p, b, n, dtype):
@@ -92,8 +93,10 @@ def _operands(
         return W, bias, table
     if dtype == torch.bfloat16:
         W[:, p.K] = bias  # times the ones in the patches' column: rounded with the product, as others round it
-    else:
+    elif has_bias_in_table(p, dtype):
         table = bias.expand(p.N, p.D) if table is None else table + bias
+    else:
+        return W, bias, table
     return W, None, table
 
 
