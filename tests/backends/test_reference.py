@@ -183,6 +183,16 @@ def test_products_and_where_they_land(name, bias, T, dtype, maker, poisoned, mon
         assert row["ok"], row
 
 
+@pytest.mark.parametrize("piece_rows", [12, 8, 4, 2])
+def test_frames_of_a_piece(piece_rows, maker, poisoned, monkeypatch):
+    """Three, two, one of the five frames, or a line of one."""
+    monkeypatch.setattr(unfold, "_piece_rows", lambda *_: piece_rows)
+    images, weight = images_of(2, 3, 10, 16, 16), images_of(8, 3, 2, 8, 8, seed=1)
+    torch.testing.assert_close(
+        vk.patch_embed(images, weight), oracle.oracle(images=images, weight=weight), rtol=1e-10, atol=1e-10
+    )
+
+
 @pytest.mark.parametrize("D", [384, 768, 1024])
 def test_two_threads_both_multiply(D, monkeypatch):
     """Pieces of at least one image have no such number of rows as oneDNN gives to one thread of two."""
@@ -194,6 +204,7 @@ def test_two_threads_both_multiply(D, monkeypatch):
         images, _ = unfold._cut(p, torch.bfloat16, 20 * p.N, 2)
         assert sum(b.stop - b.start for b in images) == B
         assert all(b.stop - b.start <= images[0].stop <= 20 for b in images)
+        assert 0 < least < most
         assert not least <= images[0].stop * p.N < most
         assert unfold._by_one_thread(p, torch.bfloat16, 4) == (0, 0)
 
@@ -364,6 +375,15 @@ def test_as_on_a_gpu(name, at_once, dtype, monkeypatch):
     if p.B:
         assert {d for d, _ in products} == {dtype}
         assert p.K % 8 == 0 or dtype == torch.float32 or any(n == -(-p.K // 8) * 8 for _, n in products)
+
+
+@pytest.mark.parametrize(("size", "P"), [((1, 3, 224, 16), 16), ((5, 3, 40, 8), 8)])
+def test_one_column_without_a_bias(size, P, maker):
+    """PyTorch's convolution in bfloat16 gives garbage or NaN there on a CPU with AMX (2.14.1), so it is no measure."""
+    call = {"images": images_of(*size), "weight": images_of(64, 3, P, P, seed=1) / 16}
+    exact = oracle.oracle(**call)
+    tokens = vk.patch_embed(**{name: t.to(torch.bfloat16) for name, t in call.items()})
+    torch.testing.assert_close(tokens.double(), exact.double(), rtol=0, atol=2**-6 * largest(exact))
 
 
 class InnerSizes(TorchDispatchMode):
