@@ -62,7 +62,7 @@ def _weight_on_cpu(p, d_tokens, images, keep, out) -> None:
         total = images.new_zeros((p.D, columns), dtype=dtype)  # [D, K, or more with zeros]
     else:
         total = images.new_zeros((columns, p.D), dtype=dtype).t()
-    for b, n, x in pieces(p, images, keep, dtype, way):  # x [b·n, K, or more with zeros]
+    for b, n, x in pieces(p, images, keep, dtype, way):  # x [b·n, columns]
         dy = d_tokens[b, n]
         if buffer is None:  # the first piece is the largest
             buffer = x.new_empty(dy.numel())
@@ -75,9 +75,8 @@ def _weight_on_cpu(p, d_tokens, images, keep, out) -> None:
 def _weight_on_gpu(p, d_tokens, images, keep, out) -> None:
     """In the product's own dtype, from rows as they are read: a transposed copy would cost more than the product."""
     dtype, total = p.sum_dtype, None
-    for b, n, x in pieces(
-        p, images, keep, p.compute_dtype, way_of(p, p.compute_dtype, tokens=False)
-    ):  # x [b·n, K, or more with zeros]
+    way = way_of(p, p.compute_dtype, tokens=False)
+    for b, n, x in pieces(p, images, keep, p.compute_dtype, way):  # x [b·n, columns]
         dy = d_tokens[b, n].reshape(-1, p.D).to(p.compute_dtype)
         part = product(dy.t(), x, dtype)
         total = part if total is None else total.add_(part)
