@@ -54,9 +54,12 @@ def on_cuda_kernels(request, device, monkeypatch):
     backend.forget()
 
 
-@pytest.fixture(params=["Intel", "another maker"])
+MAKERS = {"Intel": ("amx_bf16", "avx512f"), "AMD with AVX-512": ("avx512f",), "another": ()}
+
+
+@pytest.fixture(params=MAKERS)
 def maker(request, monkeypatch):
-    """The processor's, which decides how the reference evaluates: each is played on any."""
+    """The processor's, which decides with its instructions how the reference evaluates: each is played on any."""
     from vitkernels import cpu
     from vitkernels.backends.reference import unfold
 
@@ -64,7 +67,7 @@ def maker(request, monkeypatch):
     for function in remembered:
         function.cache_clear()
     monkeypatch.setattr(cpu, "is_intel", lambda: request.param == "Intel")
-    monkeypatch.setattr(cpu, "instructions", lambda: ("amx_bf16",) if request.param == "Intel" else ())
+    monkeypatch.setattr(cpu, "instructions", lambda: MAKERS[request.param])
     yield request.param
     for function in remembered:
         function.cache_clear()

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import vitkernels as vk
 from vitkernels.backends import reference
 from vitkernels.backends.common import canonical
-from vitkernels.backends.reference import gradients, unfold
+from vitkernels.backends.reference import gradients, products, unfold
 from vitkernels.bench.cases import Case
 from vitkernels.bench.memory import peak_bytes
 from vitkernels.testing import accuracy, oracle, random_problems
@@ -163,9 +163,9 @@ PLACES = {  # images, patch, rows of the table, pieces of so many patches
 @pytest.mark.parametrize("name", PLACES)
 def test_products_and_where_they_land(name, bias, T, dtype, maker, poisoned, monkeypatch):
     """The bias is rounded with the product in bf16, so it may cancel the product: others keep what is left, too."""
-    monkeypatch.setattr(reference, "_has_bf16", lambda: True)
+    monkeypatch.setattr(products, "_has_bf16", lambda: True)
     if bias == "in the product":
-        monkeypatch.setattr(unfold, "TABLE_BYTES", 0)
+        monkeypatch.setattr(products, "TABLE_BYTES", 0)
     size, P, rows, piece_rows = PLACES[name]
     monkeypatch.setattr(unfold, "_piece_rows", lambda *_: piece_rows)
     images, weight = images_of(*size, dtype=dtype), images_of(48, 3, P, P, dtype=dtype, seed=1) / 8
@@ -200,13 +200,13 @@ def test_two_threads_both_multiply(D, monkeypatch):
     call = Case(batch=1, dim=D, dtype="bf16").call("cpu")
     for B in range(1, 60):
         p = replace(vk.explain(**call).problem, B=B)
-        least, most = unfold._by_one_thread(p, torch.bfloat16, 2)
+        least, most = products.by_one_thread(p, torch.bfloat16, 2)
         images, _ = unfold._cut(p, torch.bfloat16, 20 * p.N, 2)
         assert sum(b.stop - b.start for b in images) == B
         assert all(b.stop - b.start <= images[0].stop <= 20 for b in images)
         assert 0 < least < most
         assert not least <= images[0].stop * p.N < most
-        assert unfold._by_one_thread(p, torch.bfloat16, 4) == (0, 0)
+        assert products.by_one_thread(p, torch.bfloat16, 4) == (0, 0)
 
 
 KEPT = {  # images, patch, stride
@@ -267,7 +267,7 @@ def test_temporary_memory_does_not_grow_with_the_batch(shape, dtype, maker):
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("table", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_one_image_and_a_table_of_another_dtype(table, bias):
+def test_one_image_and_a_table_of_another_dtype(table, bias, maker):
     """Few rows, in float32: the sum starts at the table, however large beside the products."""
     call = arguments(1, 3, 32, 48, 16, 40, pixels=torch.float32, weights=torch.float32)
     call["pos_embed"] = (1000 * call["pos_embed"]).to(table)
@@ -353,10 +353,10 @@ def test_as_on_a_gpu(name, at_once, dtype, monkeypatch):
     real = accuracy.evaluate(lambda **kw: vk.patch_embed(**kw, backend="reference"), call)
 
     def multiplied(a, b, out):  # mm's out_dtype is a GPU's own
-        products.append((a.dtype, b.shape[1]))
+        seen.append((a.dtype, b.shape[1]))
         return a.to(out) @ b.to(out)
 
-    products = []
+    seen = []
     p = replace(vk.explain(**call).problem, device=torch.device("cuda", 90))
     monkeypatch.setattr(gradients, "product", multiplied)
     monkeypatch.setattr(unfold, "GPU_BYTES", at_once)
@@ -373,8 +373,8 @@ def test_as_on_a_gpu(name, at_once, dtype, monkeypatch):
         torch.testing.assert_close(ours, exact[what], rtol=0, atol=limit * largest(exact[what]), msg=what)
         assert found.view(real[what].shape).stride() == real[what].stride()
     if p.B:
-        assert {d for d, _ in products} == {dtype}
-        assert p.K % 8 == 0 or dtype == torch.float32 or any(n == -(-p.K // 8) * 8 for _, n in products)
+        assert {d for d, _ in seen} == {dtype}
+        assert p.K % 8 == 0 or dtype == torch.float32 or any(n == -(-p.K // 8) * 8 for _, n in seen)
 
 
 @pytest.mark.parametrize(("size", "P"), [((1, 3, 224, 16), 16), ((5, 3, 40, 8), 8)])
@@ -403,16 +403,16 @@ class InnerSizes(TorchDispatchMode):
 def test_rows_that_are_multiplied_in_bf16_are_padded(maker, monkeypatch):
     """To 32, on a CPU: oneDNN's product with AMX takes the next row's NaN times zero (its issue 5717), and hides it on
     any other CPU. In fp32 where PyTorch was told to round that to bf16, too."""
-    monkeypatch.setattr(reference, "_has_bf16", lambda: True)
+    monkeypatch.setattr(products, "_has_bf16", lambda: True)
 
     def multiplied(dtype):
         call = {"images": images_of(2, 3, 28, 28, dtype=dtype), "weight": images_of(40, 3, 14, 14, dtype=dtype)}
         p = vk.explain(**call).problem
         tensors = canonical(*call.values(), None, None, None, None)
-        with InnerSizes() as products:
+        with InnerSizes() as sizes:
             tokens = reference.forward(p, *tensors)
             reference.backward(p, tokens, *tensors, grads=(torch.empty_like(tensors[0]), *[None] * 4))
-        return products.seen
+        return sizes.seen
 
     # K = 588, and D = 40, which the images' gradient sums over, in fp32
     assert multiplied(torch.bfloat16) == {(torch.bfloat16, 608), (torch.float32, 40)}

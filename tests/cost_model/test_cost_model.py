@@ -19,7 +19,7 @@ import vitkernels as vk
 from vitkernels import cost_model
 from vitkernels.backends import reference
 from vitkernels.backends.common import canonical
-from vitkernels.backends.reference import unfold
+from vitkernels.backends.reference import products, unfold
 from vitkernels.backends.triton import configs
 from vitkernels.bench import implementations
 from vitkernels.bench.cases import Case
@@ -163,7 +163,7 @@ def test_what_the_peers_keep_for_the_backward(case):
 )
 def test_the_reference_moves_what_the_model_says(call, piece, maker, monkeypatch):
     monkeypatch.setattr(unfold, "_piece_rows", lambda *_: piece)
-    monkeypatch.setattr(reference, "_has_bf16", lambda: True)  # whatever CPU this is
+    monkeypatch.setattr(products, "_has_bf16", lambda: True)  # whatever CPU this is
     call = call_of(**call)
     p = problem(call)
     tensors = canonical(*(call.get(name) for name in NAMES))
@@ -185,7 +185,7 @@ def test_the_reference_moves_what_the_model_says(call, piece, maker, monkeypatch
     assert counted["normalise"] == requested.get("normalise", 0)
     # Copies: images to their block and to the patches, weight and bias to the product's dtype; the prefix apart
     copies = requested.get("images", 0) + requested.get("patches", 0)
-    if "position" not in requested or reference.product_dtype(p) != p.out_dtype:  # else the sum is what is written
+    if "position" not in requested or products.product_dtype(p) != p.out_dtype:  # else the sum is what is written
         copies += requested["tokens"]
     assert counted["images"] == copies
     if "position" in requested:  # prefix + its rows of the table

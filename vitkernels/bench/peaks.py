@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..backends.reference.unfold import linear_of
+from ..backends.reference.products import linear_of
 from ..gpu import indexed
 
 

@@ -9,8 +9,7 @@ from math import prod
 
 import torch
 
-from ..backends import reference
-from ..backends.reference import unfold
+from ..backends.reference import products, unfold
 from ..problem import PatchProblem
 from .traffic import INDEX, Algorithm, Pass, Sizes
 
@@ -18,7 +17,7 @@ from .traffic import INDEX, Algorithm, Pass, Sizes
 def forward(p: PatchProblem) -> Algorithm:
     """Memory as ever; `requested` is what the operators of all pieces read and write, most of it from the caches."""
     p = replace(p, device=torch.device("cpu"))
-    sizes, dtype = Sizes.of(p), reference.product_dtype(p)
+    sizes, dtype = Sizes.of(p), products.product_dtype(p)
     size, passes = dtype.itemsize, []
     weight, bias = p.D * p.K * size, p.D * size * p.has_bias
     interleaved = unfold.side_by_side(p)
@@ -63,7 +62,7 @@ def _requests(p: PatchProblem, dtype, way: unfold.Way, weight: int, bias: int) -
         "keep": 0 if p.n_keep is None else p.B * p.rows * INDEX,
     }
     found = Counter(requests)
-    tabled = way.in_place and unfold.has_bias_in_table(p, dtype)
+    tabled = way.in_place and products.has_bias_in_table(p, dtype)
     if tabled and p.pos_rows:
         found["table"] = p.N * p.D * (w + size) + bias
         w = size
@@ -81,7 +80,7 @@ def _requests(p: PatchProblem, dtype, way: unfold.Way, weight: int, bias: int) -
             found["product"] += bias * (not tabled and dtype == torch.float32)
             found["tokens"] += 2 * M * size * (p.pos_rows > 0 or tabled)
             found["position"] += bias * (tabled and not p.pos_rows)
-        elif p.pos_rows and dtype == p.out_dtype and unfold.is_small(p, b, n, dtype):
+        elif p.pos_rows and dtype == p.out_dtype and products.is_small(p, b, n, dtype):
             found["product"] += M * size  # it starts at position and bias, which are added first
             found["tokens"] += bias + M * size
         else:

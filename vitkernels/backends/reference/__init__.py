@@ -8,15 +8,13 @@ It is evaluated piece by piece (unfold.py). Gradients by the same formulas: grad
 
 from __future__ import annotations
 
-import os
-from functools import lru_cache
-
 import torch
 
 from ...problem import PatchProblem, in_grid
 from ..common import empty
 from .gradients import backward as backward
-from .unfold import Way, has_bias_in_table, is_small, linear_of, pieces, side_by_side, way_of
+from .products import has_bias_in_table, is_small, linear_of, product_dtype
+from .unfold import Way, pieces, side_by_side, way_of
 
 
 def why_not(p: PatchProblem) -> list[str]:
@@ -120,19 +118,3 @@ def _positions(p, table, b: slice, n: slice, keep) -> torch.Tensor:
     if not p.pos_per_image:
         return table.view(p.N, p.D).index_select(0, kept.reshape(-1)).view(*kept.shape, p.D)
     return table[torch.arange(table.shape[0], device=table.device)[:, None], kept]
-
-
-def product_dtype(p: PatchProblem) -> torch.dtype:
-    """The operands' dtype: a CPU without instructions for bf16 (any, for fp16) multiplies halves faster as fp32."""
-    native = p.compute_dtype == torch.bfloat16 and p.out_dtype.itemsize == 2 and _has_bf16()
-    if p.on_cpu and not native:
-        return p.sum_dtype
-    return p.compute_dtype
-
-
-@lru_cache(maxsize=1)
-def _has_bf16() -> bool:
-    """Whether oneDNN has bf16 instructions: the CPU's, unless the environment takes them away."""
-    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper()
-    older = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX512_CORE", "AVX512_CORE_VNNI")
-    return torch.cpu._is_avx512_bf16_supported() and limit not in older

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 
 from ...problem import PatchProblem
 from ..common import Grads, canonical, centred, each_or_sum, masked, position, scattered
-from .unfold import images_at_once, padded, pieces, product, way_of, windows
+from .products import padded, product
+from .unfold import images_at_once, pieces, way_of, windows
 
 
 def backward(

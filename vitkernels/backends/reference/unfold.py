@@ -5,7 +5,7 @@ The pieces are all that is here for speed: one piece's patches stay in the cache
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
 from math import prod
@@ -15,12 +15,11 @@ import torch
 import torch.nn.functional as F
 
 from ... import cpu
-from ...gpu import not_nvidia
 from ...problem import Layout, PatchProblem, video_strides
 from ..common import centred, empty
+from .products import by_one_thread, has_bias_in_table, padded
 
 GPU_BYTES = 3 << 28  # of a piece on a GPU, which it has to fill
-TABLE_BYTES = 5 << 18  # of a table of positions with the bias in them, at most
 
 
 class Way(NamedTuple):
@@ -133,19 +132,6 @@ def side_by_side(p: PatchProblem) -> PatchProblem | None:
     return replace(p, C=1, W=p.W * p.C, tensors=(layout, *p.tensors[1:]), **wider)
 
 
-def padded(n: int, on_cpu: bool, dtype: torch.dtype) -> int:
-    """n elements of a product's row and zeros behind them. On a GPU rows of halves begin at 16 bytes: the library's
-    product of K = 588 takes 441 µs as it lies and 129 padded (H200, ViT-L/14, B = 256). On a CPU with AMX oneDNN's
-    product in bfloat16 reads past a row that is no multiple of 32, and NaN of the next times its zero is NaN: one image
-    would reach another's tokens (https://github.com/uxlfoundation/oneDNN/issues/5717)."""
-    if on_cpu:
-        if n % 32 == 0:
-            return n
-        rounded = dtype == torch.float32 and torch.backends.mkldnn.matmul.fp32_precision == "bf16"
-        return -(-n // 32) * 32 if dtype == torch.bfloat16 or rounded else n
-    return n if dtype.itemsize > 2 else -(-n // 8) * 8
-
-
 def is_staged(p: PatchProblem, dtype: torch.dtype, spans: list[slice]) -> bool:
     """Whether images are copied first, in memory's order, and normalised; a CPU's patches then come from the cache. On
     Intel's that gains only where they are converted."""
@@ -188,7 +174,7 @@ def _cut(p: PatchProblem, dtype: torch.dtype, piece_rows: int, threads: int) -> 
     step, spans = 1, _spans(p, piece_rows)
     if p.rows <= piece_rows:
         step = _alike(p.B, piece_rows // p.rows)
-        least, most = _by_one_thread(p, dtype, threads)
+        least, most = by_one_thread(p, dtype, threads)
         if least <= step * p.rows < most:
             step = _alike(p.B, max(1, least // p.rows))
     return [slice(first, min(first + step, p.B)) for first in range(0, p.B, step)], spans
@@ -197,15 +183,6 @@ def _cut(p: PatchProblem, dtype: torch.dtype, piece_rows: int, threads: int) -> 
 def _alike(B: int, most: int) -> int:
     """Images of a piece where all pieces have about as many."""
     return -(-B // max(1, -(-B // most)))
-
-
-def _by_one_thread(p: PatchProblem, dtype: torch.dtype, threads: int) -> tuple[int, int]:
-    """From how many rows, and below how many, oneDNN's product for AMX keeps the second of two threads idle (3.12; seen
-    in what it asks of OpenMP, for K = 192 to 3,072, D = 192 to 1,536). With more threads it does not."""
-    if not (p.on_cpu and threads == 2 and dtype == torch.bfloat16 and "amx_bf16" in cpu.instructions()):
-        return 0, 0
-    few = min(p.D, 768)
-    return few * 5 // 6, few * 2
 
 
 def _spans(p: PatchProblem, piece_rows: int) -> list[slice]:
@@ -280,29 +257,6 @@ def _normalise(p: PatchProblem, x: torch.Tensor, after: int) -> torch.Tensor:
     return x if p.scale == 1 else x.mul_(p.scale)
 
 
-def linear_of(on_cpu: bool, dtype: torch.dtype) -> Callable[..., torch.Tensor]:
-    """x·Wᵀ + bias, by what Inductor calls: oneDNN adds a bias in bf16 for nothing, for which F.linear takes a tenth
-    longer. In fp32 it multiplies up to 2.2 × faster than MKL, which F.linear takes, on a CPU that isn't Intel's, and on
-    Intel's a tenth slower."""
-    if not (on_cpu and _has_onednn() and torch.backends.mkldnn.enabled):
-        return F.linear
-    if dtype == torch.bfloat16:
-        return _onednn
-    return _linear if dtype == torch.float32 and not cpu.is_intel() else F.linear
-
-
-def is_small(p: PatchProblem, b: slice, n: slice, dtype: torch.dtype) -> bool:
-    """Whether a piece is of one image on a CPU, and of so few rows that another pass over the tokens counts: then the
-    sum starts at what is added to it. In bf16 oneDNN multiplies so at a fraction of its speed."""
-    return p.on_cpu and dtype == torch.float32 and b.stop - b.start == 1 and n.stop - n.start < 1000
-
-
-def has_bias_in_table(p: PatchProblem, dtype: torch.dtype) -> bool:
-    """Whether the bias of products that land in their tokens is added to the positions, once a call: MKL takes 3 %
-    longer with one. In bf16 it would be rounded apart from the product."""
-    return p.has_bias and dtype == torch.float32 and p.N * p.D * dtype.itemsize <= TABLE_BYTES
-
-
 @lru_cache(maxsize=1024)
 def _lands_in_tokens(p: PatchProblem, dtype: torch.dtype, threads: int) -> bool:
     """Whether a piece's product is written where its tokens are, and positions added there, on Intel's: then a piece
@@ -313,29 +267,6 @@ def _lands_in_tokens(p: PatchProblem, dtype: torch.dtype, threads: int) -> bool:
         rows = _piece_rows(p, dtype, threads)
         return not p.has_bias or padded(p.K, True, dtype) > p.K or (rows < p.B * p.rows and p.D >= p.K)
     return dtype == torch.float32 and not p.pos_per_image
-
-
-def _linear(x: torch.Tensor, W: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """By MKL where x and W are small: one image in 192 channels takes oneDNN 540 µs and MKL 490, and P = 14 770 and 525
-    (2 cores of an AMD EPYC, torch 2.14)."""
-    small = W.shape[0] <= 384 and x.shape[0] < 1000
-    return (F.linear if small else _onednn)(x, W, bias)
-
-
-def _onednn(x: torch.Tensor, W: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, W, bias, "none", [], "")
-
-
-@lru_cache(maxsize=1)
-def _has_onednn() -> bool:
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-
-
-def product(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """a·b in `dtype`, in which it is summed: fp32 where a GPU multiplies halves."""
-    if a.dtype == dtype or not_nvidia():  # mm's out_dtype is cuBLAS's
-        return (a @ b).to(dtype)
-    return torch.mm(a, b, out_dtype=dtype)
 
 
 def _normalised_dtype(p: PatchProblem, dtype: torch.dtype) -> torch.dtype:

@@ -1,0 +1,111 @@
+"""The product of patches and weight, by the library that multiplies fastest on this processor, and what each library
+wants of its operands."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+
+from ... import cpu
+from ...gpu import not_nvidia
+from ...problem import PatchProblem
+
+TABLE_BYTES = 5 << 18  # of a table of positions with the bias in them, at most
+
+
+def product_dtype(p: PatchProblem) -> torch.dtype:
+    """The operands' dtype: a CPU without instructions for bf16 (any, for fp16) multiplies halves faster as fp32."""
+    native = p.compute_dtype == torch.bfloat16 and p.out_dtype.itemsize == 2 and _has_bf16()
+    if p.on_cpu and not native:
+        return p.sum_dtype
+    return p.compute_dtype
+
+
+@lru_cache(maxsize=1)
+def _has_bf16() -> bool:
+    """Whether oneDNN has bf16 instructions: the CPU's, unless the environment takes them away."""
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper()
+    older = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX512_CORE", "AVX512_CORE_VNNI")
+    return torch.cpu._is_avx512_bf16_supported() and limit not in older
+
+
+def linear_of(on_cpu: bool, dtype: torch.dtype) -> Callable[..., torch.Tensor]:
+    """x·Wᵀ + bias, by what Inductor calls, or by F.linear, which calls MKL in fp32. oneDNN adds a bias in bf16 for
+    nothing, for which F.linear takes a tenth longer. In fp32 it takes a tenth longer than MKL on Intel's CPUs."""
+    if not (on_cpu and _has_onednn()):
+        return F.linear
+    if dtype == torch.float32:
+        return F.linear if cpu.is_intel() else _onednn if mkl_is_slow(dtype) else _linear
+    return _onednn if dtype == torch.bfloat16 else F.linear
+
+
+def mkl_is_slow(dtype: torch.dtype) -> bool:
+    """Whether oneDNN takes half of MKL's time for any product in fp32: MKL keeps AVX-512 for Intel's CPUs (2 cores of
+    an AMD EPYC with it, torch 2.14: 1.7 to 2.2 × from 49 rows on, 1.6 to 2 × for the weight's gradient)."""
+    return dtype == torch.float32 and _has_onednn() and not cpu.is_intel() and "avx512f" in cpu.instructions()
+
+
+def _linear(x: torch.Tensor, W: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Where neither has AVX-512: by MKL where x and W are small. One image in 192 channels takes oneDNN 540 µs and MKL
+    490, and P = 14 770 and 525; large products take MKL up to 2.2 × as long (2 cores of an AMD EPYC, torch 2.14)."""
+    small = W.shape[0] <= 384 and x.shape[0] < 1000
+    return (F.linear if small else _onednn)(x, W, bias)
+
+
+def _onednn(x: torch.Tensor, W: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, W, bias, "none", [], "")
+
+
+def _has_onednn() -> bool:
+    return _is_built_with_onednn() and torch.backends.mkldnn.enabled
+
+
+@lru_cache(maxsize=1)
+def _is_built_with_onednn() -> bool:
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def product(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """a·b in `dtype`, in which it is summed: fp32 where a GPU multiplies halves."""
+    if a.dtype == dtype or not_nvidia():  # mm's out_dtype is cuBLAS's
+        return (a @ b).to(dtype)
+    return torch.mm(a, b, out_dtype=dtype)
+
+
+def padded(n: int, on_cpu: bool, dtype: torch.dtype) -> int:
+    """n elements of a product's row and zeros behind them. On a GPU rows of halves begin at 16 bytes: the library's
+    product of K = 588 takes 441 µs as it lies and 129 padded (H200, ViT-L/14, B = 256). On a CPU with AMX oneDNN's
+    product in bfloat16 reads past a row that is no multiple of 32, and NaN of the next times its zero is NaN: one image
+    would reach another's tokens (https://github.com/uxlfoundation/oneDNN/issues/5717)."""
+    if on_cpu:
+        if n % 32 == 0:
+            return n
+        rounded = dtype == torch.float32 and torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+        return -(-n // 32) * 32 if dtype == torch.bfloat16 or rounded else n
+    return n if dtype.itemsize > 2 else -(-n // 8) * 8
+
+
+def by_one_thread(p: PatchProblem, dtype: torch.dtype, threads: int) -> tuple[int, int]:
+    """From how many rows, and below how many, oneDNN's product for AMX keeps the second of two threads idle (3.12; seen
+    in what it asks of OpenMP, for K = 192 to 3,072, D = 192 to 1,536). With more threads it does not."""
+    if not (p.on_cpu and threads == 2 and dtype == torch.bfloat16 and "amx_bf16" in cpu.instructions()):
+        return 0, 0
+    few = min(p.D, 768)
+    return few * 5 // 6, few * 2
+
+
+def is_small(p: PatchProblem, b: slice, n: slice, dtype: torch.dtype) -> bool:
+    """Whether a piece is of one image on a CPU, and of so few rows that another pass over the tokens counts: then the
+    sum starts at what is added to it, which MKL alone does at its full speed."""
+    few = p.on_cpu and b.stop - b.start == 1 and n.stop - n.start < 1000
+    return few and dtype == torch.float32 and not mkl_is_slow(dtype)
+
+
+def has_bias_in_table(p: PatchProblem, dtype: torch.dtype) -> bool:
+    """Whether the bias of products that land in their tokens is added to the positions, once a call: MKL takes 3 %
+    longer with one. In bf16 it would be rounded apart from the product."""
+    return p.has_bias and dtype == torch.float32 and p.N * p.D * dtype.itemsize <= TABLE_BYTES
