@@ -54,20 +54,21 @@ def on_cuda_kernels(request, device, monkeypatch):
     backend.forget()
 
 
-MAKERS = {"Intel": ("amx_bf16", "avx512f"), "AMD with AVX-512": ("avx512f",), "another": ()}
+MAKERS = {"Intel": ("amx_bf16", "avx512_bf16", "avx512f"), "AMD": ("avx512_bf16", "avx512f"), "another": ()}
 
 
 @pytest.fixture(params=MAKERS)
 def maker(request, monkeypatch):
     """The processor's, which decides with its instructions how the reference evaluates: each is played on any."""
     from vitkernels import cpu
-    from vitkernels.backends.reference import unfold
+    from vitkernels.backends.reference import products, unfold
 
     remembered = unfold._way, unfold._piece_rows, unfold._lands_in_tokens
     for function in remembered:
         function.cache_clear()
     monkeypatch.setattr(cpu, "is_intel", lambda: request.param == "Intel")
     monkeypatch.setattr(cpu, "instructions", lambda: MAKERS[request.param])
+    monkeypatch.setattr(products, "_has_bf16", lambda: "avx512_bf16" in MAKERS[request.param])
     yield request.param
     for function in remembered:
         function.cache_clear()

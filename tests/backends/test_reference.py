@@ -113,6 +113,28 @@ def test_pieces_of_any_size(seed, piece_rows, maker, poisoned, monkeypatch):
         assert row["ok"], row
 
 
+@pytest.mark.parametrize("at_once", [0, 1 << 20], ids=["in pieces", "at once"])
+@pytest.mark.parametrize("D", [8, 40])
+@pytest.mark.parametrize("P", [14, 16])
+def test_gradients_of_pieces_that_cancel(P, D, at_once, maker, poisoned, monkeypatch):
+    """In bf16 two images may contribute the same but for its sign: rounded apart, the sum would be rounding alone."""
+    monkeypatch.setattr(unfold, "_piece_rows", lambda *_: 3)
+    monkeypatch.setattr(gradients, "AT_ONCE_BYTES", at_once)
+    images = images_of(1, 3, P, 3 * P, dtype=torch.bfloat16).repeat(2, 1, 1, 1)
+    images[1, :, 0] *= 1.5
+    weight = images_of(D, 3, P, P, dtype=torch.bfloat16, seed=1)
+    dy = images_of(1, 3, D, dtype=torch.bfloat16, seed=2)
+    dy = torch.cat([dy, -dy])
+    tensors = canonical(images, weight, None, None, None)
+    found = torch.empty_like(weight)
+    p = vk.explain(images, weight).problem
+    reference.backward(p, dy, *tensors, grads=(None, found, None, None, None))
+    patches = images.double().unfold(3, P, P).permute(0, 3, 1, 2, 4).reshape(6, -1)
+    exact = (dy.double().view(6, D).t() @ patches).view(weight.shape)
+    assert exact[:, :, 1:].abs().max() < 1e-9
+    torch.testing.assert_close(found.double(), exact, rtol=2**-8, atol=1e-5)
+
+
 INTERLEAVED = {
     "a picture": dict(images=(3, 3, 32, 48), weight=(8, 3, 8, 16)),
     "one image": dict(images=(1, 3, 64, 64), weight=(4, 3, 8, 8)),
@@ -414,8 +436,8 @@ def test_rows_that_are_multiplied_in_bf16_are_padded(maker, monkeypatch):
             reference.backward(p, tokens, *tensors, grads=(torch.empty_like(tensors[0]), *[None] * 4))
         return sizes.seen
 
-    # K = 588, and D = 40, which the images' gradient sums over, in fp32
-    assert multiplied(torch.bfloat16) == {(torch.bfloat16, 608), (torch.float32, 40)}
+    # K = 588, and D = 40, which the images' gradient sums over
+    assert multiplied(torch.bfloat16) == {(torch.bfloat16, 608), (torch.bfloat16, 64)}
     assert multiplied(torch.float32) == {(torch.float32, 588), (torch.float32, 40)}
     torch.set_float32_matmul_precision("medium")
     try:

@@ -12,9 +12,11 @@ import torch
 import torch.nn.functional as F
 
 from ...problem import PatchProblem
-from ..common import Grads, canonical, centred, each_or_sum, masked, position, scattered
-from .products import padded, product
+from ..common import Grads, canonical, centred, each_or_sum, empty, masked, position, scattered
+from .products import add_product, mkl_is_slow, padded, product, product_dtype
 from .unfold import images_at_once, pieces, way_of, windows
+
+AT_ONCE_BYTES = 256 << 20  # of patches and tokens' gradient in bfloat16, at most, whose product is not cut in pieces
 
 
 def backward(
@@ -47,19 +49,43 @@ def backward(
 
 
 def _weight(p, d_tokens, images, keep, out) -> None:
-    (_weight_on_cpu if p.on_cpu else _weight_on_gpu)(p, d_tokens, images, keep, out)
+    if not p.on_cpu:
+        _weight_on_gpu(p, d_tokens, images, keep, out)
+    elif product_dtype(p) == torch.bfloat16 and p.B * p.rows * (p.K + p.D) * 2 <= AT_ONCE_BYTES:
+        _weight_at_once(p, d_tokens, images, keep, out)
+    else:
+        _weight_on_cpu(p, d_tokens, images, keep, out)
+
+
+def _weight_at_once(p, d_tokens, images, keep, out) -> None:
+    """By one product in bf16, which sums in fp32 and rounds once: a sum of several would be rounded in each."""
+    dtype = torch.bfloat16
+    way = way_of(p, dtype, tokens=False)._replace(as_they_are=False)
+    n = p.B * p.rows
+    x, dy = (empty(images, (padded(n, True, dtype), columns), dtype) for columns in (way.columns, p.D))
+    x[:, p.K :].zero_()
+    x[n:].zero_()
+    dy[n:].zero_()
+    for _ in pieces(p, images, keep, dtype, way, x):
+        pass
+    dy[:n].view(d_tokens.shape).copy_(d_tokens)
+    if out.dtype == dtype and out.is_contiguous() and way.columns == p.K:
+        torch.mm(dy.t(), x, out=out.view(p.D, p.K))
+    else:
+        out.copy_(torch.mm(dy.t(), x)[:, : p.K].reshape(out.shape))
 
 
 def _weight_on_cpu(p, d_tokens, images, keep, out) -> None:
-    """Each piece's product is added to one sum. It lies as [K, D] where rows of K would begin anywhere: they take MKL a
-    tenth longer."""
+    """Each piece's product is added to one sum. It lies as [K, D] where rows of K would begin anywhere and MKL
+    multiplies, which they take a tenth longer."""
     dtype, buffer = p.sum_dtype, None
     way = way_of(p, dtype, tokens=False)
     columns = way.columns
-    in_place = out.dtype == dtype and out.is_contiguous() and columns == p.K and p.K % 16 == 0
+    in_rows = columns % 16 == 0 or mkl_is_slow(dtype)
+    in_place = out.dtype == dtype and out.is_contiguous() and columns == p.K and in_rows
     if in_place:
         total = out.zero_().view(p.D, p.K)
-    elif columns % 16 == 0:
+    elif in_rows:
         total = images.new_zeros((p.D, columns), dtype=dtype)  # [D, K, or more with zeros]
     else:
         total = images.new_zeros((columns, p.D), dtype=dtype).t()
@@ -68,7 +94,7 @@ def _weight_on_cpu(p, d_tokens, images, keep, out) -> None:
         if buffer is None:  # the first piece is the largest
             buffer = x.new_empty(dy.numel())
         dy = buffer[: dy.numel()].view(dy.shape).copy_(dy).view(-1, p.D)
-        total.addmm_(dy.t(), x)
+        add_product(total, dy, x)
     if not in_place:
         out.copy_(total[:, : p.K].reshape(out.shape))
 
@@ -88,13 +114,14 @@ def _weight_on_gpu(p, d_tokens, images, keep, out) -> None:
 
 
 def _images(p, d_tokens, weight, keep, out) -> None:
-    dtype, gpu = p.sum_dtype, not p.on_cpu
-    W = weight.reshape(p.D, p.K).to(p.compute_dtype if gpu else dtype).contiguous()
-    more = 0 if gpu else padded(p.D, True, dtype) - p.D
+    apart = not any(p.pad) and all(s >= n for s, n in zip(p.S, p.P, strict=True))  # a pixel is in one patch at most
+    once = apart and not p.normalised and p.scale == 1  # the product is the gradient, and may be rounded
+    dtype = product_dtype(p) if p.on_cpu and once else p.sum_dtype
+    W = weight.reshape(p.D, p.K).to(dtype if p.on_cpu else p.compute_dtype).contiguous()
+    more = padded(p.D, True, dtype) - p.D if p.on_cpu else 0
     W = F.pad(W, (0, 0, 0, more)) if more else W
     if keep is not None:
         d_tokens = scattered(p, d_tokens, keep, per_image=True)
-    apart = not any(p.pad) and all(s >= n for s, n in zip(p.S, p.P, strict=True))  # a pixel is in one patch at most
     if apart and p.N * p.K < p.C * p.F * p.H * p.W:
         out.zero_()
     each = images_at_once(p)

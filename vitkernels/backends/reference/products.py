@@ -69,8 +69,18 @@ def _is_built_with_onednn() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
+def add_product(total: torch.Tensor, dy: torch.Tensor, x: torch.Tensor) -> None:
+    """total [D, columns] += dyᵀ·x, of dy [n, D] and x [n, columns] on a CPU."""
+    if mkl_is_slow(total.dtype):
+        total.add_(_onednn(dy.t(), x.t()))
+    else:
+        total.addmm_(dy.t(), x)
+
+
 def product(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """a·b in `dtype`, in which it is summed: fp32 where a GPU multiplies halves."""
+    if a.is_cpu and a.dtype == dtype and mkl_is_slow(dtype):
+        return _onednn(a, b.t())
     if a.dtype == dtype or not_nvidia():  # mm's out_dtype is cuBLAS's
         return (a @ b).to(dtype)
     return torch.mm(a, b, out_dtype=dtype)

@@ -37,15 +37,16 @@ class Way(NamedTuple):
 
 
 def pieces(
-    p: PatchProblem, images: torch.Tensor, keep: torch.Tensor | None, dtype: torch.dtype, way: Way
+    p: PatchProblem, images: torch.Tensor, keep: torch.Tensor | None, dtype: torch.dtype, way: Way,
+    into: torch.Tensor | None = None,
 ) -> Iterator[tuple[slice, slice, torch.Tensor]]:  # fmt: skip
     """Images b, patches n of each, and their normalised pixels [b·n, columns], or with `room` [b·(T+N), columns].
 
-    The buffers are contiguous, and reused by the next piece.
+    The buffers are contiguous, and reused by the next piece; or they are the next rows of `into` [B·N, columns].
     """
     wide, staged = way.wide, way.windows is None
     grid = None if way.windows is None else images.as_strided(*way.windows)  # [B, G_t, G_h, G_w, C, P_t, P_h, P_w]
-    block = buffer = None
+    block, buffer, done = None, into, 0
     for b in way.images:
         if grid is not None:
             here = grid if len(way.images) == 1 else grid[b]
@@ -70,7 +71,8 @@ def pieces(
             else:
                 if buffer is None:
                     buffer = _with_room(p, way, images, sizes, dtype)
-                piece = buffer[: sizes[0] * sizes[1]]
+                piece = buffer[done : done + sizes[0] * sizes[1]]
+                done += 0 if into is None else len(piece)
                 x = piece.view(sizes)[:, way.room :, : p.K].view(part.shape)
             if staged or wide == dtype:
                 x.copy_(part)
