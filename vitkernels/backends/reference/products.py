@@ -90,13 +90,14 @@ def padded(n: int, on_cpu: bool, dtype: torch.dtype) -> int:
     """n elements of a product's row and zeros behind them. On a GPU rows of halves begin at 16 bytes: the library's
     product of K = 588 takes 441 µs as it lies and 129 padded (H200, ViT-L/14, B = 256). On a CPU with AMX oneDNN's
     product in bfloat16 reads past a row that is no multiple of 32, and NaN of the next times its zero is NaN: one image
-    would reach another's tokens (https://github.com/uxlfoundation/oneDNN/issues/5717)."""
-    if on_cpu:
-        if n % 32 == 0:
-            return n
-        rounded = dtype == torch.float32 and torch.backends.mkldnn.matmul.fp32_precision == "bf16"
-        return -(-n // 32) * 32 if dtype == torch.bfloat16 or rounded else n
-    return n if dtype.itemsize > 2 else -(-n // 8) * 8
+    would reach another's tokens (https://github.com/uxlfoundation/oneDNN/issues/5717). It would on a CPU that does not
+    tell its instructions, too."""
+    if not on_cpu:
+        return n if dtype.itemsize > 2 else -(-n // 8) * 8
+    if n % 32 == 0 or (cpu.instructions() and "amx_bf16" not in cpu.instructions()):
+        return n
+    rounded = dtype == torch.float32 and torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+    return -(-n // 32) * 32 if dtype == torch.bfloat16 or rounded else n
 
 
 def by_one_thread(p: PatchProblem, dtype: torch.dtype, threads: int) -> tuple[int, int]:

@@ -19,7 +19,7 @@ from ...problem import Layout, PatchProblem, video_strides
 from ..common import centred, empty
 from .products import by_one_thread, has_bias_in_table, padded
 
-GPU_BYTES = 3 << 28  # of a piece on a GPU, which it has to fill
+GPU_BYTES = 3 << 27  # of a piece on a GPU, which it has to fill
 
 
 class Way(NamedTuple):
@@ -195,7 +195,7 @@ def _spans(p: PatchProblem, piece_rows: int) -> list[slice]:
     if lines * line <= piece_rows:
         step = _alike(frames, piece_rows // (lines * line)) * lines * line
         return [slice(first, min(first + step, p.rows)) for first in range(0, p.rows, step)]
-    step = max(1, piece_rows // line)
+    step = _alike(lines, max(1, piece_rows // line))
     starts = [(t, y) for t in range(frames) for y in range(0, lines, step)]
     return [slice((t * lines + y) * line, (t * lines + min(y + step, lines)) * line) for t, y in starts]
 
@@ -288,25 +288,18 @@ def images_at_once(p: PatchProblem) -> int:
 @lru_cache(maxsize=1024)
 def _piece_rows(p: PatchProblem, dtype: torch.dtype, threads: int, in_place: bool = False, summed: bool = False) -> int:
     """Patches of a piece. On a CPU all that a piece needs (its images, patches, product and positions, and the weight
-    where it is converted) stays within 3.75 MB a thread; half of that, which the caches hold, where the weight is small
-    enough to be read again for each piece. Where products are added up, the sum is read and written for each
-    piece: all of it. And on Intel's CPUs, whose products need many rows. On a GPU a piece has to fill it."""
+    where it is converted) stays within 3.75 MB a thread, which the caches hold. On a GPU a piece has to fill it."""
     most = 3_750_000 * max(2, threads) if p.on_cpu else GPU_BYTES
     weight = p.D * p.K * dtype.itemsize
-    converted = weight * (dtype != p.weight_dtype)
-    whole = p.on_cpu and cpu.is_intel() and p.n_keep is None
     if summed:
         budget = most
-    elif whole:
-        table = p.N * p.D * dtype.itemsize * (in_place and has_bias_in_table(p, dtype))
-        aside = 2 * weight if dtype == torch.bfloat16 else table  # oneDNN's copies
-        budget = max(most // 4, min(most // 2, weight), most - converted - aside)
     else:
-        budget = max(most // 4, min(max(most // 2, 2 * weight), most - converted))
+        aside = weight * (dtype != p.weight_dtype)
+        if p.on_cpu and cpu.is_intel():
+            table = p.N * p.D * dtype.itemsize * (in_place and has_bias_in_table(p, dtype))
+            aside += 2 * weight if dtype == torch.bfloat16 else table  # oneDNN's copies
+        budget = max(most // 4, min(most // 2, weight), most - aside)
     kept, wide = p.n_keep is not None, _normalised_dtype(p, dtype)
-    gathered = kept and p.image_dtype == dtype == wide and not any(p.pad)  # and multiplied as they are
-    straight = gathered or (whole and dtype == wide and not any(p.pad) and not _gains_by_staging(p, dtype))
-    row = p.K * (dtype.itemsize + wide.itemsize * (not straight)) + p.D * dtype.itemsize * (
-        1 + kept - (in_place and whole)
-    )
+    copied = kept or any(p.pad) or wide != dtype or _gains_by_staging(p, dtype)
+    row = p.K * (dtype.itemsize + wide.itemsize * copied) + p.D * dtype.itemsize * (2 if kept else 1 - in_place)
     return max(1, budget // row)
