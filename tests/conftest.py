@@ -54,7 +54,7 @@ def on_cuda_kernels(request, device, monkeypatch):
     backend.forget()
 
 
-MAKERS = {"Intel": ("amx_bf16", "avx512_bf16", "avx512f"), "AMD": ("avx512_bf16", "avx512f"), "another": ()}
+MAKERS = {"Intel": ("amx_bf16", "avx512_bf16", "avx512f"), "Zen 5": ("avx512_bf16", "avx512f"), "another": ()}
 
 
 @pytest.fixture(params=MAKERS)
@@ -67,6 +67,7 @@ def maker(request, monkeypatch):
     for function in remembered:
         function.cache_clear()
     monkeypatch.setattr(cpu, "is_intel", lambda: request.param == "Intel")
+    monkeypatch.setattr(cpu, "is_zen5", lambda: request.param == "Zen 5")
     monkeypatch.setattr(cpu, "instructions", lambda: MAKERS[request.param])
     monkeypatch.setattr(products, "_has_bf16", lambda: "avx512_bf16" in MAKERS[request.param])
     yield request.param

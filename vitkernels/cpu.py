@@ -24,7 +24,7 @@ def _described() -> dict[str, str]:
 @lru_cache(maxsize=1)
 def name() -> str:
     if found := _described().get("model name"):
-        return found
+        return f"{found} (Zen 5)" if is_zen5() else found
     if platform.system() == "Darwin":
         command = ["sysctl", "-n", "machdep.cpu.brand_string"]
         try:
@@ -38,6 +38,13 @@ def name() -> str:
 def is_intel() -> bool:
     """Whether MKL takes its own fast way: on no other maker's processors."""
     return "Intel" in _described().get("vendor_id", platform.processor())
+
+
+@lru_cache(maxsize=1)
+def is_zen5() -> bool:
+    """Whether it is AMD's with units of 512 bits, Zen 5 or later: Zen 4 takes AVX-512's instructions in halves."""
+    described = _described()
+    return described.get("vendor_id") == "AuthenticAMD" and int(described.get("cpu family", 0)) >= 26
 
 
 @lru_cache(maxsize=1)

@@ -45,12 +45,13 @@ def linear_of(on_cpu: bool, dtype: torch.dtype) -> Callable[..., torch.Tensor]:
 
 def mkl_is_slow(dtype: torch.dtype) -> bool:
     """Whether oneDNN takes half of MKL's time for any product in fp32: MKL keeps AVX-512 for Intel's CPUs (2 cores of
-    an AMD EPYC with it, torch 2.14: 1.7 to 2.2 × from 49 rows on, 1.6 to 2 × for the weight's gradient)."""
-    return dtype == torch.float32 and _has_onednn() and not cpu.is_intel() and "avx512f" in cpu.instructions()
+    an AMD EPYC, Zen 5, torch 2.14: 1.7 to 2.2 × from 49 rows on, 1.6 to 2 × for the weight's gradient). Where units are
+    256 bits wide that costs nothing: on Zen 4 both are as fast."""
+    return dtype == torch.float32 and cpu.is_zen5() and _has_onednn()
 
 
 def _linear(x: torch.Tensor, W: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """Where neither has AVX-512: by MKL where x and W are small. One image in 192 channels takes oneDNN 540 µs and MKL
+    """Up to Zen 4: by MKL where x and W are small. One image in 192 channels takes oneDNN 540 µs and MKL
     490, and P = 14 770 and 525; large products take MKL up to 2.2 × as long (2 cores of an AMD EPYC, torch 2.14)."""
     small = W.shape[0] <= 384 and x.shape[0] < 1000
     return (F.linear if small else _onednn)(x, W, bias)
