@@ -107,7 +107,7 @@ CPU = [
     Case(batch=2, dtype="fp32", frames=16),
     Case(batch=64, dtype="fp32", image=32, patch=4, dim=192),
 ]
-CPU_TRAINING = [Case(batch=8, dtype="fp32"), Case(batch=8, dtype="fp32", keep=0.25)]
+CPU_TRAINING = [Case(batch=8, dtype="fp32"), Case(batch=8, dtype="bf16"), Case(batch=8, dtype="fp32", keep=0.25)]
 
 # One of each kind, small enough for a dry run.
 TINY = [
