@@ -349,8 +349,13 @@ def test_tables(name):
 
 def test_figures_are_those_of_stored_results():
     stored, page = ROOT / "benchmarks" / "results", (ROOT / "docs" / "measured.md").read_text()
-    amd, intel = stored / "amd-epyc-2-threads", stored / "intel-xeon-amx-2-threads"
-    for files in ([amd / "operation.json", amd / "without-bf16-instructions.json"], [intel / "operation.json"]):
+    amd, *others = (
+        stored / name for name in ("amd-epyc-2-threads", "amd-epyc-zen5-2-threads", "intel-xeon-amx-2-threads")
+    )
+    for files in (
+        [amd / "operation.json", amd / "without-bf16-instructions.json"],
+        *([other / "operation.json"] for other in others),
+    ):
         assert summary.markdown(results.load(files)) in page
 
 
