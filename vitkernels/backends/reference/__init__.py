@@ -84,7 +84,7 @@ def _operands(
         W[:, p.K :].zero_()
     elif W.dtype != dtype or not W.is_contiguous():
         W = W.to(dtype).contiguous()  # oneDNN reads past the strides of this and the bias
-    if bias is not None:
+    if bias is not None and not (bias.dtype == dtype and bias.is_contiguous()):
         bias = bias.to(dtype).contiguous()
     table = None if pos_embed is None else pos_embed.narrow(-2, p.pos_rows - p.N, p.N)
     if not way.in_place or bias is None:

@@ -62,7 +62,7 @@ def _onednn(x: torch.Tensor, W: torch.Tensor, bias: torch.Tensor | None = None) 
 
 
 def _has_onednn() -> bool:
-    return _is_built_with_onednn() and torch.backends.mkldnn.enabled
+    return _is_built_with_onednn() and torch._C._get_mkldnn_enabled()
 
 
 @lru_cache(maxsize=1)
