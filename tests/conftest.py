@@ -57,22 +57,27 @@ def on_cuda_kernels(request, device, monkeypatch):
 MAKERS = {"Intel": ("amx_bf16", "avx512_bf16", "avx512f"), "Zen 5": ("avx512_bf16", "avx512f"), "another": ()}
 
 
+@pytest.fixture
+def anew():
+    """How the reference evaluates is decided again, in the test and after it."""
+    from vitkernels.backends.reference import unfold
+
+    unfold._way_of.cache_clear()
+    yield
+    unfold._way_of.cache_clear()
+
+
 @pytest.fixture(params=MAKERS)
-def maker(request, monkeypatch):
+def maker(request, anew, monkeypatch):
     """The processor's, which decides with its instructions how the reference evaluates: each is played on any."""
     from vitkernels import cpu
-    from vitkernels.backends.reference import products, unfold
+    from vitkernels.backends.reference import products
 
-    remembered = unfold._way, unfold._piece_rows, unfold._lands_in_tokens
-    for function in remembered:
-        function.cache_clear()
     monkeypatch.setattr(cpu, "is_intel", lambda: request.param == "Intel")
     monkeypatch.setattr(cpu, "is_zen5", lambda: request.param == "Zen 5")
     monkeypatch.setattr(cpu, "instructions", lambda: MAKERS[request.param])
     monkeypatch.setattr(products, "_has_bf16", lambda: "avx512_bf16" in MAKERS[request.param])
-    yield request.param
-    for function in remembered:
-        function.cache_clear()
+    return request.param
 
 
 def poison(tensor: torch.Tensor) -> torch.Tensor:

@@ -362,7 +362,7 @@ def largest(t):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("at_once", [1, 10**9], ids=["one piece an image", "one piece"])
 @pytest.mark.parametrize("name", ON_A_GPU)
-def test_as_on_a_gpu(name, at_once, dtype, monkeypatch):
+def test_as_on_a_gpu(name, at_once, dtype, anew, monkeypatch):
     case = dict(ON_A_GPU[name])
     rows = case.pop("rows")
     call = {n: images_of(*case.pop(n), dtype=dtype, seed=i) for i, n in enumerate(("images", "weight"))}

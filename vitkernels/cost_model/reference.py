@@ -9,7 +9,7 @@ from math import prod
 
 import torch
 
-from ..backends.reference import products, unfold
+from ..backends.reference import unfold
 from ..problem import PatchProblem
 from .traffic import INDEX, Algorithm, Pass, Sizes
 
@@ -17,21 +17,19 @@ from .traffic import INDEX, Algorithm, Pass, Sizes
 def forward(p: PatchProblem) -> Algorithm:
     """Memory as ever; `requested` is what the operators of all pieces read and write, most of it from the caches."""
     p = replace(p, device=torch.device("cpu"))
-    sizes, dtype = Sizes.of(p), products.product_dtype(p)
-    size, passes = dtype.itemsize, []
+    sizes, way = Sizes.of(p), unfold.way_of(p)
+    dtype, size, passes = way.dtype, way.dtype.itemsize, []
     weight, bias = p.D * p.K * size, p.D * size * p.has_bias
-    interleaved = unfold.side_by_side(p)
     if dtype != p.weight_dtype:
         passes.append(Pass("weight and bias to the product's dtype", sizes.weight + sizes.bias, weight + bias))
-    elif interleaved and p.weight_strides[1] != 1:
+    elif way.p.C < p.C and p.weight_strides[1] != 1:
         passes.append(Pass("weight in the pixels' order", sizes.weight, weight))
-    p = interleaved or p
+    p = way.p
     prefix = p.B * p.T * p.D * p.out_dtype.itemsize
     if p.T:
         table = p.T * p.D * p.weight_dtype.itemsize * (p.pos_rows > p.N) * (p.B if p.pos_per_image else 1)
         passes.append(Pass("prefix", sizes.prefix + table, prefix))
-    way = unfold.way_of(p, dtype)
-    requests = _requests(p, dtype, way, weight, bias)
+    requests = _requests(way, weight, bias)
     first = max(0, p.pos_rows - p.N) * p.D * p.weight_dtype.itemsize * (p.B if p.pos_per_image else 1)
     read = sizes.images + weight + bias + sizes.position - first + sizes.keep
     passes.append(Pass("pieces", read, sizes.tokens - prefix, p.flops, 0, requests))
@@ -42,7 +40,8 @@ def forward(p: PatchProblem) -> Algorithm:
     )
 
 
-def _requests(p: PatchProblem, dtype, way: unfold.Way, weight: int, bias: int) -> dict[str, int]:
+def _requests(way: unfold.Way, weight: int, bias: int) -> dict[str, int]:
+    p, dtype = way.p, way.dtype
     s, size, w = p.image_dtype.itemsize, dtype.itemsize, p.weight_dtype.itemsize
     batches, pieces = len(way.images), len(way.images) * len(way.spans)
     elements, staged = p.B * p.rows * p.K, way.windows is None
@@ -62,8 +61,7 @@ def _requests(p: PatchProblem, dtype, way: unfold.Way, weight: int, bias: int) -
         "keep": 0 if p.n_keep is None else p.B * p.rows * INDEX,
     }
     found = Counter(requests)
-    tabled = way.in_place and products.has_bias_in_table(p, dtype)
-    if tabled and p.pos_rows:
+    if way.has_bias_in_table and p.pos_rows:
         found["table"] = p.N * p.D * (w + size) + bias
         w = size
     for b, n in itertools.product(way.images, way.spans):
@@ -77,13 +75,13 @@ def _requests(p: PatchProblem, dtype, way: unfold.Way, weight: int, bias: int) -
             if p.n_keep is not None:  # gathered first: at most the table, for each piece
                 found["position"] += (M - each * rows * p.D) * w + (M + min(p.N, images * rows) * p.D) * w
         if way.in_place and (room or p.T == 0 or images == 1):
-            found["product"] += bias * (not tabled and dtype == torch.float32)
-            found["tokens"] += 2 * M * size * (p.pos_rows > 0 or tabled)
-            found["position"] += bias * (tabled and not p.pos_rows)
-        elif p.pos_rows and dtype == p.out_dtype and products.is_small(p, b, n, dtype):
+            found["product"] += bias * (not way.has_bias_in_table and dtype == torch.float32)
+            found["tokens"] += 2 * M * size * (p.pos_rows > 0 or way.has_bias_in_table)
+            found["position"] += bias * (way.has_bias_in_table and not p.pos_rows)
+        elif p.pos_rows and way.is_small:
             found["product"] += M * size  # it starts at position and bias, which are added first
             found["tokens"] += bias + M * size
         else:
-            found["product"] += bias * (not tabled)
+            found["product"] += bias * (not way.has_bias_in_table)
             found["tokens"] += M * size + M * p.out_dtype.itemsize
     return {name: n for name, n in found.items() if n}

@@ -13,8 +13,8 @@ import torch
 from ...problem import PatchProblem, in_grid
 from ..common import empty
 from .gradients import backward as backward
-from .products import has_bias_in_table, is_small, linear_of, product_dtype
-from .unfold import Way, pieces, side_by_side, way_of
+from .products import product_dtype
+from .unfold import Way, pieces, way_of
 
 
 def why_not(p: PatchProblem) -> list[str]:
@@ -34,15 +34,15 @@ def forward(
     prefix: torch.Tensor | None,  # [1|B, T, D], or without 1
     keep: torch.Tensor | None,  # [B, N_keep]
 ) -> torch.Tensor:  # [B, T+N, D]
-    dtype = product_dtype(p)
     keep, outside = in_grid(p, keep)
     out = empty(images, p.out_shape, p.out_dtype)
-    if (q := side_by_side(p)) is not None:
-        p, weight = q, weight.movedim(1, -1)
-        images = images.as_strided((p.B, p.C, p.F, p.H, p.W), p.image_strides)
-    way = way_of(p, dtype)
-    W, bias, table = _operands(p, way, dtype, weight, bias, pos_embed)
-    for b, n, x in pieces(p, images, keep, dtype, way):  # x [b·n or b·(T+N), columns]
+    way = way_of(p)
+    if way.p.C < p.C:
+        weight = weight.movedim(1, -1)
+        images = images.as_strided((p.B, 1, p.F, p.H, way.p.W), way.p.image_strides)
+    p = way.p
+    W, bias, table = _operands(way, weight, bias, pos_embed)
+    for b, n, x in pieces(way, images, keep):  # x [b·n or b·(T+N), columns]
         tokens = out.narrow(1, p.T + n.start, n.stop - n.start)  # [b, n, D]
         if b.stop - b.start < p.B:
             tokens = tokens[b]
@@ -52,14 +52,14 @@ def forward(
             torch.mm(x, W.t(), out=here) if bias is None else torch.addmm(bias, x, W.t(), out=here)
             if positions is not None:
                 tokens.add_(positions)
-        elif positions is not None and dtype == p.out_dtype and is_small(p, b, n, dtype):
+        elif positions is not None and way.is_small:
             if bias is None:
                 tokens.copy_(positions)
             else:
                 torch.add(positions, bias, out=tokens.view(positions.shape))
             tokens.squeeze(0).addmm_(x, W.t())
         else:
-            _add(linear_of(p.on_cpu, dtype)(x, W, bias), positions, tokens)
+            _add(way.linear(x, W, bias), positions, tokens)
     if prefix is not None:
         first = out.narrow(1, 0, p.T)
         if pos_embed is None or p.pos_rows == p.N:
@@ -73,10 +73,9 @@ def forward(
     return out
 
 
-def _operands(
-    p, way: Way, dtype: torch.dtype, weight, bias, pos_embed
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+def _operands(way: Way, weight, bias, pos_embed) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """W [D, columns], bias [D], and what is added to all patches [(1|B,) N, D], as `way` multiplies and adds them."""
+    p, dtype = way.p, way.dtype
     W = weight.view(p.D, p.K) if weight.is_contiguous() else weight.reshape(p.D, p.K)
     if way.columns > p.K:
         narrow, W = W, empty(weight, (p.D, way.columns), dtype)
@@ -91,7 +90,7 @@ def _operands(
         return W, bias, table
     if dtype == torch.bfloat16:
         W[:, p.K] = bias  # times the ones in the patches' column: rounded with the product, as others round it
-    elif has_bias_in_table(p, dtype):
+    elif way.has_bias_in_table:
         table = bias.expand(p.N, p.D) if table is None else table + bias
     else:
         return W, bias, table

@@ -60,13 +60,13 @@ def _weight(p, d_tokens, images, keep, out) -> None:
 def _weight_at_once(p, d_tokens, images, keep, out) -> None:
     """By one product in bf16, which sums in fp32 and rounds once: a sum of several would be rounded in each."""
     dtype = torch.bfloat16
-    way = way_of(p, dtype, tokens=False)._replace(as_they_are=False)
+    way = way_of(p, dtype)._replace(as_they_are=False)
     n = p.B * p.rows
     x, dy = (empty(images, (padded(n, True, dtype), columns), dtype) for columns in (way.columns, p.D))
     x[:, p.K :].zero_()
     x[n:].zero_()
     dy[n:].zero_()
-    for _ in pieces(p, images, keep, dtype, way, x):
+    for _ in pieces(way, images, keep, x):
         pass
     dy[:n].view(d_tokens.shape).copy_(d_tokens)
     if out.dtype == dtype and out.is_contiguous() and way.columns == p.K:
@@ -79,7 +79,7 @@ def _weight_on_cpu(p, d_tokens, images, keep, out) -> None:
     """Each piece's product is added to one sum. It lies as [K, D] where rows of K would begin anywhere and MKL
     multiplies, which they take a tenth longer."""
     dtype, buffer = p.sum_dtype, None
-    way = way_of(p, dtype, tokens=False)
+    way = way_of(p, dtype)
     columns = way.columns
     in_rows = columns % 16 == 0 or mkl_is_slow(dtype)
     in_place = out.dtype == dtype and out.is_contiguous() and columns == p.K and in_rows
@@ -89,7 +89,7 @@ def _weight_on_cpu(p, d_tokens, images, keep, out) -> None:
         total = images.new_zeros((p.D, columns), dtype=dtype)  # [D, K, or more with zeros]
     else:
         total = images.new_zeros((columns, p.D), dtype=dtype).t()
-    for b, n, x in pieces(p, images, keep, dtype, way):  # x [b·n, columns]
+    for b, n, x in pieces(way, images, keep):  # x [b·n, columns]
         dy = d_tokens[b, n]
         if buffer is None:  # the first piece is the largest
             buffer = x.new_empty(dy.numel())
@@ -102,8 +102,8 @@ def _weight_on_cpu(p, d_tokens, images, keep, out) -> None:
 def _weight_on_gpu(p, d_tokens, images, keep, out) -> None:
     """In the product's own dtype, from rows as they are read: a transposed copy would cost more than the product."""
     dtype, total = p.sum_dtype, None
-    way = way_of(p, p.compute_dtype, tokens=False)
-    for b, n, x in pieces(p, images, keep, p.compute_dtype, way):  # x [b·n, columns]
+    way = way_of(p, p.compute_dtype)
+    for b, n, x in pieces(way, images, keep):  # x [b·n, columns]
         dy = d_tokens[b, n].reshape(-1, p.D).to(p.compute_dtype)
         part = product(dy.t(), x, dtype)
         total = part if total is None else total.add_(part)

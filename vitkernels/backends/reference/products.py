@@ -36,7 +36,7 @@ def _has_bf16() -> bool:
 def linear_of(on_cpu: bool, dtype: torch.dtype) -> Callable[..., torch.Tensor]:
     """x·Wᵀ + bias, by what Inductor calls, or by F.linear, which calls MKL in fp32. oneDNN adds a bias in bf16 for
     nothing, for which F.linear takes a tenth longer. In fp32 it takes a tenth longer than MKL on Intel's CPUs."""
-    if not (on_cpu and _has_onednn()):
+    if not (on_cpu and has_onednn()):
         return F.linear
     if dtype == torch.float32:
         return F.linear if cpu.is_intel() else _onednn if mkl_is_slow(dtype) else _linear
@@ -47,7 +47,7 @@ def mkl_is_slow(dtype: torch.dtype) -> bool:
     """Whether oneDNN takes half of MKL's time for any product in fp32: MKL keeps AVX-512 for Intel's CPUs (2 cores of
     an AMD EPYC, Zen 5, torch 2.14: 1.7 to 2.2 × from 49 rows on, 1.6 to 2 × for the weight's gradient). Where units are
     256 bits wide that costs nothing: on Zen 4 both are as fast."""
-    return dtype == torch.float32 and cpu.is_zen5() and _has_onednn()
+    return dtype == torch.float32 and cpu.is_zen5() and has_onednn()
 
 
 def _linear(x: torch.Tensor, W: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -61,8 +61,8 @@ def _onednn(x: torch.Tensor, W: torch.Tensor, bias: torch.Tensor | None = None) 
     return torch.ops.mkldnn._linear_pointwise(x, W, bias, "none", [], "")
 
 
-def _has_onednn() -> bool:
-    return _is_built_with_onednn() and torch._C._get_mkldnn_enabled()
+def has_onednn() -> bool:
+    return _is_built_with_onednn() and torch._C._get_mkldnn_enabled()  # as torch.backends.mkldnn asks
 
 
 @lru_cache(maxsize=1)
@@ -108,13 +108,6 @@ def by_one_thread(p: PatchProblem, dtype: torch.dtype, threads: int) -> tuple[in
         return 0, 0
     few = min(p.D, 768)
     return few * 5 // 6, few * 2
-
-
-def is_small(p: PatchProblem, b: slice, n: slice, dtype: torch.dtype) -> bool:
-    """Whether a piece is of one image on a CPU, and of so few rows that another pass over the tokens counts: then the
-    sum starts at what is added to it, which MKL alone does at its full speed."""
-    few = p.on_cpu and b.stop - b.start == 1 and n.stop - n.start < 1000
-    return few and dtype == torch.float32 and not mkl_is_slow(dtype)
 
 
 def has_bias_in_table(p: PatchProblem, dtype: torch.dtype) -> bool:

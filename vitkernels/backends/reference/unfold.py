@@ -5,7 +5,7 @@ The pieces are all that is here for speed: one piece's patches stay in the cache
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import lru_cache
 from math import prod
@@ -17,16 +17,21 @@ import torch.nn.functional as F
 from ... import cpu
 from ...problem import Layout, PatchProblem, video_strides
 from ..common import centred, empty
-from .products import by_one_thread, has_bias_in_table, padded
+from .products import by_one_thread, has_bias_in_table, has_onednn, linear_of, mkl_is_slow, padded, product_dtype
 
 GPU_BYTES = 3 << 27  # of a piece on a GPU, which it has to fill
 
 
 class Way(NamedTuple):
-    """How images become patches, and where their products go."""
+    """How images become patches, and how and where they are multiplied: all that does not depend on data."""
 
+    p: PatchProblem  # as it is evaluated: of one channel where a pixel's channels lie side by side
+    dtype: torch.dtype  # of patches and weight
+    linear: Callable[..., torch.Tensor]  # x·Wᵀ + bias
     columns: int  # elements of a row of patches: K, a one (for a bias in the weight's column), zeros
     in_place: bool  # products are written where the tokens are
+    has_bias_in_table: bool  # then, of positions
+    is_small: bool  # the sum starts at what is added to it
     images: tuple[slice, ...]  # b and n: a piece is of these images and of these patches of each; the first is
     spans: tuple[slice, ...]  # the largest
     windows: tuple[tuple[int, ...], tuple[int, ...]] | None  # of all images, sizes and strides; None: they are staged
@@ -37,14 +42,13 @@ class Way(NamedTuple):
 
 
 def pieces(
-    p: PatchProblem, images: torch.Tensor, keep: torch.Tensor | None, dtype: torch.dtype, way: Way,
-    into: torch.Tensor | None = None,
-) -> Iterator[tuple[slice, slice, torch.Tensor]]:  # fmt: skip
+    way: Way, images: torch.Tensor, keep: torch.Tensor | None, into: torch.Tensor | None = None
+) -> Iterator[tuple[slice, slice, torch.Tensor]]:
     """Images b, patches n of each, and their normalised pixels [b·n, columns], or with `room` [b·(T+N), columns].
 
     The buffers are contiguous, and reused by the next piece; or they are the next rows of `into` [B·N, columns].
     """
-    wide, staged = way.wide, way.windows is None
+    p, dtype, wide, staged = way.p, way.dtype, way.wide, way.windows is None
     grid = None if way.windows is None else images.as_strided(*way.windows)  # [B, G_t, G_h, G_w, C, P_t, P_h, P_w]
     block, buffer, done = None, into, 0
     for b in way.images:
@@ -70,7 +74,7 @@ def pieces(
                 piece = buffer = x.view(-1, p.K)
             else:
                 if buffer is None:
-                    buffer = _with_room(p, way, images, sizes, dtype)
+                    buffer = _with_room(way, images, sizes)
                 piece = buffer[done : done + sizes[0] * sizes[1]]
                 done += 0 if into is None else len(piece)
                 x = piece.view(sizes)[:, way.room :, : p.K].view(part.shape)
@@ -83,43 +87,52 @@ def pieces(
             yield b, n, piece
 
 
-def _with_room(p: PatchProblem, way: Way, images, sizes: tuple[int, int, int], dtype: torch.dtype) -> torch.Tensor:
+def _with_room(way: Way, images, sizes: tuple[int, int, int]) -> torch.Tensor:
     """For the patches of a piece, [b·(room + n), columns]: all around them is written here, once."""
-    buffer = empty(images, sizes, dtype)
+    buffer, K = empty(images, sizes, way.dtype), way.p.K
     buffer[:, : way.room].zero_()
-    if way.columns > p.K:
-        buffer[:, way.room :, p.K].fill_(1)
-        buffer[:, way.room :, p.K + 1 :].zero_()
+    if way.columns > K:
+        buffer[:, way.room :, K].fill_(1)
+        buffer[:, way.room :, K + 1 :].zero_()
     return buffer.view(-1, way.columns)
 
 
-def way_of(p: PatchProblem, dtype: torch.dtype, tokens: bool = True) -> Way:
-    """`tokens`: whose products these are; others are added up."""
-    threads = torch.get_num_threads()
-    in_place = tokens and _lands_in_tokens(p, dtype, threads)
-    columns = padded(p.K + (in_place and p.has_bias and dtype == torch.bfloat16), p.on_cpu, dtype)
-    return _way(p, dtype, _piece_rows(p, dtype, threads, in_place, not tokens), columns, in_place, threads)
+def way_of(p: PatchProblem, summed: torch.dtype | None = None) -> Way:
+    """Of the tokens; or of products in `summed`, that are added up."""
+    precision = p.on_cpu and p.K % 32 > 0 and torch.backends.mkldnn.matmul.fp32_precision  # which `padded` reads
+    return _way_of(p, summed, torch.get_num_threads(), has_onednn(), precision)
 
 
 @lru_cache(maxsize=1024)
-def _way(p: PatchProblem, dtype: torch.dtype, piece_rows: int, columns: int, in_place: bool, threads: int) -> Way:
-    images, spans = _cut(p, dtype, piece_rows, threads)
+def _way_of(p: PatchProblem, summed: torch.dtype | None, threads: int, *_) -> Way:
+    dtype = summed or product_dtype(p)
+    if not summed:
+        p = side_by_side(p) or p
+    in_place = not summed and _lands_in_tokens(p, dtype, threads)
+    columns = padded(p.K + (in_place and p.has_bias and dtype == torch.bfloat16), p.on_cpu, dtype)
+    images, spans = _cut(p, dtype, _piece_rows(p, dtype, threads, in_place, summed is not None), threads)
     as_they_are = columns == p.K and is_matrix(p, dtype, spans)
-    several = len(images) > 0 and images[0].stop > 1 and not as_they_are
+    several = len(images) > 0 and images[0].stop > 1
+    # Another pass over the tokens counts where rows are few; in bf16 oneDNN would multiply at a fraction of its speed.
+    is_small = p.on_cpu and dtype == torch.float32 and not (several or spans[0].stop >= 1000 or mkl_is_slow(dtype))
     return Way(
+        p,
+        dtype,
+        linear_of(p.on_cpu, dtype),
         columns,
         in_place,
+        in_place and has_bias_in_table(p, dtype),
+        is_small and dtype == p.out_dtype,
         tuple(images),
         tuple(spans),
         None if is_staged(p, dtype, spans) else ((p.B, *p.G, p.C, *p.P), _steps(p, p.image_strides)),
         as_they_are,
-        p.T if in_place and several else 0,
+        p.T if in_place and several and not as_they_are else 0,
         p.on_cpu and _lies_in_lines(p),
         _normalised_dtype(p, dtype),
     )
 
 
-@lru_cache(maxsize=1024)
 def side_by_side(p: PatchProblem) -> PatchProblem | None:
     """The same problem where a pixel's channels lie side by side: of one channel, in which a pixel is C long. Patches
     are then lines of P_w·C elements. The weight has to lie likewise (channels-last), or is copied."""
@@ -259,7 +272,6 @@ def _normalise(p: PatchProblem, x: torch.Tensor, after: int) -> torch.Tensor:
     return x if p.scale == 1 else x.mul_(p.scale)
 
 
-@lru_cache(maxsize=1024)
 def _lands_in_tokens(p: PatchProblem, dtype: torch.dtype, threads: int) -> bool:
     """Whether a piece's product is written where its tokens are, and positions added there, on Intel's: then a piece
     has twice the rows. In bf16 the bias takes a column of the weight, which is copied: where that gains rows."""
@@ -285,7 +297,6 @@ def images_at_once(p: PatchProblem) -> int:
     return max(1, GPU_BYTES // (p.C * padded * p.sum_dtype.itemsize + p.N * p.K * p.sum_dtype.itemsize))
 
 
-@lru_cache(maxsize=1024)
 def _piece_rows(p: PatchProblem, dtype: torch.dtype, threads: int, in_place: bool = False, summed: bool = False) -> int:
     """Patches of a piece. On a CPU all that a piece needs (its images, patches, product and positions, and the weight
     where it is converted) stays within 3.75 MB a thread, which the caches hold. On a GPU a piece has to fill it."""
