@@ -231,6 +231,21 @@ def test_two_threads_both_multiply(D, monkeypatch):
         assert products.by_one_thread(p, torch.bfloat16, 4) == (0, 0)
 
 
+@pytest.mark.parametrize(("dtype", "n"), [(torch.float32, 4), (torch.float32, 2), (torch.bfloat16, 8), (F64, 1)])
+@pytest.mark.parametrize("how", ["whole", "shifted", "odd rows", "every second", "to float64"])
+def test_lines_are_copied_by_words(dtype, n, how):
+    base = images_of(2, 3, 8, 8 * n + 1, dtype=dtype)
+    base[0, 0, 0, 0] = float("nan")
+    images = {"shifted": base[..., 1:], "odd rows": base[..., : 8 * n], "every second": base[..., ::2]}.get(how)
+    images = base[..., : 8 * n].contiguous() if images is None else images
+    grid = images.unflatten(-1, (-1, n)) if images.shape[-1] % n == 0 else images[..., : 4 * n].unflatten(-1, (-1, n))
+    of = grid.permute(0, 2, 3, 1, 4)
+    to = torch.full((2, 8, of.shape[2], 3, n), 7, dtype=F64 if how == "to float64" else dtype)
+    unfold.copy_lines(to, of)
+    torch.testing.assert_close(to, of.to(to.dtype), rtol=0, atol=0, equal_nan=True)
+    assert unfold._are_words(grid, n) == ((n == 1 and how != "every second") or how in ("whole", "to float64"))
+
+
 KEPT = {  # images, patch, stride
     "plain": ((2, 3, 32, 48), (16, 8), (16, 8)),
     "lines apart": ((2, 3, 40, 48), (8, 16), (16, 16)),

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from ...problem import PatchProblem
 from ..common import Grads, canonical, centred, each_or_sum, empty, masked, position, scattered
 from .products import add_product, mkl_is_slow, padded, product, product_dtype
-from .unfold import images_at_once, pieces, way_of, windows
+from .unfold import copy_lines, images_at_once, pieces, way_of, windows
 
 AT_ONCE_BYTES = 256 << 20  # of patches and tokens' gradient in bfloat16, at most, whose product is not cut in pieces
 
@@ -134,7 +134,7 @@ def _images(p, d_tokens, weight, keep, out) -> None:
         elif p.scale != 1:
             d_x *= p.scale
         if apart:
-            windows(p, out[b]).copy_(d_x)
+            copy_lines(windows(p, out[b]), d_x)
         else:
             out[b] = _overlapped(p, d_x)
 

@@ -20,6 +20,7 @@ from ..common import centred, empty
 from .products import by_one_thread, has_bias_in_table, has_onednn, linear_of, mkl_is_slow, padded, product_dtype
 
 GPU_BYTES = 3 << 27  # of a piece on a GPU, which it has to fill
+WORDS = {8: torch.int64, 16: torch.complex128}  # bytes -> a dtype of as many
 
 
 class Way(NamedTuple):
@@ -79,12 +80,26 @@ def pieces(
                 done += 0 if into is None else len(piece)
                 x = piece.view(sizes)[:, way.room :, : p.K].view(part.shape)
             if staged or wide == dtype:
-                x.copy_(part)
+                copy_lines(x, part)
             if not staged and (p.normalised or p.scale != 1):
                 normalised = _normalise(p, x if wide == dtype else part.to(wide, copy=True), 3)
                 if wide != dtype:
                     x.copy_(normalised)
             yield b, n, piece
+
+
+def copy_lines(to: torch.Tensor, of: torch.Tensor) -> None:
+    """to.copy_(of) of patches [..., P_w]; where a line is as long as a word, by words: PyTorch begins anew for each
+    line, which takes 1.5 to 2.9 × as long as to copy 4 pixels (2 cores of an AMD EPYC, Zen 5)."""
+    n, word = to.shape[-1], WORDS.get(to.shape[-1] * to.element_size())
+    if word and to.is_cpu and to.dtype == of.dtype and all(_are_words(t, n) for t in (to, of)):
+        to, of = to.view(word), of.view(word)
+    to.copy_(of)
+
+
+def _are_words(t: torch.Tensor, n: int) -> bool:
+    *steps, step = t.stride()
+    return step == 1 and t.storage_offset() % n == 0 and all(s % n == 0 for s in steps)
 
 
 def _with_room(way: Way, images, sizes: tuple[int, int, int]) -> torch.Tensor:
