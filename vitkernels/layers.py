@@ -301,9 +301,9 @@ def project_patches(patches: torch.Tensor, linear: nn.Linear, backend: str = "au
 
 def eager_dtype(weight: torch.Tensor, *added: torch.Tensor | None) -> torch.dtype:
     """The dtype of tokens in eager PyTorch, where adding an fp32 table to autocast's bf16 tokens makes them fp32."""
-    device, dtype = weight.device.type, weight.dtype
-    if device != "meta" and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+    dtype = weight.dtype
+    if torch._C._is_any_autocast_enabled() and not weight.is_meta and torch.is_autocast_enabled(weight.device.type):
+        dtype = torch.get_autocast_dtype(weight.device.type)
     for tensor in added:
         if tensor is not None:
             dtype = torch.promote_types(dtype, tensor.dtype)

@@ -135,6 +135,20 @@ def test_gradients_of_pieces_that_cancel(P, D, at_once, maker, poisoned, monkeyp
     torch.testing.assert_close(found.double(), exact, rtol=2**-8, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("pos", [False, True])
+def test_tokens_may_be_changed_in_place(pos, dtype, maker):
+    """Models add to them. They are no view, though they may be a product's memory."""
+    weight = images_of(40, 3, 8, 8, dtype=dtype, seed=1).requires_grad_()
+    tokens = vk.patch_embed(
+        images_of(2, 3, 32, 16, dtype=dtype), weight, pos_embed=images_of(8, 40, dtype=dtype) if pos else None
+    )
+    assert tokens._base is None and tokens.is_contiguous()
+    tokens += 1
+    tokens.sum().backward()
+    assert weight.grad.isfinite().all()
+
+
 INTERLEAVED = {
     "a picture": dict(images=(3, 3, 32, 48), weight=(8, 3, 8, 16)),
     "one image": dict(images=(1, 3, 64, 64), weight=(4, 3, 8, 8)),

@@ -78,7 +78,10 @@ def _requests(way: unfold.Way, weight: int, bias: int) -> dict[str, int]:
             found["product"] += bias * (not way.has_bias_in_table and dtype == torch.float32)
             found["tokens"] += 2 * M * size * (p.pos_rows > 0 or way.has_bias_in_table)
             found["position"] += bias * (way.has_bias_in_table and not p.pos_rows)
-        elif p.pos_rows and way.is_small:
+        elif way.is_all:
+            found["product"] += bias
+            found["tokens"] += 2 * M * size * (p.pos_rows > 0)
+        elif way.is_small:
             found["product"] += M * size  # it starts at position and bias, which are added first
             found["tokens"] += bias + M * size
         else:

@@ -98,7 +98,8 @@ MOST_REASONS = 20
 def count(module: nn.Module, how: str) -> None:
     if torch.compiler.is_compiling():
         return
-    calls = CALLS.setdefault(module, Counter())
+    if (calls := CALLS.get(module)) is None:
+        calls = CALLS[module] = Counter()
     calls[how if how in calls or len(calls) < MOST_REASONS else "and others"] += 1
 
 

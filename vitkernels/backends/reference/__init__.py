@@ -35,31 +35,37 @@ def forward(
     keep: torch.Tensor | None,  # [B, N_keep]
 ) -> torch.Tensor:  # [B, T+N, D]
     keep, outside = in_grid(p, keep)
-    out = empty(images, p.out_shape, p.out_dtype)
     way = way_of(p)
     if way.p.C < p.C:
         weight = weight.movedim(1, -1)
         images = images.as_strided((p.B, 1, p.F, p.H, way.p.W), way.p.image_strides)
     p = way.p
     W, bias, table = _operands(way, weight, bias, pos_embed)
-    for b, n, x in pieces(way, images, keep):  # x [b·n or b·(T+N), columns]
-        tokens = out.narrow(1, p.T + n.start, n.stop - n.start)  # [b, n, D]
-        if b.stop - b.start < p.B:
-            tokens = tokens[b]
-        positions = None if table is None else _positions(p, table, b, n, keep)
-        if way.room or (way.in_place and tokens.is_contiguous()):
-            here = (out[b] if way.room else tokens).view(-1, p.D)
-            torch.mm(x, W.t(), out=here) if bias is None else torch.addmm(bias, x, W.t(), out=here)
-            if positions is not None:
-                tokens.add_(positions)
-        elif positions is not None and way.is_small:
-            if bias is None:
-                tokens.copy_(positions)
+    if way.is_all:
+        ((b, n, x),) = pieces(way, images, keep)  # x [B·N, columns]
+        out = torch.ops.aten._unsafe_view.default(way.linear(x, W, bias), p.out_shape)  # no view, to autograd
+        if table is not None:
+            out.add_(_positions(p, table, b, n, keep))
+    else:
+        out = empty(images, p.out_shape, p.out_dtype)
+        for b, n, x in pieces(way, images, keep):  # x [b·n or b·(T+N), columns]
+            tokens = out.narrow(1, p.T + n.start, n.stop - n.start)  # [b, n, D]
+            if b.stop - b.start < p.B:
+                tokens = tokens[b]
+            positions = None if table is None else _positions(p, table, b, n, keep)
+            if way.room or (way.in_place and tokens.is_contiguous()):
+                here = (out[b] if way.room else tokens).view(-1, p.D)
+                torch.mm(x, W.t(), out=here) if bias is None else torch.addmm(bias, x, W.t(), out=here)
+                if positions is not None:
+                    tokens.add_(positions)
+            elif positions is not None and way.is_small:
+                if bias is None:
+                    tokens.copy_(positions)
+                else:
+                    torch.add(positions, bias, out=tokens.view(positions.shape))
+                tokens.squeeze(0).addmm_(x, W.t())
             else:
-                torch.add(positions, bias, out=tokens.view(positions.shape))
-            tokens.squeeze(0).addmm_(x, W.t())
-        else:
-            _add(way.linear(x, W, bias), positions, tokens)
+                _add(way.linear(x, W, bias), positions, tokens)
     if prefix is not None:
         first = out.narrow(1, 0, p.T)
         if pos_embed is None or p.pos_rows == p.N:

@@ -95,10 +95,14 @@ def padded(n: int, on_cpu: bool, dtype: torch.dtype) -> int:
     tell its instructions, too."""
     if not on_cpu:
         return n if dtype.itemsize > 2 else -(-n // 8) * 8
-    if n % 32 == 0 or (cpu.instructions() and "amx_bf16" not in cpu.instructions()):
+    if n % 32 == 0 or not may_have_amx():
         return n
     rounded = dtype == torch.float32 and torch.backends.mkldnn.matmul.fp32_precision == "bf16"
     return -(-n // 32) * 32 if dtype == torch.bfloat16 or rounded else n
+
+
+def may_have_amx() -> bool:
+    return not cpu.instructions() or "amx_bf16" in cpu.instructions()
 
 
 def by_one_thread(p: PatchProblem, dtype: torch.dtype, threads: int) -> tuple[int, int]:

@@ -17,7 +17,16 @@ import torch.nn.functional as F
 from ... import cpu
 from ...problem import Layout, PatchProblem, video_strides
 from ..common import centred, empty
-from .products import by_one_thread, has_bias_in_table, has_onednn, linear_of, mkl_is_slow, padded, product_dtype
+from .products import (
+    by_one_thread,
+    has_bias_in_table,
+    has_onednn,
+    linear_of,
+    may_have_amx,
+    mkl_is_slow,
+    padded,
+    product_dtype,
+)
 
 GPU_BYTES = 3 << 27  # of a piece on a GPU, which it has to fill
 WORDS = {8: torch.int64, 16: torch.complex128}  # bytes -> a dtype of as many
@@ -33,6 +42,7 @@ class Way(NamedTuple):
     in_place: bool  # products are written where the tokens are
     has_bias_in_table: bool  # then, of positions
     is_small: bool  # the sum starts at what is added to it
+    is_all: bool  # the one piece's products are the tokens
     images: tuple[slice, ...]  # b and n: a piece is of these images and of these patches of each; the first is
     spans: tuple[slice, ...]  # the largest
     windows: tuple[tuple[int, ...], tuple[int, ...]] | None  # of all images, sizes and strides; None: they are staged
@@ -114,8 +124,10 @@ def _with_room(way: Way, images, sizes: tuple[int, int, int]) -> torch.Tensor:
 
 def way_of(p: PatchProblem, summed: torch.dtype | None = None) -> Way:
     """Of the tokens; or of products in `summed`, that are added up."""
-    precision = p.on_cpu and p.K % 32 > 0 and torch.backends.mkldnn.matmul.fp32_precision  # which `padded` reads
-    return _way_of(p, summed, torch.get_num_threads(), has_onednn(), precision)
+    rounds = (
+        p.K % 32 > 0 and p.on_cpu and may_have_amx() and torch.backends.mkldnn.matmul.fp32_precision
+    )  # see `padded`
+    return _way_of(p, summed, torch.get_num_threads(), has_onednn(), rounds)
 
 
 @lru_cache(maxsize=1024)
@@ -130,6 +142,8 @@ def _way_of(p: PatchProblem, summed: torch.dtype | None, threads: int, *_) -> Wa
     several = len(images) > 0 and images[0].stop > 1
     # Another pass over the tokens counts where rows are few; in bf16 oneDNN would multiply at a fraction of its speed.
     is_small = p.on_cpu and dtype == torch.float32 and not (several or spans[0].stop >= 1000 or mkl_is_slow(dtype))
+    is_small = is_small and p.pos_rows > 0 and dtype == p.out_dtype
+    is_all = len(images) * len(spans) == 1 and p.T == 0 and dtype == p.out_dtype and not (in_place or is_small)
     return Way(
         p,
         dtype,
@@ -137,7 +151,8 @@ def _way_of(p: PatchProblem, summed: torch.dtype | None, threads: int, *_) -> Wa
         columns,
         in_place,
         in_place and has_bias_in_table(p, dtype),
-        is_small and dtype == p.out_dtype,
+        is_small,
+        is_all,
         tuple(images),
         tuple(spans),
         None if is_staged(p, dtype, spans) else ((p.B, *p.G, p.C, *p.P), _steps(p, p.image_strides)),
