@@ -56,7 +56,7 @@ def why_not(conv: Any) -> str | None:
     if plain not in (nn.Conv2d, nn.Conv3d):
         return f"the projection is a {plain.__name__}, not a plain Conv2d or Conv3d"
     padded = conv.padding not in ("valid", (0,) * len(conv.kernel_size))
-    if conv.groups != 1 or set(conv.dilation) != {1} or (padded and conv.padding_mode != "zeros"):
+    if conv.groups != 1 or max(conv.dilation) > 1 or (padded and conv.padding_mode != "zeros"):
         return (
             f"the projection has groups {conv.groups}, dilation {conv.dilation}, padding {conv.padding!r} of mode "
             f"{conv.padding_mode!r}; 1, 1 and zeros are what is fused"
@@ -94,12 +94,15 @@ def _tables(module: nn.Module) -> bool:
 @at_each_call(why_not)
 def _patches(conv: Any, images: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
     """Padding and grid, of images that the convolution takes and gives as many dimensions as it was given."""
-    if images.ndim != len(conv.kernel_size) + 2 or images.shape[1] != conv.in_channels:
+    kernel = conv.kernel_size
+    if images.ndim != len(kernel) + 2:
+        return None
+    B, C, *size = images.shape
+    if C != conv.in_channels or B == 0:
         return None
     same_dtype = images.dtype == conv.weight.dtype or torch.is_autocast_enabled(images.device.type)
-    if not images.is_floating_point() or not same_dtype or images.shape[0] == 0:
+    if not same_dtype or not images.is_floating_point():
         return None
-    padding = (0,) * len(conv.kernel_size) if conv.padding == "valid" else conv.padding
-    sizes = zip(images.shape[2:], padding, conv.kernel_size, conv.stride, strict=True)
-    grid = tuple((size + 2 * pad - P) // S + 1 for size, pad, P, S in sizes)
-    return (padding, grid) if min(grid) > 0 else None
+    padding = (0,) * len(kernel) if conv.padding == "valid" else conv.padding
+    grid = [(n + 2 * pad - P) // S + 1 for n, pad, P, S in zip(size, padding, kernel, conv.stride, strict=True)]
+    return (padding, tuple(grid)) if min(grid) > 0 else None
