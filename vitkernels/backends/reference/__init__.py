@@ -43,7 +43,7 @@ def forward(
     W, bias, table = _operands(way, weight, bias, pos_embed)
     if way.is_all:
         ((b, n, x),) = pieces(way, images, keep)  # x [B·N, columns]
-        out = torch.ops.aten._unsafe_view.default(way.linear(x, W, bias), p.out_shape)  # no view, to autograd
+        out = way.linear(x, W, bias).resize_(p.out_shape)  # a view could not be changed in place where it is learnt
         if table is not None:
             out.add_(_positions(p, table, b, n, keep))
     else:

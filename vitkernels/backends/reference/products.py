@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from ... import cpu
 from ...gpu import not_nvidia
 from ...problem import PatchProblem
 
+_POINTWISE: Any = getattr(getattr(torch.ops.mkldnn, "_linear_pointwise", None), "default", None)
 TABLE_BYTES = 5 << 18  # of a table of positions with the bias in them, at most
 
 
@@ -39,7 +41,7 @@ def linear_of(on_cpu: bool, dtype: torch.dtype) -> Callable[..., torch.Tensor]:
     if not (on_cpu and has_onednn()):
         return F.linear
     if dtype == torch.float32:
-        return F.linear if cpu.is_intel() else _onednn if mkl_is_slow(dtype) else _linear
+        return F.linear if cpu.is_intel() else _linear_of_zen5 if mkl_is_slow(dtype) else _linear
     return _onednn if dtype == torch.bfloat16 else F.linear
 
 
@@ -57,8 +59,14 @@ def _linear(x: torch.Tensor, W: torch.Tensor, bias: torch.Tensor | None) -> torc
     return (F.linear if small else _onednn)(x, W, bias)
 
 
+def _linear_of_zen5(x: torch.Tensor, W: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """By MKL where there is little to do, as it finds its code faster where that is no longer in the cache: 3,136 rows
+    of 48 elements in 40 channels take 90 µs by MKL and 140 by oneDNN, in 96 channels 173 and 166."""
+    return (F.linear if x.shape[0] * W.numel() < 10_000_000 else _onednn)(x, W, bias)
+
+
 def _onednn(x: torch.Tensor, W: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, W, bias, "none", [], "")
+    return _POINTWISE(x, W, bias, "none", [], "")
 
 
 def has_onednn() -> bool:
@@ -67,7 +75,7 @@ def has_onednn() -> bool:
 
 @lru_cache(maxsize=1)
 def _is_built_with_onednn() -> bool:
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return torch.backends.mkldnn.is_available() and _POINTWISE is not None
 
 
 def add_product(total: torch.Tensor, dy: torch.Tensor, x: torch.Tensor) -> None:
