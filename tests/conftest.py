@@ -89,8 +89,11 @@ def poison(tensor: torch.Tensor) -> torch.Tensor:
 @pytest.fixture
 def poisoned(monkeypatch):
     """Uninitialised memory comes as NaN, integers as their maximum: an output that is not written can't look right."""
+    from torch.utils._device import _device_constructors
+
     from vitkernels.backends import common
 
+    _device_constructors()  # remembers them by identity, for torch.device("meta") in all tests to come
     for home, names in (
         (torch, ("empty", "empty_like", "empty_strided")),
         (torch.Tensor, ("new_empty", "new_empty_strided")),
