@@ -135,6 +135,26 @@ def test_gradients_of_pieces_that_cancel(P, D, at_once, maker, poisoned, monkeyp
     torch.testing.assert_close(found.double(), exact, rtol=2**-8, atol=1e-5)
 
 
+GRADIENTS = {  # of tokens [B, 8, 40], in the strides that autograd and models hand on
+    "sum": lambda dy: dy[:1, :1, :1].expand_as(dy),
+    "a row for all": lambda dy: dy[:1, :1].expand_as(dy),
+    "channels outside": lambda dy: dy.permute(2, 1, 0).contiguous().permute(2, 1, 0),
+    "every second": lambda dy: torch.cat([dy, dy], 2)[:, :, ::2],
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("B", [1, 3])
+@pytest.mark.parametrize("how", GRADIENTS)
+def test_gradients_of_tokens_in_any_strides(how, B, dtype, maker):
+    images, weight = images_of(B, 3, 32, 16, dtype=dtype), images_of(40, 3, 8, 8, dtype=dtype, seed=1)
+    learnt = images.requires_grad_(), weight.requires_grad_()
+    tokens, dy = vk.patch_embed(*learnt), GRADIENTS[how](images_of(B, 8, 40, dtype=dtype, seed=2))
+    found, wanted = (torch.autograd.grad(tokens, learnt, g, retain_graph=True) for g in (dy, dy.contiguous()))
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("pos", [False, True])
 def test_tokens_may_be_changed_in_place(pos, dtype, maker):

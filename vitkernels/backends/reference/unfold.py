@@ -136,7 +136,8 @@ def _way_of(p: PatchProblem, summed: torch.dtype | None, threads: int, *_) -> Wa
     if not summed:
         p = side_by_side(p) or p
     in_place = not summed and _lands_in_tokens(p, dtype, threads)
-    columns = padded(p.K + (in_place and p.has_bias and dtype == torch.bfloat16), p.on_cpu, dtype)
+    has_bias_column = in_place and p.has_bias and dtype == torch.bfloat16
+    columns = -(-(p.K + 1) // 32) * 32 if has_bias_column else padded(p.K, p.on_cpu, dtype)
     images, spans = _cut(p, dtype, _piece_rows(p, dtype, threads, in_place, summed is not None), threads)
     as_they_are = columns == p.K and is_matrix(p, dtype, spans)
     several = len(images) > 0 and images[0].stop > 1
