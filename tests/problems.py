@@ -115,8 +115,9 @@ def drawn_patches(rng: random.Random, image: torch.dtype) -> PatchProblem:
     )  # fmt: skip
 
 
-def drawn_for_the_copy_engine(seed: int) -> dict:
-    """Random arguments whose patches the copy engine of sm_90 cuts, for products of 16 bits."""
+def drawn_for_the_copy_engine(seed: int, in_groups: bool = False) -> dict:
+    """Random arguments whose patches the copy engine of sm_90 cuts, for products of 16 bits; `in_groups`: with widths
+    that are no multiple of 16, so that few of a line's patches begin on 16 bytes."""
     rng = random.Random(seed)
     one = rng.choice
     generator = torch.Generator().manual_seed(seed)
@@ -128,21 +129,27 @@ def drawn_for_the_copy_engine(seed: int) -> dict:
     pixels = (torch.uint8, T, torch.float32)[seed % 3]
     layout = one(("contiguous", "contiguous", "channels-last", "cut out"))
     P_h, P_w = one(((16, 16), (16, 16), (32, 32), (12, 16), (8, 32)))
+    if in_groups:
+        P_h, P_w = one(((14, 14), (14, 14), (14, 14), (8, 8), (10, 10), (12, 12), (18, 18), (9, 20), (28, 28)))
     C = one((1, 3, 3, 4))
     B, D = one((1, 2, 3, 5, 9, 17, 33)), one((8, 64, 72, 136, 256, 264, 304))
     G_h, G_w = one(((1, 3), (3, 5), (2, 2), (7, 3), (1, 1), (2, 9)))
+    if in_groups:
+        G_h, G_w = one(((1, 8), (3, 8), (2, 16), (7, 8), (1, 24), (2, 8)))
     if B * G_h * G_w > 200 or P_h == 32:
         B = min(B, 5)
-    images = torch.rand(B, C, G_h * P_h, G_w * P_w, generator=generator)
+    S_w = one((P_w, P_w, P_w, P_w + 2, P_w - 4)) if in_groups else P_w
+    layout = layout if S_w == P_w else "cut out"
+    images = torch.rand(B, C, G_h * P_h, (G_w - 1) * S_w + P_w, generator=generator)
     images = (images * 255).byte() if pixels == torch.uint8 else images.to(pixels)
     if layout == "channels-last":
         images = images.contiguous(memory_format=torch.channels_last)
     elif layout == "cut out":
-        around = torch.full(
-            (B, C, G_h * P_h, G_w * P_w + 16), 255 if pixels == torch.uint8 else float("nan"), dtype=pixels
-        )
-        around[..., : G_w * P_w] = images
-        images = around[..., : G_w * P_w]
+        W = images.shape[-1]
+        nothing = 255 if pixels == torch.uint8 else float("nan")
+        around = torch.full((B, C, G_h * P_h, W // 16 * 16 + 16), nothing, dtype=pixels)
+        around[..., :W] = images
+        images = around[..., :W]
     arguments = {"images": images, "weight": (normal(D, C, P_h, P_w) * (C * P_h * P_w) ** -0.5).to(T)}
     if rng.random() < 0.5:
         arguments["bias"] = normal(D).to(T)
@@ -150,6 +157,8 @@ def drawn_for_the_copy_engine(seed: int) -> dict:
         arguments["prefix"] = normal(one((1, 2, 5)), D).to(T)
     if rng.random() < 0.2 and P_h == P_w == 16 and G_h > 1 and G_w > 1:
         arguments["stride"] = one(((8, 16), (16, 32), (24, 16)))
+    if S_w != P_w:
+        arguments["stride"] = P_h, S_w
     if rng.random() < 0.5:
         arguments.update(mean=(0.4, 0.5, 0.6, 0.5)[:C], std=(0.2, 0.3, 0.25, 0.2)[:C])
     elif rng.random() < 0.3:

@@ -88,10 +88,10 @@ def test_the_switch_of_tf32_is_looked_at_in_each_call(monkeypatch):
 
 @pytest.mark.parametrize("arch", NOMINAL)
 @pytest.mark.parametrize("direction", dispatch.DIRECTIONS)
-@pytest.mark.parametrize("kind", ["half", "half, not by wgmma", "tf32", "fp32", "fp64"])
+@pytest.mark.parametrize("kind", ["half", "half, padded for wgmma", "half, not by wgmma", "tf32", "fp32", "fp64"])
 def test_there_is_a_row_that_ends_with_what_takes_everything(arch, direction, kind, monkeypatch):
     dtype = {"half": HALF, "tf32": F32, "fp32": F32, "fp64": torch.float64}[kind.partition(",")[0]]
-    patch = 14 if "wgmma" in kind else 16
+    patch = {"half, padded for wgmma": 14, "half, not by wgmma": 7}.get(kind, 16)
     p = vk.explain(**call(patch, dtype, dtype), gpu=f"sm_{arch}").problem
     monkeypatch.setattr(dispatch, "tf32", lambda: kind == "tf32")
     row = dispatch.row_of(p, direction)
@@ -177,7 +177,8 @@ def test_readme_quotes_stored_times():
 SHAPES = {  # the case whose figures a row quotes first
     ("forward", "half"): ("B256-224-P16-D768-bf16", "forward"),
     ("weight", "half"): ("B256-224-P16-D768-bf16", "backward"),
-    ("weight", "half, not by wgmma"): ("B256-224-P14-D1024-bf16", "backward"),
+    ("weight", "half, padded for wgmma"): ("B256-224-P14-D1024-bf16", "backward"),
+    ("weight", "half, not by wgmma"): ("B256-224-P16-D768-bf16-keep0.25", "backward"),
     ("forward", "fp32"): ("B256-224-P16-D768-fp32", "both"),
     ("weight", "fp32"): ("B256-224-P16-D768-fp32", "backward"),
 }

@@ -7,6 +7,10 @@
 // grid, of the pixels and of dY; what hangs over the grid's edge is zeros in both. The other warpgroups multiply 64
 // elements × BN channels each, a warp having one of the rows of pixels.
 //
+// A tensor map has patches that begin on 16 bytes. Those of 14 pixels of 16 bits are 28 bytes apart, and one of 4 does:
+// the copy engine brings a group of 4 by 4 maps, each of which ends with its patch, so that the two pixels past it
+// arrive as zeros. Then the patches of a step are ordered by their place in the group first, in dY as well.
+//
 // dY lies in shared memory as wgmma reads an operand with the patch outermost. So do pixels that are the operands
 // themselves; others are put together in registers, where row g is pixel 2g and row g + 8 the next: pixels are read two
 // at a time.
@@ -18,13 +22,14 @@
 namespace vk::backward {
 
 struct WgmmaWeightArguments {
-    TensorMap image;  // [C·H, B, G_h, G_w, P_w], blocks of [8, BB, BY, BX, 16]
-    TensorMap grad;   // [1, B, G_h, G_w, D], blocks of [1, BB, BY, BX, 64]
+    TensorMap image[MOST_IN_GROUP];  // [C·H, B, G_h, G_w / group, P_w], blocks of [8, BB, BY, BX / group, 16]
+    TensorMap grad;  // [group, B, G_h, G_w / group, D], blocks of [group, BB, BY, BX / group, 64]
     PatchLayout layout;
     const float* centred;  // [2, C]: m and a of y = (x − m)·a; null: pixels as they are
     float* parts;          // [splits, D, K]
     int64_t D, K, C;
     int block[3];             // BB images × BY lines × BX columns of the grid
+    int group, copied;        // patches that have a map each; of a step, those that one of them brings
     Divisor by_blocks[2];     // of patches: in x, in y
     int64_t steps, chunk;     // blocks of patches: all, and of one split
     int64_t work_tiles;             // tiles of all splits
@@ -40,7 +45,7 @@ struct WgmmaWeightKernel {
     static constexpr bool DIRECT = DIRECT_;
     static constexpr int BN = BN_, THREADS = 384;
     static constexpr int LINE = WGMMA_PIXELS * int(sizeof(Pixel));  // bytes of a patch in a row of pixels
-    static constexpr int ROW = WGMMA_STEP * LINE, PIXELS = WGMMA_ROWS * ROW;
+    static constexpr int PIXELS = WGMMA_ROWS * WGMMA_STEP * LINE;
     static constexpr int CHANNELS = WGMMA_STEP * 128, STAGE = PIXELS + BN / 64 * CHANNELS;  // 64 channels; all
 };
 
@@ -77,11 +82,13 @@ VK_DEVICE void produce(const WgmmaWeightArguments& h, char* stages, Barrier* ful
             uint32_t line = h.by_blocks[0].div(n), images = h.by_blocks[1].div(line);
             int b = static_cast<int>(images) * h.block[0];
             int y = static_cast<int>(line - images * h.by_blocks[1].value) * h.block[1];
-            int x = static_cast<int>(n - line * h.by_blocks[0].value) * h.block[2];
+            int x = static_cast<int>(n - line * h.by_blocks[0].value) * (h.block[2] / h.group);
             char* stage = stages + state.stage * K::STAGE;
             barrier_wait(&empty[state.stage], state.phase ^ 1);
             barrier_expect(&full[state.stage], K::STAGE);
-            copy_tensor(stage, &h.image, &full[state.stage], work.x, x, y, b, work.c * h.layout.H + work.y);
+            for (int place = 0; place < h.group; ++place)
+                copy_tensor(stage + place * WGMMA_ROWS * h.copied * K::LINE, &h.image[place], &full[state.stage],
+                            place * h.layout.S_w + work.x, x, y, b, work.c * h.layout.H + work.y);
             for (int d = 0; d < K::BN; d += 64)
                 copy_tensor(stage + K::PIXELS + d / 64 * K::CHANNELS, &h.grad, &full[state.stage], work.d0 * K::BN + d, x,
                             y, b, 0);
@@ -99,6 +106,7 @@ struct Elements16 {
     static constexpr int SIZE = sizeof(Pixel), LINE = K::LINE;
     int one, other;  // bytes from the first patch: the patch that is read first, and its neighbour
     int rotation;    // bits
+    int next;        // bytes from a patch to the eighth after it
     float m[2], a[2];
 
     VK_DEVICE Elements16(const WgmmaWeightArguments& h, int k) {  // from element k on
@@ -109,11 +117,13 @@ struct Elements16 {
         one = (2 * t + odd) * LINE + piece * 16 + g * 2 * SIZE % 16;
         other = one + (odd ? -LINE : LINE);
         rotation = odd ? 16 : 0;
+        next = h.copied > 8 ? 8 * LINE : WGMMA_ROWS * 8 * LINE;
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             m[i] = 0, a[i] = 1;
             if (h.centred) {
-                int c = channel_of(h.layout, k + 2 * g + i);
+                int element = k + 2 * g + i;  // one past the patch is multiplied, and not written
+                int c = channel_of(h.layout, element < h.layout.K ? element : h.layout.K - 1);
                 m[i] = read_once(h.centred + c), a[i] = read_once(h.centred + h.C + c);
             }
         }
@@ -124,8 +134,8 @@ struct Elements16 {
         struct alignas(2 * SIZE) Pair { Pixel x[2]; };
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            Pair first = *reinterpret_cast<const Pair*>(from + one + half * 8 * LINE);
-            Pair second = *reinterpret_cast<const Pair*>(from + other + half * 8 * LINE);
+            Pair first = *reinterpret_cast<const Pair*>(from + one + half * next);
+            Pair second = *reinterpret_cast<const Pair*>(from + other + half * next);
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
                 float low = to_float(first.x[i]), high = to_float(second.x[i]);
@@ -147,7 +157,8 @@ struct Elements16 {
 // Sums to the part: those of one row of pixels and BN channels
 template <class K>
 VK_DEVICE void write_part(const WgmmaWeightArguments& h, const WorkTile& work, int k, const float (&c)[K::BN / 2]) {
-    int g = lane_index() / 4, t = lane_index() % 4, d0 = work.d0 * K::BN + 2 * t;
+    int g = lane_index() / 4, t = lane_index() % 4, d0 = work.d0 * K::BN + 2 * t, pixels = h.layout.P_w - work.x;
+    bool first = (K::DIRECT ? g : 2 * g) < pixels, second = g + 8 < pixels;
     float* part = h.parts + (work.split * h.D + d0) * h.K + k;
 #pragma unroll
     for (int j = 0; j < K::BN / 8; ++j, part += 8 * h.K)
@@ -155,17 +166,22 @@ VK_DEVICE void write_part(const WgmmaWeightArguments& h, const WorkTile& work, i
         for (int e = 0; e < 2; ++e) {
             if (d0 + 8 * j + e >= h.D) continue;
             float* to = part + e * h.K;
-            if constexpr (K::DIRECT)
-                to[g] = c[4 * j + e], to[g + 8] = c[4 * j + 2 + e];
-            else
+            if constexpr (K::DIRECT) {
+                if (first) to[g] = c[4 * j + e];
+                if (second) to[g + 8] = c[4 * j + 2 + e];
+            } else if (first) {
                 *reinterpret_cast<Two*>(to + 2 * g) = {c[4 * j + e], c[4 * j + 2 + e]};
+            }
         }
 }
 
 template <class K>
 VK_DEVICE void consume(const WgmmaWeightArguments& h, const char* stages, Barrier* full, Barrier* empty) {
     using T = typename K::T;
-    int warp = warp_index() - 4;
+    int warp = warp_index() - 4, row_bytes = h.copied * K::LINE;
+    auto patches = [&](int m) {  // from patch m of a step on: bytes from the first
+        return (m & -h.copied) * WGMMA_ROWS * K::LINE + (m & (h.copied - 1)) * K::LINE;
+    };
     PipelineState state;
     for (int64_t i = block_index(); i < h.work_tiles; i += block_count()) {
         WorkTile work = work_tile(h, static_cast<uint32_t>(i));
@@ -194,8 +210,8 @@ VK_DEVICE void consume(const WgmmaWeightArguments& h, const char* stages, Barrie
                 warpgroup_fence();
 #pragma unroll
                 for (int m = 0; m < WGMMA_STEP; m += 16) {
-                    uint32_t rows = pixels + warp / 4 * 4 * K::ROW + m * K::LINE;
-                    warpgroup_multiply_add<true>(c, matrix_descriptor_across<32>(rows, K::ROW), grad(m), T{});
+                    uint32_t rows = pixels + warp / 4 * 4 * row_bytes + patches(m);
+                    warpgroup_multiply_add<true>(c, matrix_descriptor_across<32>(rows, row_bytes), grad(m), T{});
                 }
                 warpgroup_commit();
                 warpgroup_wait<1>();  // the stage before has been read
@@ -203,7 +219,7 @@ VK_DEVICE void consume(const WgmmaWeightArguments& h, const char* stages, Barrie
             } else {
 #pragma unroll
                 for (int m = 0; m < WGMMA_STEP; m += 16) {
-                    elements(operands[m / 16 % 2], stage + warp * K::ROW + m * K::LINE, h.centred != nullptr);
+                    elements(operands[m / 16 % 2], stage + warp * row_bytes + patches(m), h.centred != nullptr);
                     warpgroup_fence();
                     warpgroup_multiply_add<true>(c, operands[m / 16 % 2], grad(m), T{});
                     warpgroup_commit();
@@ -228,7 +244,7 @@ VK_KERNEL(K::THREADS, 1) wgmma_weight_kernel(VK_GRID_CONSTANT WgmmaWeightArgumen
     char* stages = shared_memory();  // aligned to 1024 bytes, as the swizzles are
     Barrier *full = reinterpret_cast<Barrier*>(stages + h.stages * K::STAGE), *empty = full + h.stages;
     if (thread_index() == 0) {
-        prefetch_map(&h.image);
+        for (int place = 0; place < h.group; ++place) prefetch_map(&h.image[place]);
         prefetch_map(&h.grad);
         for (int i = 0; i < h.stages; ++i) {
             barrier_init(&full[i], 1);   // the announcement of bytes
@@ -249,14 +265,14 @@ VK_KERNEL(K::THREADS, 1) wgmma_weight_kernel(VK_GRID_CONSTANT WgmmaWeightArgumen
 #endif
 }
 
-// [1, B, G_h, G_w, D], dY of the patches
-inline TensorBlock grad_block(const Problem& p, const Tensor& grad, const int (&block)[3]) {
+// [group, B, G_h, G_w / group, D], dY of the patches
+inline TensorBlock grad_block(const Problem& p, const Tensor& grad, const int (&block)[3], int group) {
     uint64_t row = static_cast<uint64_t>(grad.strides[1]) * 2, line = row * static_cast<uint64_t>(p.G[2]);
     uint64_t image = p.B > 1 ? static_cast<uint64_t>(grad.strides[0]) * 2 : line;
     return {grad.dtype, 5,
-            {uint64_t(p.D), uint64_t(p.G[2]), uint64_t(p.G[1]), uint64_t(p.B), 1},
-            {2, row, line, image, image},
-            {64, uint32_t(block[2]), uint32_t(block[1]), uint32_t(block[0]), 1},
+            {uint64_t(p.D), uint64_t(p.G[2] / group), uint64_t(p.G[1]), uint64_t(p.B), uint64_t(group)},
+            {2, row * uint64_t(group), line, image, row},
+            {64, uint32_t(block[2] / group), uint32_t(block[1]), uint32_t(block[0]), uint32_t(group)},
             128};
 }
 
@@ -267,19 +283,20 @@ void launch_wgmma_weight(const WgmmaWeightLaunch& l) {
     WgmmaWeightArguments h{};
     h.layout = layout_of(p, p.strides);
     constexpr int size = sizeof(typename K::Pixel), swizzle = size > 1 ? WGMMA_PIXELS * size : 0;
-    TensorBlock image = image_block(p, h.layout, plan.block, WGMMA_ROWS, WGMMA_PIXELS, swizzle);
-    h.image = make_tensor_map(image, l.images.data);
+    for (int place = 0; place < plan.group; ++place)
+        h.image[place] = make_tensor_map(
+            image_block(p, h.layout, plan.block, WGMMA_ROWS, WGMMA_PIXELS, swizzle, plan.group, place), l.images.data);
     const char* patches = static_cast<const char*>(l.grad.data) + p.T * l.grad.strides[1] * 2;
-    h.grad = make_tensor_map(grad_block(p, l.grad, plan.block), patches);
+    h.grad = make_tensor_map(grad_block(p, l.grad, plan.block, plan.group), patches);
     h.centred = l.centred, h.parts = l.parts;
-    h.D = p.D, h.K = p.K, h.C = p.C;
+    h.D = p.D, h.K = p.K, h.C = p.C, h.group = plan.group, h.copied = WGMMA_STEP / plan.group;
     for (int i = 0; i < 3; ++i) h.block[i] = plan.block[i];
     int64_t across = ceil_div(p.G[2], plan.block[2]), down = ceil_div(p.G[1], plan.block[1]);
     h.by_blocks[0] = Divisor(across), h.by_blocks[1] = Divisor(down);
     h.steps = ceil_div(p.B, plan.block[0]) * down * across, h.chunk = plan.chunk / WGMMA_STEP;
     h.work_tiles = plan.splits * plan.tiles;
     h.by_tiles = Divisor(plan.tiles), h.by_tiles_d = Divisor(plan.tiles / plan.tiles_k);
-    h.by_across = Divisor(h.layout.P_w / WGMMA_PIXELS), h.by_down = Divisor(ceil_div(p.P[1], WGMMA_ROWS));
+    h.by_across = Divisor(ceil_div(h.layout.P_w, WGMMA_PIXELS)), h.by_down = Divisor(ceil_div(p.P[1], WGMMA_ROWS));
     h.stages = plan.stages;
     launch(wgmma_weight_kernel<K>, plan.blocks, K::THREADS, plan.shared_bytes, l.stream, h,
            "the gradient of the weight");

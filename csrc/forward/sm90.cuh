@@ -312,16 +312,19 @@ VK_KERNEL(K::THREADS, 1) wgmma_kernel(VK_GRID_CONSTANT WgmmaArguments h) {
 
 // From a plan to an instantiated kernel, with its tensor maps
 
-// [C·H, B, G_h, G_w, P_w], a channels-last image being one channel; the innermost first
-inline TensorBlock image_block(const Problem& p, const PatchLayout& w, const int (&block)[3], int rows, int box, int swizzle) {
+// [C·H, B, G_h, G_w, P_w], a channels-last image being one channel; the innermost first. Of every `group` patches of a
+// line, which begin on 16 bytes together, the map has the one at `place`: its pixels lie behind those before it, and what
+// is behind them lies outside.
+inline TensorBlock image_block(const Problem& p, const PatchLayout& w, const int (&block)[3], int rows, int box,
+                               int swizzle, int group = 1, int place = 0) {
     uint64_t size = size_of(p.image), lines = (w.channels_last ? 1 : p.C) * p.H;
     auto bytes = [&](int64_t elements) { return static_cast<uint64_t>(elements) * size; };
     // One image, line or row has no next: any stride that the driver takes.
     uint64_t line = bytes(w.S_h * w.h), image = p.B > 1 ? bytes(w.b) : line;
     return {p.image, 5,
-            {uint64_t(w.P_w), uint64_t(p.G[2]), uint64_t(p.G[1]), uint64_t(p.B), lines},
-            {size, bytes(w.S_w), line, image, bytes(w.h)},
-            {uint32_t(box), uint32_t(block[2]), uint32_t(block[1]), uint32_t(block[0]), uint32_t(rows)},
+            {uint64_t(place * w.S_w + w.P_w), uint64_t(p.G[2] / group), uint64_t(p.G[1]), uint64_t(p.B), lines},
+            {size, bytes(group * w.S_w), line, image, bytes(w.h)},
+            {uint32_t(box), uint32_t(block[2] / group), uint32_t(block[1]), uint32_t(block[0]), uint32_t(rows)},
             swizzle};
 }
 

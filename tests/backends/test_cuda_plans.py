@@ -220,7 +220,7 @@ def check_backward(p, gpu, b) -> None:
     patches = p.B * p.rows
     if weight.wgmma:
         patches = 64 * math.prod(ceil_div(n, m) for n, m in zip((p.B, *p.G[1:]), weight.block, strict=True))
-        assert math.prod(weight.block) == 64
+        assert math.prod(weight.block) == 64 and weight.block[2] % weight.group == 0 == p.G[2] % weight.group
     assert (weight.splits - 1) * weight.chunk < patches <= weight.splits * weight.chunk
     assert weight.chunk % weight.BK == 0
     assert weight.tiles == ceil_div(p.D, weight.BM) * weight.tiles_k
@@ -308,7 +308,8 @@ def test_memory_of_the_backward(arch, dtype):
     (16, "bf16", 256, True),
     (16, "uint8->bf16", 256, True),
     (32, "bf16", 256, True),
-    (14, "bf16", 256, False),
+    (14, "bf16", 256, True),
+    (14, "uint8->bf16", 256, True),
     (16, "tf32", 256, False),
     (16, "bf16", 1, False),
 ])  # fmt: skip

@@ -228,6 +228,7 @@ CASES = {  # architecture, and what is computed there: on one multiprocessor, so
     "backward": (80, lambda: wrong_gradients(**arguments(3, 3, 32, 48, 16, 72))),
     "backward, bytes": (80, lambda: wrong_gradients(**arguments(40, 3, 32, 48, 16, 72, U8, mean=0.5, std=0.2))),
     "backward, wgmma": (90, lambda: wrong_gradients(**arguments(40, 3, 32, 48, 16, 72))),
+    "backward, in groups": (90, lambda: wrong_gradients(**arguments(40, 3, 28, 56, 14, 72))),
 }  # fmt: skip
 
 
@@ -241,7 +242,7 @@ def test_right_as_they_are(host_extension, monkeypatch, case, seed):
 
 
 FORWARD, SM90 = "forward/instances/sm80_f16.cu", "forward/instances/sm90_f16.cu"
-BACKWARD = "backward/instances/sm80_f16.cu"
+BACKWARD, BACKWARD_90 = "backward/instances/sm80_f16.cu", "backward/instances/sm90_f16.cu"
 
 
 MUTATIONS = {  # object, header, what it says and what it is to say, and the case that shows it
@@ -280,6 +281,15 @@ MUTATIONS = {  # object, header, what it says and what it is to say, and the cas
     ),
     "patches looked up too early": (
         BACKWARD, "backward/weight_sm80.cuh", "ROW_STEPS == STAGES - 2)", "ROW_STEPS == STAGES - 3)", "backward, bytes",
+    ),
+    "a patch of a group": (
+        BACKWARD_90, "backward/weight_sm90.cuh", "place * h.layout.S_w + work.x", "work.x", "backward, in groups",
+    ),
+    "a pixel past the patch": (
+        BACKWARD_90, "backward/weight_sm90.cuh", "second = g + 8 < pixels", "second = true", "backward, in groups",
+    ),
+    "dY of a group": (
+        BACKWARD_90, "backward/weight_sm90.cuh", "line, image, row}", "line, image, line}", "backward, in groups",
     ),
     "a row of dY": (BACKWARD, "backward/weight_sm80.cuh", "+ row) * LEFT", "+ (row ^ 1)) * LEFT", "backward"),
 }  # fmt: skip

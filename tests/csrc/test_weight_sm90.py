@@ -45,9 +45,10 @@ def watched(on_cuda_kernels, device, monkeypatch):
     return use
 
 
+@pytest.mark.parametrize("in_groups", [False, True])
 @pytest.mark.parametrize("seed", range(90))
-def test_random_problem(watched, device, seed):
-    arguments = on(device, drawn_for_the_copy_engine(seed))
+def test_random_problem(watched, device, seed, in_groups):
+    arguments = on(device, drawn_for_the_copy_engine(seed, in_groups))
     plans = watched(random.Random(seed).choice((1, 2, 5, 132)))
     rows = accuracy.compare(arguments, "cuda", gradients=True)
     assert [r for r in rows if not r["ok"]] == []

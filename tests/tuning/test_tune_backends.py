@@ -79,6 +79,7 @@ def test_every_direction_and_kind_is_timed_and_then_taken():
     assert explained(arch=80).sources == dict.fromkeys(dispatch.DIRECTIONS, "rule")
     rows, clock, result = tuned(even)
     assert set(rows) == {
+        ("weight", "half, padded for wgmma"),
         ("weight", "half, not by wgmma"),
         *((direction, kind) for direction in dispatch.DIRECTIONS for kind in ("half", "fp32", "tf32")),
     }
@@ -254,7 +255,7 @@ def test_the_command(monkeypatch, capsys):
     assert "parameters' gradients, half, not by wgmma" in shown
     assert "auto takes triton, then cuda, then reference" in shown
     assert cli.main(["tune", "--backends", "--json"]) == 0
-    assert len(json.loads(capsys.readouterr().out)["rows"]) == 10
+    assert len(json.loads(capsys.readouterr().out)["rows"]) == 11
     assert cli.main(["tune", "--list", "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)["entries"]
     assert {(e["gpu"], e["stale"]) for e in listed} == {("H100", False)}

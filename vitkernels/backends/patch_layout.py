@@ -70,8 +70,14 @@ def row_alignment(p: PatchProblem, layout: PatchLayout, images_at: int) -> int:
     return gcd(16, images_at, *(s * size for s, n in zip(layout.strides[:4], counts, strict=True) if n > 1))
 
 
-def no_copy_engine(p: PatchProblem, layout: PatchLayout, images_at: int) -> list[str]:
-    """Why a tensor map can't describe the image's patches; none: it can. `images_at`: their address, modulo 16."""
+def group_of(p: PatchProblem, layout: PatchLayout) -> int:
+    """Patches of a line from one that begins on 16 bytes, as a tensor map must, to the next that does."""
+    return 16 // gcd(16, layout.S[2] * p.image_dtype.itemsize)
+
+
+def no_copy_engine(p: PatchProblem, layout: PatchLayout, images_at: int, group: int = 1) -> list[str]:
+    """Why tensor maps, one for every `group` patches of a line, can't describe the image's patches; none: they can.
+    `images_at`: their address, modulo 16."""
     b, c, _f, h, w = layout.strides
     size = p.image_dtype.itemsize
     reasons = (
@@ -83,16 +89,16 @@ def no_copy_engine(p: PatchProblem, layout: PatchLayout, images_at: int) -> list
         (images_at % 16 != 0, "images do not start on 16 bytes"),
         (p.B > 1 and (b <= 0 or b * size % 16 != 0), f"images are {b * size} bytes apart, no multiple of 16"),
         (h <= 0 or h * size % 16 != 0, f"rows are {h * size} bytes apart, no multiple of 16"),
-        (layout.S[2] * size % 16 != 0, f"patches are {layout.S[2] * size} bytes apart, no multiple of 16"),
+        (layout.S[2] * size * group % 16 != 0, f"patches are {layout.S[2] * size} bytes apart, no multiple of 16"),
     )
     return [text for wrong, text in reasons if wrong]
 
 
-def blocks_of(p: PatchProblem, BM: int, most: int | None = None) -> Triple:
-    """BM patches as images × grid rows × grid columns, at most so many of one image: the block that leaves the fewest
-    patches empty."""
+def blocks_of(p: PatchProblem, BM: int, most: int | None = None, group: int = 1) -> Triple:
+    """BM patches as images × grid rows × grid columns, at most so many of one image, and whole groups of columns: the
+    block that leaves the fewest patches empty."""
     sides = [1 << i for i in range(BM.bit_length())]
-    shapes = [(BM // (y * x), y, x) for y in sides for x in sides if y * x <= (most or BM)]
+    shapes = [(BM // (y * x), y, x) for y in sides for x in sides if y * x <= (most or BM) and x % group == 0]
 
     def covered(shape: Triple) -> Triple:
         total = prod(-(-n // s) * s for n, s in zip((p.B, *p.G[1:]), shape, strict=True))

@@ -19,7 +19,8 @@ BACKENDS = {
 }
 PRODUCTS = {  # kinds of dispatch.MEASURED
     "half": "16-bit products",
-    "half, not by wgmma": "16-bit products where `cuda` would not use wgmma (P = 14, keep lists, …)",
+    "half, padded for wgmma": "16-bit products for which `cuda` would pad patches (P = 14)",
+    "half, not by wgmma": "16-bit products where `cuda` would not use wgmma (keep lists, padding, …)",
     "fp32": "float32",
     "tf32": "float32 as TF32",
 }

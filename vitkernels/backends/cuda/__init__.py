@@ -15,7 +15,7 @@ from ...gpu import OLDEST, Gpu, gpu_of, not_nvidia, rounds, tf32
 from ...problem import Layout, PatchProblem, video_strides
 from .. import fallbacks, reference
 from ..common import Grads, centred, empty, own_tables
-from ..patch_layout import product_of, scaling, within_image
+from ..patch_layout import layout_of, product_of, scaling, within_image
 from . import backward_plan, extension, forward_plan
 from .backward_plan import Grad
 from .forward_plan import LOADERS, Plan
@@ -87,9 +87,12 @@ def how(p: PatchProblem) -> str:
 
 
 @lru_cache(maxsize=1024)
-def no_wgmma(p: PatchProblem) -> str:
-    """Why the weight's gradient is not multiplied by wgmma, for dense gradients of the tokens; "": it is."""
-    return backward_plan.no_wgmma(p, _gpu(p.device), 0, Grad(0, ((p.T + p.rows) * p.D, p.D, 1)))
+def weight_kind(p: PatchProblem) -> str:
+    """Of dispatch.kind_of: how wgmma multiplies for the weight's gradient in 16 bits, where that of the tokens is
+    dense."""
+    if backward_plan.no_wgmma(p, _gpu(p.device), 0, Grad(0, ((p.T + p.rows) * p.D, p.D, 1))):
+        return "half, not by wgmma"
+    return "half, padded for wgmma" if layout_of(p).P[2] % backward_plan.WGMMA_PIXELS else "half"
 
 
 def candidates(p: PatchProblem, images: torch.Tensor, weight: torch.Tensor) -> dict[str, Plan]:
@@ -239,7 +242,7 @@ def _prepared_backward(
 
 def forget() -> None:
     """What was planned, of which GPU, and made by which extension."""
-    for cached in (_gpu, _prepared, _prepared_backward, _problem, no_wgmma):
+    for cached in (_gpu, _prepared, _prepared_backward, _problem, weight_kind):
         cached.cache_clear()
 
 

@@ -14,9 +14,18 @@ import torch
 from ...gpu import Gpu
 from ...problem import PatchProblem, Triple
 from .. import split_k
-from ..patch_layout import PatchLayout, blocks_in, blocks_of, layout_of, product_of, scaling
+from ..patch_layout import (
+    PatchLayout,
+    blocks_in,
+    blocks_of,
+    group_of,
+    layout_of,
+    no_copy_engine,
+    product_of,
+    scaling,
+)  # fmt: skip
 from ..split_k import TABLE_BYTES
-from .forward_plan import no_patches
+from .forward_plan import no_half
 
 
 class Tile(NamedTuple):
@@ -41,6 +50,7 @@ IMAGE_TILES = {
 # dW by wgmma (weight_sm90.cuh): 256 or 128 channels by 8 rows × 16 pixels of a patch, 64 patches at a step. The rates
 # are guesses.
 WGMMA_ROWS, WGMMA_PIXELS = 8, 16
+MOST_IN_GROUP = 8  # patches that have tensor maps of their own
 WGMMA_TILES = (Tile(256, 128, 64, 1.6), Tile(128, 128, 64, 1.3))
 
 STAGES, ROW_STEPS = 3, 4  # csrc/backward/plan.h: steps under way, steps whose patches are looked up at once
@@ -70,6 +80,7 @@ class WeightPlan(NamedTuple):
     grad: Operand
     shared_bytes: int
     block: Triple  # wgmma: images × grid lines × grid columns of a step
+    group: int  # wgmma: patches of a line that one tensor map each brings
     stages: int  # wgmma
     blocks: int  # of the launch
 
@@ -161,7 +172,12 @@ def _pixels(p: PatchProblem, layout: PatchLayout, product: str, images_at: int) 
     across = layout.S[2] if p.G[2] > 1 else 0
     steps = (layout.P[2], across, layout.pad[2], side, b if p.B > 1 else 0, c, f, h)
     chunk = _largest_chunk(p.image_dtype, images_at, steps) if w == 1 else 0
-    return _operand(chunk, p.image_dtype == p.compute_dtype and not scaling(p, product)[0])
+    return _operand(chunk, _as_they_lie(p))
+
+
+def _as_they_lie(p: PatchProblem) -> bool:
+    """Whether pixels are the product's operands."""
+    return p.image_dtype == p.compute_dtype and not scaling(p, product_of(p, False))[0]
 
 
 def _grad(p: PatchProblem, grad: Grad) -> Operand:
@@ -174,8 +190,19 @@ def no_wgmma(p: PatchProblem, gpu: Gpu, images_at: int, grad: Grad) -> str:
     if gpu.arch != 90:
         return "the GPU is no sm_90"
     b, row, channel = grad.strides
+    layout = layout_of(p)
+    group, apart = group_of(p, layout), layout.S[2] * p.image_dtype.itemsize
+    # wgmma reads 16 patches at a time, of one map, where pixels are its operands as they lie
+    most = 4 if _as_they_lie(p) else MOST_IN_GROUP
     reasons = (
-        ((why := no_patches(p, layout_of(p), product_of(p, False), images_at)) != "", why),
+        ((why := no_half(p)) != "", why),
+        *((True, reason) for reason in no_copy_engine(p, layout, images_at, group)),
+        (layout.P[2] % 2 != 0, f"patch rows of {layout.P[2]} elements, an odd number"),
+        (group > most, f"patches are {apart} bytes apart: of {group}, not {most} at most, one begins on 16 bytes"),
+        (
+            p.G[2] % group != 0,
+            f"{p.G[2]} patches in a line, no multiple of the {group} of which one begins on 16 bytes",
+        ),
         (p.P[1] < WGMMA_ROWS, f"patches of {p.P[1]} rows, of {WGMMA_ROWS} at least they must be"),
         (p.out_dtype != p.compute_dtype, "dY is of another type than the product"),
         (p.D > 1 and channel != 1, f"dY's channels are {channel} apart"),
@@ -189,10 +216,11 @@ def no_wgmma(p: PatchProblem, gpu: Gpu, images_at: int, grad: Grad) -> str:
 def weight_plan(p: PatchProblem, gpu: Gpu, tf32: bool, images_at: int, grad: Grad) -> WeightPlan:
     """The tile and the number of parts that cost least."""
     product, layout = product_of(p, tf32), layout_of(p)
-    block = blocks_of(p, WGMMA_TILES[0].BK)
-    tiles_k = layout.C * (layout.P[2] // WGMMA_PIXELS) * -(-p.P[1] // WGMMA_ROWS)
+    group, block = group_of(p, layout), (0, 0, 0)
     offers = [(tile, -(-p.K // tile.BN), -(-p.B * p.rows // tile.BK), 4) for tile in WEIGHT_TILES[product]]
     if not no_wgmma(p, gpu, images_at, grad):
+        block = blocks_of(p, WGMMA_TILES[0].BK, group=group)
+        tiles_k = layout.C * -(-layout.P[2] // WGMMA_PIXELS) * -(-p.P[1] // WGMMA_ROWS)
         fitting = [tile for tile in WGMMA_TILES if _wgmma_stages(p, gpu, tile)[0] >= 2]
         offers += [(tile, tiles_k, blocks_in(p, block), 2) for tile in fitting]
 
@@ -208,8 +236,8 @@ def weight_plan(p: PatchProblem, gpu: Gpu, tf32: bool, images_at: int, grad: Gra
         stages, stage_bytes = _wgmma_stages(p, gpu, tile)
         none = Operand("each", 0)
         return WeightPlan(
-            True, *tile[:3], parts, chunk, tiles_k, tiles, none, none, stages * (stage_bytes + 16), block, stages,
-            min(parts * tiles, gpu.multiprocessors),
+            True, *tile[:3], parts, chunk, tiles_k, tiles, none, none, stages * (stage_bytes + 16), block, group,
+            stages, min(parts * tiles, gpu.multiprocessors),
         )  # fmt: skip
     pixels, dY = _pixels(p, layout, product, images_at), _grad(p, grad)
     if _shared_bytes(p, tile, pixels, dY) > gpu.shared_bytes and dY.loader == "raw":
@@ -218,7 +246,7 @@ def weight_plan(p: PatchProblem, gpu: Gpu, tf32: bool, images_at: int, grad: Gra
         pixels = pixels._replace(loader="each")
     shared_bytes = _shared_bytes(p, tile, pixels, dY)
     return WeightPlan(
-        False, *tile[:3], parts, chunk, tiles_k, tiles, pixels, dY, shared_bytes, (0, 0, 0), 0, parts * tiles
+        False, *tile[:3], parts, chunk, tiles_k, tiles, pixels, dY, shared_bytes, block, 0, 0, parts * tiles
     )
 
 

@@ -127,11 +127,17 @@ def no_rows(p: PatchProblem, layout: PatchLayout, product: str, images_at: int) 
     return next((text for wrong, text in reasons if wrong), ""), chunk
 
 
-def no_patches(p: PatchProblem, layout: PatchLayout, product: str, images_at: int) -> str:
+def no_half(p: PatchProblem) -> str:
+    """Why wgmma, as it is used here, can't multiply: of 16 bits are its operands, which pixels are, or become."""
+    if product_of(p, False) != "half":
+        return "the product is not of 16 bits"
+    return "pixels are of another float type than the product" * _other_float(p)
+
+
+def no_patches(p: PatchProblem, layout: PatchLayout, images_at: int) -> str:
     """Why the copy engine can't cut the image into patches for wgmma."""
     reasons = (
-        (product != "half", "the product is not of 16 bits"),
-        (_other_float(p), "pixels are of another float type than the product"),
+        ((why := no_half(p)) != "", why),
         *((True, reason) for reason in no_copy_engine(p, layout, images_at)),
         (layout.P[2] % 16 != 0, f"patch rows of {layout.P[2]} elements, no multiple of 16"),
     )
@@ -278,7 +284,7 @@ def candidates(
     wgmma = gpu.arch == 90 and product == "half"
     copy, copy_chunk = no_copy(p, layout, product, images_at)
     rows, row_chunk = no_rows(p, layout, product, images_at)
-    patches = no_patches(p, layout, product, images_at) if wgmma else "wgmma in 16 bits is sm_90's"
+    patches = no_patches(p, layout, images_at) if wgmma else "wgmma in 16 bits is sm_90's"
     engine = patches or no_engine(p)
     offers: list[tuple[str, bool, tuple[Tile, ...], int, str]] = [
         ("engine", True, WGMMA_TILES, 16, engine),
