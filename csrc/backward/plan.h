@@ -110,7 +110,7 @@ struct BackwardPlan {
 };
 
 // weight_sm90.cuh: sums of 128 elements of a patch, as rows of pixels, by BM channels; a step's patches
-inline constexpr int WGMMA_ROWS = 8, WGMMA_PIXELS = 16, WGMMA_STEP = 64, MOST_IN_GROUP = 8;
+inline constexpr int WGMMA_ROWS = 8, WGMMA_PIXELS = 16, WGMMA_STEP = 64;
 inline constexpr int SUMS_THREADS = 256;
 
 }  // namespace vk::backward

@@ -30,6 +30,9 @@ struct Element {  // of a patch: its offset from the first, and its frame, row a
     int t, y, x;
 };
 
+// Patches of a line that begin on 16 bytes together, and have a tensor map each; at most
+inline constexpr int MOST_IN_GROUP = 8;
+
 inline bool is_channels_last(const Problem& p, const int64_t (&strides)[5]) {
     return p.C > 1 && strides[1] == 1 && strides[4] == p.C;
 }
@@ -50,6 +53,15 @@ inline PatchLayout layout_of(const Problem& p, const int64_t (&strides)[5]) {
     w.by_P_w = Divisor(w.P_w), w.by_P_h = Divisor(w.P_h), w.by_P_t = Divisor(w.P_t);
     w.by_channel = Divisor(last ? p.C : p.P[0] * p.P[1] * p.P[2]);
     w.channels_last = last;
+    return w;
+}
+
+// … as the copy engine brings patches to wgmma: rows of pixels go to a multiple of 16, and zeros are behind a patch's own.
+inline PatchLayout padded(PatchLayout w) {
+    int P_w = static_cast<int>(round_up(w.P_w, 16));
+    w.K = w.K / w.P_w * P_w;
+    if (!w.channels_last) w.by_channel = Divisor(w.by_channel.value / w.P_w * P_w);
+    w.P_w = P_w, w.by_P_w = Divisor(P_w);
     return w;
 }
 

@@ -199,9 +199,9 @@ VK_DEVICE void copy_tensor(void* shared, const TensorMap* map, Barrier* barrier,
                  "r"(shared_address(barrier)) : "memory");
 }
 // And from shared memory to the tensor, but for what lies outside of it. Until stores_wait, shared memory must stay.
-VK_DEVICE void store_tensor(const TensorMap* map, const void* shared, int c0, int c1, int c2, int c3) {
-    asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%2,%3,%4,%5}], [%1];" ::"l"(map),
-                 "r"(shared_address(shared)), "r"(c0), "r"(c1), "r"(c2), "r"(c3) : "memory");
+VK_DEVICE void store_tensor(const TensorMap* map, const void* shared, int c0, int c1, int c2, int c3, int c4) {
+    asm volatile("cp.async.bulk.tensor.5d.global.shared::cta.tile.bulk_group [%0, {%2,%3,%4,%5,%6}], [%1];" ::"l"(map),
+                 "r"(shared_address(shared)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4) : "memory");
 }
 VK_DEVICE void stores_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 template <int PENDING>

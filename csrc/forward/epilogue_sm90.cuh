@@ -11,24 +11,33 @@
 
 namespace vk {
 
-// How the copy engine's tiles lie in the grid: 2ᵇ images × lines × columns, columns innermost
+// How the copy engine's tiles lie in the grid: 2ᵇ images × lines × columns, columns innermost, of patches that one
+// tensor map has; outside of them the 2ᵍ neighbours that have one each.
 struct TileBlock {
-    int bits[3];
+    int bits[3], group;
     Divisor across[2];  // tiles in x, in y
 
     VK_DEVICE void origin(uint32_t tile, int64_t (&at)[3]) const {  // image, line, column
         uint32_t line = across[0].div(tile), images = across[1].div(line);
         at[0] = int64_t{images} << bits[0];
         at[1] = int64_t{line - images * across[1].value} << bits[1];
-        at[2] = int64_t{tile - line * across[0].value} << bits[2];
+        at[2] = int64_t{tile - line * across[0].value} << (bits[2] + group);
     }
     // … of row r of the tile that begins there
     VK_DEVICE void place(const int64_t (&begin)[3], int r, int64_t (&at)[3]) const {
-        at[0] = begin[0] + (r >> (bits[1] + bits[2]));
+        at[0] = begin[0] + (r >> (bits[1] + bits[2]) & ((1 << bits[0]) - 1));
         at[1] = begin[1] + (r >> bits[2] & ((1 << bits[1]) - 1));
-        at[2] = begin[2] + (r & ((1 << bits[2]) - 1));
+        at[2] = begin[2] + ((r & ((1 << bits[2]) - 1)) << group) + (r >> (bits[0] + bits[1] + bits[2]));
     }
-    VK_DEVICE int positions() const { return 1 << (bits[1] + bits[2]); }  // row r has position r % positions
+    // Positions: of one image, and of those in one map
+    VK_DEVICE int positions() const { return period() << group; }
+    VK_DEVICE int period() const { return 1 << (bits[1] + bits[2]); }
+    VK_DEVICE int position_of(int r) const {
+        return (r >> (bits[0] + bits[1] + bits[2]) << (bits[1] + bits[2])) + (r & (period() - 1));
+    }
+    VK_DEVICE int row_of(int position) const {  // the first row that has it
+        return (position >> (bits[1] + bits[2]) << (bits[0] + bits[1] + bits[2])) + (position & (period() - 1));
+    }
 };
 
 // Registers of a warp's sums, columns 64·part … of the tile, staged as [STAGED_ROWS, 64]
@@ -68,15 +77,15 @@ inline constexpr int STORE_BUFFERS = 2;  // of a warp: one is laid out while the
 
 inline constexpr int TABLE_PAD = 8;  // floats, so that four rows are read without bank conflicts
 
-// table[r, d] = bias[d0 + d] + pos[position r of the tile, d0 + d], by `threads` threads
+// table[i, d] = bias[d0 + d] + pos[position i of the tile, d0 + d], by `threads` threads
 template <int BN>
 VK_DEVICE void fill_table(const ForwardArguments& a, const TileBlock& block, const int64_t (&origin)[3], int64_t d0,
                           float* table, int thread, int threads) {
     constexpr int ACROSS = BN / 8;
     for (int each = thread; each < block.positions() * ACROSS; each += threads) {
-        int r = each / ACROSS, column = each % ACROSS * 8;
+        int position = each / ACROSS, column = each % ACROSS * 8;
         int64_t d = d0 + column, at[3];
-        block.place(origin, r, at);
+        block.place(origin, block.row_of(position), at);
         float values[8] = {}, pos[8] = {};
         if (d < a.D && at[1] < a.layout.G_h && at[2] < a.layout.G_w) {
             if (a.bias.data)
@@ -87,7 +96,7 @@ VK_DEVICE void fill_table(const ForwardArguments& a, const TileBlock& block, con
                 load_eight(pos, a.pos.data, a.pos.dtype, (a.pos_first + n) * p[1] + d * p[2], p[2], 8);
             }
         }
-        Words* to = reinterpret_cast<Words*>(table + r * (BN + TABLE_PAD) + column);
+        Words* to = reinterpret_cast<Words*>(table + position * (BN + TABLE_PAD) + column);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             union { Words words; float values[4]; } sums;
@@ -104,10 +113,11 @@ template <class Out, int N>
 VK_DEVICE void store_tokens(const ForwardArguments& a, const TileBlock& block, const int64_t (&origin)[3], int64_t d0,
                             int row, const float (&c)[N], const float* table, char* staged, const TensorMap* tokens) {
     constexpr int PITCH = 2 * N + TABLE_PAD, COLUMNS = STORE_ROW / int(sizeof(Out));  // of one store
-    int lane = lane_index(), g = lane / 4, t = lane % 4, period = block.positions();
+    int lane = lane_index(), g = lane / 4, t = lane % 4;
+    bool alike = block.period() <= 8;  // rows g and g + 8, in their position
     float scale = static_cast<float>(a.scale);
-    const float* above = table + ((row + g) & (period - 1)) * PITCH + 2 * t;
-    const float* below = table + ((row + g + 8) & (period - 1)) * PITCH + 2 * t;
+    const float* above = table + block.position_of(row + g) * PITCH + 2 * t;
+    const float* below = table + block.position_of(row + g + 8) * PITCH + 2 * t;
     auto at_piece = [&](char* store, int r, int piece) {  // of 16 bytes: where the swizzle has it
         return store + r * STORE_ROW + (piece ^ (r / 2 % 4)) * 16;
     };
@@ -125,7 +135,7 @@ VK_DEVICE void store_tokens(const ForwardArguments& a, const TileBlock& block, c
             for (int e = 0; e < 2; ++e) {
                 int j = part * (COLUMNS / 8) + 2 * two + e;
                 Two high = *reinterpret_cast<const Two*>(above + 8 * j), low = high;
-                if (period > 8) low = *reinterpret_cast<const Two*>(below + 8 * j);
+                if (!alike) low = *reinterpret_cast<const Two*>(below + 8 * j);
 #pragma unroll
                 for (int i = 0; i < 4; ++i)
                     tokens_of[e][i] = c[4 * j + i] * scale + (i < 2 ? high : low).value[i % 2];
@@ -149,8 +159,9 @@ VK_DEVICE void store_tokens(const ForwardArguments& a, const TileBlock& block, c
         sync_warp();
         if (lane == 0) {
             if (d0 + part * COLUMNS < a.D)
-                store_tensor(tokens, store, static_cast<int>(d0) + part * COLUMNS, static_cast<int>(at[2]),
-                             static_cast<int>(at[1]), static_cast<int>(at[0]));
+                store_tensor(tokens, store, static_cast<int>(d0) + part * COLUMNS, static_cast<int>(at[2]) >> block.group,
+                             static_cast<int>(at[1]), static_cast<int>(at[0]),
+                             static_cast<int>(at[2]) & ((1 << block.group) - 1));
             stores_commit();  // an empty group, too: groups are counted
         }
     }

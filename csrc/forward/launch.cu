@@ -9,9 +9,10 @@
 
 namespace vk {
 
-// packed[d, k] = weight[d, element k of a patch], zeros from K on
+// packed[d, k] = weight[d, element k of a patch], zeros behind a patch's rows where they are padded, and from K on
 struct PackArguments {
     PatchLayout layout;
+    Divisor by_row;   // of the packed elements of a row of pixels
     Tensor weight;    // [D, C, P_t, P_h, P_w]
     void* packed;     // [D, columns]
     Dtype to;
@@ -22,8 +23,9 @@ VK_KERNEL(256, 1) pack_kernel(VK_GRID_CONSTANT PackArguments a) {
     int64_t at = block_index() * 256 + thread_index();
     if (at >= a.size) return;
     int64_t d = at / a.columns;
-    int k = static_cast<int>(at - d * a.columns);
-    bool real = k < a.layout.K;
+    int to = static_cast<int>(at - d * a.columns), row = a.by_row.div(to), x = to - row * a.by_row.value;
+    int k = row * a.layout.P_w + x;
+    bool real = x < a.layout.P_w && k < a.layout.K;
     int64_t from = real ? d * a.weight.strides[0] + weight_offset(a.layout, k, a.weight.strides) : 0;
     if (a.to == Dtype::f64)
         store(a.packed, a.to, at, real ? load<double>(a.weight.data, a.weight.dtype, from) : 0.0);
@@ -67,7 +69,10 @@ const char* device_type() {
 static void launch_all(const Problem& p, const ForwardPlan& f, const ForwardTensors& t, Stream stream) {
     ForwardLaunch l{p, f, arguments_of(p, f, t), p.B * p.T * ceil_div(p.D, 8), stream};
     if (f.pack && f.tiles) {
-        PackArguments pack{l.arguments.layout, t.weight, t.scratch, p.compute, f.weight_row, p.D * f.weight_row};
+        PatchLayout layout = l.arguments.layout;
+        bool by_engine = f.loader == LoaderKind::patches || f.loader == LoaderKind::engine;
+        Divisor by_row = by_engine ? padded(layout).by_P_w : layout.by_P_w;
+        PackArguments pack{layout, by_row, t.weight, t.scratch, p.compute, f.weight_row, p.D * f.weight_row};
         launch(pack_kernel, ceil_div(pack.size, 256), 256, 0, stream, pack, "packing the weight");
     }
     switch (p.compute) {

@@ -5,6 +5,11 @@
 //
 // Weights lie in shared memory as wgmma reads them. Patches do too where pixels are the operands themselves; otherwise
 // the operands are put together in registers, as in sm80.cuh: converted, normalised, or begun at any even pixel.
+//
+// A tensor map has patches that begin on 16 bytes. Those of 14 pixels of 16 bits are 28 bytes apart, and one of 4 does:
+// the copy engine brings a group of 4 by 4 maps, each of which ends with its patch, so that what is past it up to a
+// multiple of 16 pixels arrives as zeros; the weight is packed to match. A tile's patches are ordered by their place in
+// the group first, and each row of pixels is a copy of its own, as the places of one row lie one behind the other.
 #pragma once
 
 #include "common/driver.h"
@@ -13,10 +18,11 @@
 namespace vk {
 
 struct WgmmaArguments {
-    TensorMap image;   // patches, engine: [C·H, B, G_h, G_w, P_w], blocks of [stage_rows, BB, BY, BX, BOX]
+    TensorMap image[MOST_IN_GROUP];  // patches, engine: [C·H, B, G_h, G_w / group, P_w], blocks of
+                                     // [stage_rows, BB, BY, BX, BOX], of one row where there is a group
     TensorMap weight;  // [K / span, D, span], blocks of [step_k / span, BN, span]; span: 16 or 64 elements
-    TensorMap tokens;  // engine: [B, G_h, G_w, D] of the patches' tokens, blocks of 16 patches × STORE_ROW bytes
-    ForwardArguments a;
+    TensorMap tokens;  // engine: [group, B, G_h, G_w / group, D] of the patches, blocks of 16 of them × STORE_ROW bytes
+    ForwardArguments a;  // patches, engine: its layout is padded
     TileBlock block;   // patches, engine: of a tile in the grid
     Divisor by_P_h;    // of a channel's rows
     int64_t prefixes;  // threads that write prefix tokens
@@ -113,11 +119,18 @@ VK_DEVICE void produce(const WgmmaArguments& h, char* stages, char* table, const
                 copy_tensor(stage + a.a_bytes, &h.weight, full, 0, d0, step * (a.step_k / span));
             }
             if constexpr (ENGINE) {
-                int row = step * a.stage_rows, c = h.by_P_h.div(row), y = row - c * h.by_P_h.value;
-                for (int x = 0; x < a.layout.P_w; x += K::Loader::BOX)
-                    copy_tensor(stage + x * a.stage_rows * K::BM * int(sizeof(Pixel)), &h.image, full, x,
-                                static_cast<int>(origin[2]), static_cast<int>(origin[1]), static_cast<int>(origin[0]),
-                                c * a.layout.H + y);
+                constexpr int BOX = K::Loader::BOX;
+                int group = 1 << h.block.group, rows_of_copy = group == 1 ? a.stage_rows : 1;
+                for (int r = 0; r < a.stage_rows; r += rows_of_copy) {
+                    int row = step * a.stage_rows + r, c = h.by_P_h.div(row), y = row - c * h.by_P_h.value;
+                    for (int x = 0; x < a.layout.P_w; x += BOX)
+                        for (int place = 0; place < group; ++place) {
+                            int at = (x / BOX * a.stage_rows + r) * K::BM + place * (K::BM >> h.block.group);
+                            copy_tensor(stage + at * BOX * int(sizeof(Pixel)), &h.image[place], full,
+                                        place * a.layout.S_w + x, static_cast<int>(origin[2]) >> h.block.group,
+                                        static_cast<int>(origin[1]), static_cast<int>(origin[0]), c * a.layout.H + y);
+                        }
+                }
             } else {
                 rows.issue(stage, step);
                 barrier_arrive_after_copies(full);
@@ -285,7 +298,7 @@ VK_KERNEL(K::THREADS, 1) wgmma_kernel(VK_GRID_CONSTANT WgmmaArguments h) {
     Barriers barriers{full, full + a.stages, full + 2 * a.stages, full + 2 * a.stages + 1};
     if (thread_index() == 0) {
         prefetch_map(&h.weight);
-        if (K::Loader::ENGINE) prefetch_map(&h.image);
+        for (int place = 0; K::Loader::ENGINE && place < 1 << h.block.group; ++place) prefetch_map(&h.image[place]);
         if (K::STORES) prefetch_map(&h.tokens);
         for (int i = 0; i < a.stages; ++i) {
             barrier_init(&barriers.full[i], K::Loader::ENGINE ? 1 : 129);  // announced bytes, the producer's copies
@@ -332,20 +345,20 @@ inline TensorBlock image_block(const Problem& p, const PatchLayout& w, const int
 inline TensorBlock weight_block(const Problem& p, const ForwardPlan& f) {
     uint64_t size = size_of(p.compute), span = f.step_k % 64 == 0 ? 64 : 16;
     return {p.compute, 3,
-            {span, uint64_t(p.D), uint64_t(ceil_div(p.K, int64_t(span)))},
+            {span, uint64_t(p.D), uint64_t(f.pack ? f.weight_row : p.K) / span},
             {size, uint64_t(f.weight_row) * size, span * size},
             {uint32_t(span), uint32_t(f.BN), uint32_t(f.step_k / span)},
             static_cast<int>(span * size)};
 }
 
-// [B, G_h, G_w, D], the tokens behind the prefix; blocks of a warp's 16 rows of a tile
-inline TensorBlock token_block(const Problem& p, const int (&tile)[3]) {
+// [group, B, G_h, G_w / group, D], the tokens behind the prefix; blocks of a warp's 16 rows of a tile
+inline TensorBlock token_block(const Problem& p, const int (&tile)[3], int group) {
     uint64_t size = size_of(p.out), row = size * uint64_t(p.D), image = row * uint64_t(p.T + p.rows);
-    int x = std::min(tile[2], STAGED_ROWS), y = std::min(tile[1], STAGED_ROWS / x);
-    return {p.out, 4,
-            {uint64_t(p.D), uint64_t(p.G[2]), uint64_t(p.G[1]), uint64_t(p.B)},
-            {size, row, row * uint64_t(p.G[2]), image},
-            {uint32_t(STORE_ROW / size), uint32_t(x), uint32_t(y), uint32_t(STAGED_ROWS / (x * y))},
+    int x = std::min(tile[2] / group, STAGED_ROWS), y = std::min(tile[1], STAGED_ROWS / x);
+    return {p.out, 5,
+            {uint64_t(p.D), uint64_t(p.G[2] / group), uint64_t(p.G[1]), uint64_t(p.B), uint64_t(group)},
+            {size, row * uint64_t(group), row * uint64_t(p.G[2]), image, row},
+            {uint32_t(STORE_ROW / size), uint32_t(x), uint32_t(y), uint32_t(STAGED_ROWS / (x * y)), 1},
             STORE_ROW};
 }
 
@@ -357,18 +370,22 @@ void launch_wgmma(const ForwardLaunch& l) {
     h.a = l.arguments;
     h.weight = make_tensor_map(weight_block(p, l.plan), l.arguments.weight);
     if constexpr (Loader::ENGINE) {
-        TensorBlock image = image_block(p, l.arguments.layout, l.plan.block, l.plan.stage_rows, Loader::BOX,
-                                        Loader::DIRECT ? 32 : 0);
-        h.image = make_tensor_map(image, l.arguments.images);
-        for (int i = 0; i < 3; ++i)
-            while (1 << h.block.bits[i] < l.plan.block[i]) ++h.block.bits[i];
+        const PatchLayout& layout = l.arguments.layout;
+        int group = l.plan.group, rows = group == 1 ? l.plan.stage_rows : 1, swizzle = Loader::DIRECT ? 32 : 0;
+        for (int place = 0; place < group; ++place)
+            h.image[place] = make_tensor_map(
+                image_block(p, layout, l.plan.block, rows, Loader::BOX, swizzle, group, place), l.arguments.images);
+        h.a.layout = padded(layout);
+        auto bits_of = [](int n) { int bits = 0; while (1 << bits < n) ++bits; return bits; };
+        for (int i = 0; i < 3; ++i) h.block.bits[i] = bits_of(i < 2 ? l.plan.block[i] : l.plan.block[i] / group);
+        h.block.group = bits_of(group);
         h.block.across[0] = Divisor(ceil_div(p.G[2], l.plan.block[2]));
         h.block.across[1] = Divisor(ceil_div(p.G[1], l.plan.block[1]));
         h.by_P_h = Divisor(p.P[1]);
     }
     if constexpr (STORES) {
         const char* first = static_cast<const char*>(l.arguments.out.data) + p.T * p.D * size_of(p.out);
-        h.tokens = make_tensor_map(token_block(p, l.plan.block), first);
+        h.tokens = make_tensor_map(token_block(p, l.plan.block, l.plan.group), first);
     }
     h.prefixes = l.prefixes;
     launch(wgmma_kernel<K>, l.plan.blocks, K::THREADS, l.plan.shared_bytes, l.stream, h, "the forward");

@@ -104,7 +104,9 @@ def check_forward(p, gpu, tf32: bool, f, images: int = 0, weight: int = 0) -> No
     tensor_cores = {"half": 16, "tf32": 8}.get(product_of(p, tf32), 0)
     alignment = 1024 if f.wgmma else 128
     assert f.stages >= 2 and f.shared_bytes <= gpu.shared_bytes
-    assert (f.steps - 1) * f.step_k < p.K <= f.steps * f.step_k
+    padded = ceil_div(v.P[2], 16) * 16 if f.loader in forward_plan.BY_ENGINE else v.P[2]
+    K = p.K // v.P[2] * padded
+    assert (f.steps - 1) * f.step_k < K <= f.steps * f.step_k
     assert f.step_k % (tensor_cores or 1) == 0
     assert not f.wgmma or (gpu.arch == 90 and tensor_cores == 16 and f.step_k % 16 == 0)
     # A table, then stages of (patches, weight), over which the epilogue stages; wgmma: stages, staging, table, barriers
@@ -119,9 +121,10 @@ def check_forward(p, gpu, tf32: bool, f, images: int = 0, weight: int = 0) -> No
         assert f.table_bytes + max(f.stages * f.stage_bytes, staging) <= f.shared_bytes
     tiles_m = ceil_div(p.B * p.rows, f.BM)
     if f.loader in forward_plan.BY_ENGINE:
-        assert f.BM * f.step_k * image <= f.a_bytes and f.steps * f.step_k == p.K
-        assert math.prod(f.block) == f.BM and p.P[1] % f.stage_rows == 0
-        assert f.stage_rows * v.P[2] == f.step_k
+        assert f.BM * f.step_k * image <= f.a_bytes and f.stage_rows * padded == f.step_k
+        assert math.prod(f.block) == f.BM and f.block[2] % f.group == 0 == p.G[2] % f.group
+        assert divide(16, f.group * v.S[2] * image, f.BM // f.group)
+        assert f.group > 1 or p.P[1] % f.stage_rows == 0
         tiles_m = math.prod(ceil_div(n, m) for n, m in zip((p.B, *p.G[1:]), f.block, strict=True))
         if f.loader == "engine":
             positions = f.block[1] * f.block[2]
@@ -139,10 +142,10 @@ def check_forward(p, gpu, tf32: bool, f, images: int = 0, weight: int = 0) -> No
     assert f.tiles == tiles_m * ceil_div(p.D, f.BN) < LARGE
     assert f.blocks == (min(f.tiles, gpu.multiprocessors) if f.wgmma else f.tiles)
     if f.pack:
-        assert f.weight_row >= p.K and divide(16, f.weight_row * value) and f.weight_chunk == 16
+        assert f.weight_row >= K and divide(16, f.weight_row * value) and f.weight_chunk == 16
         assert f.scratch_bytes == p.D * f.weight_row * value
     else:
-        assert f.weight_row == p.K and f.weight_chunk >= 4 and f.scratch_bytes == 0
+        assert f.weight_row == p.K == K and f.weight_chunk >= 4 and f.scratch_bytes == 0
         assert divide(f.weight_chunk, weight, p.K * value)
     assert divide(f.weight_chunk, f.step_k * value, f.b_pitch * value)
 
@@ -317,3 +320,18 @@ def test_memory_of_the_backward(arch, dtype):
 def test_the_weights_gradient_by_wgmma(arch, patch, dtype, batch, taken):
     plan = plan_of(compile_triton.problem(patch, dtype, B=batch), NOMINAL[arch], dtype == "tf32")
     assert plan.weight.wgmma == (taken and arch == 90)
+
+
+@pytest.mark.parametrize(("W", "patch", "image", "reason"), [
+    (224, 14, HALF, ""),
+    (336, 14, U8, ""),
+    (518, 14, HALF, "images are 1609944 bytes apart, no multiple of 16"),
+    (240, 14, HALF, "17 patches in a line, no multiple of the 4 of which one begins on 16 bytes"),
+    (224, 14, F32, ""),
+    (272, 17, U8, "one of 16 patches begins on 16 bytes, of 8 at least it must"),
+])  # fmt: skip
+def test_patches_in_groups(W, patch, image, reason):
+    """Both directions take and refuse the same, with the same words."""
+    p = described(8, 3, 1, W, W, (1, patch, patch), (1, patch, patch), image=image, compute=HALF, D=64)
+    assert candidates(p, NOMINAL[90], False)[1].get("patches", "") == reason
+    assert backward_plan.no_wgmma(p, NOMINAL[90], 0, Grad(0, dense(p.B, p.T + p.rows, p.D))) == reason

@@ -2,6 +2,7 @@
 (csrc/forward/epilogue_sm90.cuh): random problems against fp64."""
 
 import random
+import re
 
 import pytest
 import torch
@@ -44,12 +45,17 @@ def tokens_of_all(arguments: dict) -> tuple[float, dict[str, torch.Tensor], torc
     return bound, {f"{q.loader} {q.BN}": cuda.forward(p, *tensors, plan=q) for q in plans}, exact
 
 
+@pytest.mark.parametrize("in_groups", [False, True])
 @pytest.mark.parametrize("seed", range(60))
-def test_random_problem(on_cuda_kernels, device, seed):
+def test_random_problem(on_cuda_kernels, device, seed, in_groups):
     on_cuda_kernels(90, multiprocessors=random.Random(seed).choice((1, 2, 5, 132)))
-    arguments = on(device, with_positions(drawn_for_the_copy_engine(seed), seed))
+    arguments = on(device, with_positions(drawn_for_the_copy_engine(seed, in_groups), seed))
     if seed % 5 == 0:
         arguments["out_dtype"] = torch.float32
+    p = vk.explain(**arguments).problem
+    if reason := forward_plan.candidates(p, NOMINAL[90], False)[1].get("engine"):
+        assert in_groups and re.search(r"padded to \d+, no multiple of [34] channels", reason)
+        arguments |= {"mean": None, "std": None}
     bound, tokens, exact = tokens_of_all(arguments)
     assert tokens.keys() == {"engine 256", "engine 128", "patches 128"}
     for how, found in tokens.items():

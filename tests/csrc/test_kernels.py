@@ -134,23 +134,25 @@ def check_maps(csrc, d: dict, p, f) -> None:
     assert weight["block"][0] * weight["block"][2] == f.step_k and weight["sizes"][1] == p.D
     assert -(-p.K // 16) * 16 <= weight["sizes"][0] * weight["sizes"][2] == f.weight_row
     maps = [weight]
+    size, v = p.image_dtype.itemsize, layout_of(p)
     if f.loader in forward_plan.BY_ENGINE:
-        image = csrc.image_map(d, fields, ADDRESS, (d["image"], *p.image_strides))
-        size, v = p.image_dtype.itemsize, layout_of(p)
-        box, copies = image["box"], v.P[2] // image["box"]
-        assert copies * box == v.P[2]
-        assert copies * math.prod(image["block"]) == f.BM * f.step_k
-        assert image["sizes"] == [v.P[2], p.G[2], p.G[1], p.B, v.C * p.H]
-        # Each copy's place: the copy engine writes to multiples of 128 bytes, swizzled to eight rows' span.
-        assert f.stage_rows * f.BM * box * size % max(128, 8 * image["swizzle"]) == 0
-        maps.append(image)
+        for place in range(f.group):
+            image = csrc.image_map(d, fields, ADDRESS, (d["image"], *p.image_strides), place)
+            rows, copies = image["block"][-1], -(-v.P[2] // 16) * 16 // image["box"]
+            assert rows == (f.stage_rows if f.group == 1 else 1)
+            assert f.group * f.stage_rows // rows * copies * math.prod(image["block"]) == f.BM * f.step_k
+            # The patch's own pixels are the last that the map has
+            assert image["sizes"] == [place * v.S[2] + v.P[2], p.G[2] // f.group, p.G[1], p.B, v.C * p.H]
+            assert image["strides"][1] == f.group * v.S[2] * size
+            # Each copy's place: the copy engine writes to multiples of 128 bytes, swizzled to eight rows' span.
+            assert math.prod(image["block"]) * size % max(128, 8 * image["swizzle"]) == 0
+            maps.append(image)
     if f.loader == "engine":
         tokens = csrc.token_map(d, fields, ADDRESS)
-        assert (
-            tokens["sizes"] == [p.D, p.G[2], p.G[1], p.B] and math.prod(tokens["block"]) * tokens["itemsize"] == 16 * 64
-        )
-        # A warp's rows are a block of the tile's: whole lines of it, of whole images, or parts of one line
-        within = list(zip(tokens["block"][1:], f.block[::-1], strict=True))
+        assert tokens["sizes"] == [p.D, p.G[2] // f.group, p.G[1], p.B, f.group]
+        assert math.prod(tokens["block"]) * tokens["itemsize"] == 16 * 64
+        # A warp's rows are a block of the tile's: whole lines of it, of whole images, or parts of one line; of one map
+        within = list(zip(tokens["block"][1:4], (f.block[2] // f.group, *f.block[1::-1]), strict=True))
         assert all(n == size or all(m == 1 for m, _ in within[i + 1 :]) for i, (n, size) in enumerate(within))
         assert all(size % n == 0 for n, size in within)
         maps.append(tokens)
@@ -165,7 +167,7 @@ def check_maps(csrc, d: dict, p, f) -> None:
 
 
 def arguments(B, C, H, W, P, D, pixels=HALF, **more) -> dict:
-    return problems.arguments(B, C, H, W, P, D, T=0, pos=None, pixels=pixels, weights=HALF, **more)
+    return problems.arguments(B, C, H, W, P, D, pixels=pixels, weights=HALF, **({"T": 0, "pos": None} | more))
 
 
 @pytest.fixture(autouse=True)
@@ -176,7 +178,7 @@ def forget_after(on_cuda_kernels):
 def wrong_tokens(loader: str, **arguments) -> list[str]:
     """What is wrong with the forward on each plan of this loader."""
     p = vk.explain(**arguments).problem
-    tensors = canonical(*(arguments[name] for name in ("images", "weight", "bias")), None, None, None)
+    tensors = canonical(*(arguments.get(name) for name in ("images", "weight", "bias", "pos_embed")), None, None)
     exact, eager = oracle.oracle(**arguments), oracle.eager(**arguments)
     bound = 2 * accuracy.error_of(eager, exact) + exact.abs().max().item() * torch.finfo(p.compute_dtype).eps
     plans = {how: q for how, q in cuda.candidates(p, *tensors[:2]).items() if loader in how.replace(BY_16, "")}
@@ -224,6 +226,8 @@ CASES = {  # architecture, and what is computed there: on one multiprocessor, so
     "wgmma, stored": (90, lambda: wrong_tokens(STORED, **arguments(33, 1, 64, 48, 16, 264))),
     "wgmma, float32 stored": (90, lambda: wrong_tokens(STORED, **arguments(33, 3, 64, 48, 16, 264, out_dtype=F32))),
     "wgmma, u8 stored": (90, lambda: wrong_tokens(STORED, **arguments(33, 3, 64, 48, 16, 264, U8, mean=0.5, std=0.2))),
+    "wgmma, in groups": (90, lambda: wrong_tokens(STORED, **arguments(33, 3, 28, 112, 14, 264, pos="N"))),
+    "wgmma, u8 groups": (90, lambda: wrong_tokens(ENGINE, **arguments(9, 3, 28, 112, 14, 72, U8, mean=0.5, std=0.2))),
     "wgmma, rows": (90, lambda: wrong_tokens(f"{ROWS}, wgmma", **arguments(33, 1, 56, 56, 14, 264))),
     "backward": (80, lambda: wrong_gradients(**arguments(3, 3, 32, 48, 16, 72))),
     "backward, bytes": (80, lambda: wrong_gradients(**arguments(40, 3, 32, 48, 16, 72, U8, mean=0.5, std=0.2))),
@@ -275,6 +279,21 @@ MUTATIONS = {  # object, header, what it says and what it is to say, and the cas
     "a piece of tokens": (SM90, "forward/epilogue_sm90.cuh", "(r / 2 % 4)) * 16", "(r % 4)) * 16", "wgmma, stored"),
     "the next tile too early": (
         SM90, "forward/sm90.cuh", "sync_some(1, 128);  // the last", "// the last", "wgmma, rows",
+    ),
+    "a place in a group": (
+        SM90, "forward/sm90.cuh", "place * a.layout.S_w + x,", "x,", "wgmma, in groups",
+    ),
+    "a position of a group": (
+        SM90, "forward/epilogue_sm90.cuh", "block.position_of(row + g)", "((row + g) & (block.period() - 1))",
+        "wgmma, in groups",
+    ),
+    "tokens of a group": (
+        SM90, "forward/sm90.cuh", "row * uint64_t(p.G[2]), image, row}", "row * uint64_t(p.G[2]), image, image}",
+        "wgmma, in groups",
+    ),
+    "weights not padded": (
+        "forward/launch.cu", "forward/launch.cu", "x < a.layout.P_w && k < a.layout.K", "k < a.layout.K",
+        "wgmma, u8 groups",
     ),
     "no barrier in a step of dW": (
         BACKWARD, "backward/weight_sm80.cuh", "convert(step);\n            sync_block();", "convert(step);", "backward",

@@ -24,13 +24,14 @@ static py::dict dict_of(const TensorBlock& t, const void* base) {
 }
 
 // As launch_sm90 chooses
-static py::dict image_map_of(const Problem& p, const ForwardPlan& f, const Tensor& images) {
+static py::dict image_map_of(const Problem& p, const ForwardPlan& f, const Tensor& images, int place) {
     bool direct = p.image == p.compute && !p.normalised;
     int box = direct                  ? PatchesOf<half, true>::BOX
               : p.image == Dtype::u8  ? PatchesOf<uint8_t, false>::BOX
               : p.image == Dtype::f32 ? PatchesOf<float, false>::BOX
                                       : PatchesOf<half, false>::BOX;
-    py::dict d = dict_of(image_block(p, layout_of(p, p.strides), f.block, f.stage_rows, box, direct ? 32 : 0),
+    int rows = f.group == 1 ? f.stage_rows : 1, swizzle = direct ? 32 : 0;
+    py::dict d = dict_of(image_block(p, layout_of(p, p.strides), f.block, rows, box, swizzle, f.group, place),
                          images.data);
     d["box"] = box;
     return d;
@@ -69,11 +70,13 @@ PYBIND11_MODULE(_host, m) {
         return dict_of(weight_block(problem_of(p), forward_plan_of(plan)), pointer(weight));
     });
     m.def("token_map", [](const py::dict& p, const py::dict& plan, uintptr_t first) {
-        return dict_of(token_block(problem_of(p), forward_plan_of(plan).block), pointer(first));
+        ForwardPlan f = forward_plan_of(plan);
+        return dict_of(token_block(problem_of(p), f.block, f.group), pointer(first));
     });
-    m.def("image_map", [](const py::dict& p, const py::dict& plan, uintptr_t address, const py::object& layout) {
+    m.def("image_map", [](const py::dict& p, const py::dict& plan, uintptr_t address, const py::object& layout,
+                         int place) {
         Tensor images = layout_of(layout);
         images.data = pointer(address);
-        return image_map_of(problem_of(p), forward_plan_of(plan), images);
+        return image_map_of(problem_of(p), forward_plan_of(plan), images, place);
     });
 }

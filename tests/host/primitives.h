@@ -172,8 +172,8 @@ inline void copy_tensor(void* shared, const TensorMap* map, Barrier* barrier, in
     host::copy_tensor(shared, map, barrier, 5, {c0, c1, c2, c3, c4});
 }
 inline void fence_copy_engine() { host::fence_copy_engine(); }
-inline void store_tensor(const TensorMap* map, const void* shared, int c0, int c1, int c2, int c3) {
-    host::store_tensor(map, shared, 4, {c0, c1, c2, c3, 0});
+inline void store_tensor(const TensorMap* map, const void* shared, int c0, int c1, int c2, int c3, int c4) {
+    host::store_tensor(map, shared, 5, {c0, c1, c2, c3, c4});
 }
 inline void stores_commit() { host::stores_commit(); }
 template <int PENDING>

@@ -210,7 +210,7 @@ VK_KERNEL(32, 1) put_kernel(VK_GRID_CONSTANT Put p) {
         if (p.mistake != Unstored::fence) fence_copy_engine();
         if (p.mistake != Unstored::meeting) sync_warp();
         if (lane == 0) {
-            store_tensor(&p.map, block, p.at[0], p.at[1], p.at[2], p.at[3] + round);
+            store_tensor(&p.map, block, p.at[0], p.at[1], p.at[2], p.at[3] + round, 0);
             stores_commit();
         }
     }
@@ -244,8 +244,8 @@ void fetch(const TensorBlock& t, Address base, const std::vector<int>& where, Ad
 // Into [rounds, 3, rows, columns] of 16-bit numbers, at row `y` and column `x` of its second plane
 void put(Address out, int rounds, int rows, int columns, int y, int x, int mistake) {
     uint64_t row = static_cast<uint64_t>(columns), plane = row * static_cast<uint64_t>(rows);
-    TensorBlock t = tensor_block(int(Dtype::i16), {row, static_cast<uint64_t>(rows), 3, static_cast<uint64_t>(rounds)},
-                                 {2, 2 * row, 2 * plane, 6 * plane}, {32, 16, 1, 1}, 64);
+    TensorBlock t = tensor_block(int(Dtype::i16), {row, static_cast<uint64_t>(rows), 3, static_cast<uint64_t>(rounds), 1},
+                                 {2, 2 * row, 2 * plane, 6 * plane, 16}, {32, 16, 1, 1, 1}, 64);
     Put p{make_tensor_map(t, at<void>(out)), rounds, {x, y, 1, 0}, static_cast<Unstored>(mistake)};
     launch(put_kernel, 1, 32, 2048, Stream{}, p, "put");
 }

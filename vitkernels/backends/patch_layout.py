@@ -70,6 +70,9 @@ def row_alignment(p: PatchProblem, layout: PatchLayout, images_at: int) -> int:
     return gcd(16, images_at, *(s * size for s, n in zip(layout.strides[:4], counts, strict=True) if n > 1))
 
 
+MOST_IN_GROUP = 8  # csrc/common/patch_layout.h
+
+
 def group_of(p: PatchProblem, layout: PatchLayout) -> int:
     """Patches of a line from one that begins on 16 bytes, as a tensor map must, to the next that does."""
     return 16 // gcd(16, layout.S[2] * p.image_dtype.itemsize)
@@ -90,6 +93,11 @@ def no_copy_engine(p: PatchProblem, layout: PatchLayout, images_at: int, group: 
         (p.B > 1 and (b <= 0 or b * size % 16 != 0), f"images are {b * size} bytes apart, no multiple of 16"),
         (h <= 0 or h * size % 16 != 0, f"rows are {h * size} bytes apart, no multiple of 16"),
         (layout.S[2] * size * group % 16 != 0, f"patches are {layout.S[2] * size} bytes apart, no multiple of 16"),
+        (group > MOST_IN_GROUP, f"one of {group} patches begins on 16 bytes, of {MOST_IN_GROUP} at least it must"),
+        (
+            p.G[2] % group != 0,
+            f"{p.G[2]} patches in a line, no multiple of the {group} of which one begins on 16 bytes",
+        ),
     )
     return [text for wrong, text in reasons if wrong]
 

@@ -49,7 +49,7 @@ def forward(p: PatchProblem, plan: Plan) -> Algorithm:
         biases, positions = tiles_m * plan.BM // 16 * (4 if plan.wgmma else 8), M
     requests = {
         "images": pixels * plan.tiles_n,
-        "weight": tiles_m * p.D * (-(-p.K * size // span) * span),
+        "weight": tiles_m * p.D * (-(-(plan.weight_row if plan.pack else p.K) * size // span) * span),
         "bias": biases * p.D * w * p.has_bias,
         "position": positions * p.D * w * (p.pos_rows > 0) + prefixed * (p.pos_rows > p.N),
         "prefix": prefixed,

@@ -50,7 +50,6 @@ IMAGE_TILES = {
 # dW by wgmma (weight_sm90.cuh): 256 or 128 channels by 8 rows × 16 pixels of a patch, 64 patches at a step. The rates
 # are guesses.
 WGMMA_ROWS, WGMMA_PIXELS = 8, 16
-MOST_IN_GROUP = 8  # patches that have tensor maps of their own
 WGMMA_TILES = (Tile(256, 128, 64, 1.6), Tile(128, 128, 64, 1.3))
 
 STAGES, ROW_STEPS = 3, 4  # csrc/backward/plan.h: steps under way, steps whose patches are looked up at once
@@ -191,18 +190,13 @@ def no_wgmma(p: PatchProblem, gpu: Gpu, images_at: int, grad: Grad) -> str:
         return "the GPU is no sm_90"
     b, row, channel = grad.strides
     layout = layout_of(p)
-    group, apart = group_of(p, layout), layout.S[2] * p.image_dtype.itemsize
-    # wgmma reads 16 patches at a time, of one map, where pixels are its operands as they lie
-    most = 4 if _as_they_lie(p) else MOST_IN_GROUP
+    group = group_of(p, layout)
     reasons = (
         ((why := no_half(p)) != "", why),
         *((True, reason) for reason in no_copy_engine(p, layout, images_at, group)),
         (layout.P[2] % 2 != 0, f"patch rows of {layout.P[2]} elements, an odd number"),
-        (group > most, f"patches are {apart} bytes apart: of {group}, not {most} at most, one begins on 16 bytes"),
-        (
-            p.G[2] % group != 0,
-            f"{p.G[2]} patches in a line, no multiple of the {group} of which one begins on 16 bytes",
-        ),
+        # wgmma reads 16 patches of a step's 64, of one map, where pixels are its operands as they lie
+        (group > 4 and _as_they_lie(p), f"one of {group} patches begins on 16 bytes, of 4 at least it must"),
         (p.P[1] < WGMMA_ROWS, f"patches of {p.P[1]} rows, of {WGMMA_ROWS} at least they must be"),
         (p.out_dtype != p.compute_dtype, "dY is of another type than the product"),
         (p.D > 1 and channel != 1, f"dY's channels are {channel} apart"),

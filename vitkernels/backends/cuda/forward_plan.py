@@ -17,6 +17,7 @@ from ..patch_layout import (
     PatchLayout,
     blocks_in,
     blocks_of,
+    group_of,
     layout_of,
     no_copy_engine,
     product_of,
@@ -48,7 +49,8 @@ LOADERS = {
     # Operands are put together from them when they are read: P = 14, where a patch's row begins at no multiple of 16
     # bytes.
     "rows": "image rows copied whole",
-    "patches": "patches cut by the copy engine",  # sm_90a
+    # sm_90a. A patch's rows are padded to a multiple of 16 elements there.
+    "patches": "patches cut by the copy engine",
     "engine": "patches cut and tokens stored by the copy engine",
 }
 BY_ENGINE = ("patches", "engine")
@@ -72,6 +74,7 @@ class Plan(NamedTuple):
     segment_bytes: int  # rows: bytes of one row of the patches in a line of the grid
     segments: int
     block: Triple  # patches, engine: images × grid lines × grid columns of a tile
+    group: int  # patches, engine: patches of a line that one tensor map each brings
     a_bytes: int
     b_pitch: int
     stage_bytes: int
@@ -136,12 +139,21 @@ def no_half(p: PatchProblem) -> str:
 
 def no_patches(p: PatchProblem, layout: PatchLayout, images_at: int) -> str:
     """Why the copy engine can't cut the image into patches for wgmma."""
+    P_w, padded = layout.P[2], padded_row(layout)
     reasons = (
         ((why := no_half(p)) != "", why),
-        *((True, reason) for reason in no_copy_engine(p, layout, images_at)),
-        (layout.P[2] % 16 != 0, f"patch rows of {layout.P[2]} elements, no multiple of 16"),
+        *((True, reason) for reason in no_copy_engine(p, layout, images_at, group_of(p, layout))),
+        (
+            layout.channels_last and scaling(p, "half")[0] and padded % p.C != 0,
+            f"normalised patch rows of {P_w} elements, padded to {padded}, no multiple of {p.C} channels",
+        ),
     )
     return next((text for wrong, text in reasons if wrong), "")
+
+
+def padded_row(layout: PatchLayout) -> int:
+    """Elements of a patch's row as the copy engine brings it for wgmma, zeros behind its own."""
+    return _round_up(layout.P[2], 16)
 
 
 def no_engine(p: PatchProblem) -> str:
@@ -157,17 +169,21 @@ def no_engine(p: PatchProblem) -> str:
     return next((text for wrong, text in reasons if wrong), "")
 
 
-def _weight(p: PatchProblem, layout: PatchLayout, weight_at: int, wgmma: bool, step_k: int) -> tuple[bool, int, int]:
+def _weight(
+    p: PatchProblem, layout: PatchLayout, weight_at: int, wgmma: bool, step_k: int, K: int
+) -> tuple[bool, int, int]:
     """Whether it is packed first, the elements of its rows, and the bytes of one copy. It is read where it lies if its
-    rows are in the patches' order, of the operands' type, and can be copied 4 bytes at a time."""
+    rows are in the patches' order, of the operands' type, and can be copied 4 bytes at a time, and if patches are not
+    padded, to K elements."""
     size = p.compute_dtype.itemsize
     row = p.weight_strides[0] if p.D > 1 else p.K
     chunk = gcd(row * size, p.K * size, weight_at, 16)
     narrow = chunk < 4 or (chunk < 16 and (wgmma or p.B * p.rows >= PACK_ROWS))
     block = (64 if step_k % 64 == 0 else 16) if wgmma else 1  # of one box of the copy engine
-    if weight_in_order(p, layout.channels_last) and row >= p.K and not narrow and p.K % block == 0 and row % block == 0:
+    in_order = weight_in_order(p, layout.channels_last) and row >= p.K and p.K == K
+    if in_order and not narrow and K % block == 0 and row % block == 0:
         return False, row, chunk
-    return True, _round_up(p.K, max(block, 16 // size)), 16
+    return True, _round_up(K, max(block, 16 // size)), 16
 
 
 def _round_up(n: int, multiple: int) -> int:
@@ -202,7 +218,10 @@ def _stage(p: PatchProblem, layout: PatchLayout, product: str, loader: str, tile
         slot = segments * segment
         return Stage(step_k, rows * slot, _round_up(segments * 16, 128), rows, slot, segment, segments)
     if loader in BY_ENGINE:
-        rows = next(n for n in range(max(1, 64 // P_w), 0, -1) if p.P[1] % n == 0)
+        P_w = padded_row(layout)
+        rows = max(1, 64 // P_w)
+        if group_of(p, layout) == 1:  # one copy brings them all, of one channel
+            rows = next(n for n in range(rows, 0, -1) if p.P[1] % n == 0)
         _, lines, columns = _block(p, loader, tile)
         table = _round_up(lines * columns * (tile.BN + 8) * 4, 128) if loader == "engine" else 0
         return Stage(rows * P_w, rows * P_w * tile.BM * pixel, table, rows=rows)
@@ -212,7 +231,7 @@ def _stage(p: PatchProblem, layout: PatchLayout, product: str, loader: str, tile
 
 
 def _block(p: PatchProblem, loader: str, tile: Tile) -> Triple:
-    return blocks_of(p, tile.BM, POSITIONS if loader == "engine" else tile.BM)
+    return blocks_of(p, tile.BM, POSITIONS if loader == "engine" else tile.BM, group_of(p, layout_of(p)))
 
 
 def _plan(
@@ -222,9 +241,11 @@ def _plan(
     """A loader with a tile; None where fewer than two stages fit."""
     value, total = p.compute_dtype.itemsize, p.sum_dtype.itemsize
     s = _stage(p, layout, product, loader, tile, chunk)
-    block = _block(p, loader, tile) if loader in BY_ENGINE else (0, 0, 0)
-    pack, row, weight_chunk = _weight(p, layout, weight_at, wgmma, s.step_k)
-    steps, align = -(-p.K // s.step_k), 1024 if wgmma else 128
+    block, group, K = (0, 0, 0), 0, p.K
+    if loader in BY_ENGINE:
+        block, group, K = _block(p, loader, tile), group_of(p, layout), p.K // layout.P[2] * padded_row(layout)
+    pack, row, weight_chunk = _weight(p, layout, weight_at, wgmma, s.step_k, K)
+    steps, align = -(-K // s.step_k), 1024 if wgmma else 128
     b_pitch = s.step_k if wgmma else s.step_k + 16 // value
     a_bytes = _round_up(s.a_bytes, align)
     stage = a_bytes + _round_up(tile.BN * b_pitch * value, align)
@@ -256,7 +277,7 @@ def _plan(
     cost = waves * resident * (steps * s.step_k + ends) * tile.BM * tile.BN / rate
     return Plan(
         loader, wgmma, tile.BM, tile.BN, tile.threads, s.step_k, steps, stages, chunk, s.rows, s.slot_bytes,
-        s.segment_bytes, s.segments, block, a_bytes, b_pitch, stage, s.table_bytes, shared_bytes, pack,
+        s.segment_bytes, s.segments, block, group, a_bytes, b_pitch, stage, s.table_bytes, shared_bytes, pack,
         row, weight_chunk, tiles_n, tiles, min(tiles, gpu.multiprocessors) if wgmma else tiles,
         p.D * row * value * pack, cost, how + ", the weight packed first" * pack,
     )  # fmt: skip
