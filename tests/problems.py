@@ -164,3 +164,48 @@ def drawn_for_the_copy_engine(seed: int, in_groups: bool = False) -> dict:
     elif rng.random() < 0.3:
         arguments["scale"] = 1 / 255
     return arguments
+
+
+def drawn_for_threads(seed: int) -> dict:
+    """Random arguments whose patches no tensor map describes, and that threads copy 4 bytes or more at a time, for
+    products of 16 bits: kept patches, videos, padding, rows that are no multiple of 16 bytes."""
+    rng = random.Random(seed)
+    one = rng.choice
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator)
+
+    T = one((torch.bfloat16, torch.float16))
+    pixels = (torch.uint8, T, torch.float32)[seed % 3]
+    kind = ("kept", "video", "padded", "odd rows", "kept")[seed % 5]
+    P_h, P_w = one(((16, 16), (16, 16), (8, 16), (12, 12), (9, 20), (16, 32), (14, 28)))
+    P_t, frames = (1, 1) if kind != "video" else one(((2, 4), (2, 5), (1, 3), (3, 3)))
+    C, B, D = one((1, 3, 3, 4)), one((1, 2, 3, 5, 17)), one((8, 72, 136, 256, 264))
+    G_h, G_w = one(((1, 3), (3, 5), (2, 2), (4, 3), (1, 1), (2, 9)))
+    H, W = G_h * P_h, G_w * P_w
+    if kind == "odd rows":
+        W += next(n for n in (2, 4, 8) if (W + n) * pixels.itemsize % 16 and (pixels != torch.uint8 or n % 4 == 0))
+        P_w = P_w if pixels == torch.uint8 else one((P_w, 14))
+    images = torch.rand(B, C, frames, H, W, generator=generator)
+    images = (images * 255).byte() if pixels == torch.uint8 else images.to(pixels)
+    if one((True, False, False)) and kind != "odd rows":
+        images = images.contiguous(memory_format=torch.channels_last_3d)
+    weight = (normal(D, C, P_t, P_h, P_w) * (C * P_t * P_h * P_w) ** -0.5).to(T)
+    if kind != "video":
+        images, weight = images[:, :, 0], weight[:, :, 0]
+    arguments = {"images": images, "weight": weight}
+    if rng.random() < 0.5:
+        arguments["bias"] = normal(D).to(T)
+    if rng.random() < 0.5:
+        arguments["prefix"] = normal(one((1, 2, 5)), D).to(T)
+    if kind == "padded":
+        arguments["padding"] = one((0, P_h // 2)), 4
+        arguments["scale"] = one((None, 1 / 255))
+    elif rng.random() < 0.5:
+        arguments.update(mean=(0.4, 0.5, 0.6, 0.5)[:C], std=(0.2, 0.3, 0.25, 0.2)[:C])
+    if kind == "kept":
+        N = (H // P_h) * (W // P_w)
+        kept = rng.randint(1, N + 2)
+        arguments["keep"] = torch.randint(N, (B, kept), generator=generator).to(one((torch.int64, torch.int32)))
+    return arguments

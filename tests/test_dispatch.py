@@ -88,7 +88,16 @@ def test_the_switch_of_tf32_is_looked_at_in_each_call(monkeypatch):
 
 @pytest.mark.parametrize("arch", NOMINAL)
 @pytest.mark.parametrize("direction", dispatch.DIRECTIONS)
-@pytest.mark.parametrize("kind", ["half", "half, padded for wgmma", "half, not by wgmma", "tf32", "fp32", "fp64"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "half",
+        *(f"half, {how}" for how in ("padded for wgmma", "copied for wgmma", "not by wgmma")),
+        "tf32",
+        "fp32",
+        "fp64",
+    ],
+)
 def test_there_is_a_row_that_ends_with_what_takes_everything(arch, direction, kind, monkeypatch):
     dtype = {"half": HALF, "tf32": F32, "fp32": F32, "fp64": torch.float64}[kind.partition(",")[0]]
     patch = {"half, padded for wgmma": 14, "half, not by wgmma": 7}.get(kind, 16)
@@ -178,7 +187,8 @@ SHAPES = {  # the case whose figures a row quotes first
     ("forward", "half"): ("B256-224-P16-D768-bf16", "forward"),
     ("weight", "half"): ("B256-224-P16-D768-bf16", "backward"),
     ("weight", "half, padded for wgmma"): ("B256-224-P14-D1024-bf16", "backward"),
-    ("weight", "half, not by wgmma"): ("B256-224-P16-D768-bf16-keep0.25", "backward"),
+    ("weight", "half, copied for wgmma"): ("B256-224-P16-D768-bf16-keep0.25", "backward"),
+    ("weight", "half, not by wgmma"): ("B256-224-P14-D1024-bf16", "backward"),
     ("forward", "fp32"): ("B256-224-P16-D768-fp32", "both"),
     ("weight", "fp32"): ("B256-224-P16-D768-fp32", "backward"),
 }

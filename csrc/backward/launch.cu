@@ -67,7 +67,7 @@ struct Call {  // one call
     void weight() const {
         if (plan.weight.wgmma) {
             auto launch_it = p.compute == Dtype::f16 ? weight_sm90_f16 : weight_sm90_bf16;
-            return launch_it({p, plan.weight, t.images, t.grad, static_cast<const float*>(centred()),
+            return launch_it({p, plan.weight, t.images, t.grad, t.keep, static_cast<const float*>(centred()),
                               scratch<float>(plan.weight_parts), stream});
         }
         WeightArguments a{};

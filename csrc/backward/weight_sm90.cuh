@@ -11,6 +11,10 @@
 // the copy engine brings a group of 4 by 4 maps, each of which ends with its patch, so that the two pixels past it
 // arrive as zeros. Then the patches of a step are ordered by their place in the group first, in dY as well.
 //
+// Patches that no tensor map describes (kept ones, of a video, of a padded image, of rows of any length) are copied by the
+// four warps of the first warpgroup, BY_THREADS: there the grid's lines are those of all frames, or the patches that an
+// image keeps are a line.
+//
 // dY lies in shared memory as wgmma reads an operand with the patch outermost. So do pixels that are the operands
 // themselves; others are put together in registers, where row g is pixel 2g and row g + 8 the next: pixels are read two
 // at a time.
@@ -28,22 +32,30 @@ struct WgmmaWeightArguments {
     const float* centred;  // [2, C]: m and a of y = (x − m)·a; null: pixels as they are
     float* parts;          // [splits, D, K]
     int64_t D, K, C;
-    int block[3];             // BB images × BY lines × BX columns of the grid
-    int group, copied;        // patches that have a map each; of a step, those that one of them brings
-    Divisor by_blocks[2];     // of patches: in x, in y
+    TileBlock block;          // of a step's patches in the grid
+    int copied;               // of them, those that one map brings
     int64_t steps, chunk;     // blocks of patches: all, and of one split
     int64_t work_tiles;             // tiles of all splits
-    Divisor by_tiles, by_tiles_d, by_across, by_down;  // of a split; in d; of a channel: in x, in y
+    Divisor by_tiles, by_tiles_d, by_across, by_down;  // of a split; in d; of a channel's frame: in x, in y
     int stages;
+
+    // BY_THREADS
+    Tensor images, grads, keep;     // [B, C, F, H, W], [B, T + rows, D], [B, rows]
+    int64_t B, T, N, grid[2];       // lines, columns
+    Divisor by_P_t;
+    int bytes;                      // of one copy, 16 or 4
 };
 
-// How pixels come to wgmma: DIRECT, from where they lie, or converted and normalised on their way through registers.
-template <class T_, class Pixel_, bool DIRECT_, int BN_>
+// How pixels come to shared memory: by the copy engine, or BY_THREADS; and to wgmma: DIRECT, from where they lie, or
+// converted and normalised on their way through registers.
+template <class T_, class Pixel_, bool DIRECT_, int BN_, bool BY_THREADS_>
 struct WgmmaWeightKernel {
     using T = T_;
     using Pixel = Pixel_;
-    static constexpr bool DIRECT = DIRECT_;
+    static constexpr bool DIRECT = DIRECT_, BY_THREADS = BY_THREADS_;
     static constexpr int BN = BN_, THREADS = 384;
+    static constexpr int PRODUCER_REGISTERS = BY_THREADS ? 72 : 40, CONSUMER_REGISTERS = BY_THREADS ? 216 : 232;
+    static_assert(PRODUCER_REGISTERS + 2 * CONSUMER_REGISTERS == 3 * 168);  // as in forward/sm90.cuh
     static constexpr int LINE = WGMMA_PIXELS * int(sizeof(Pixel));  // bytes of a patch in a row of pixels
     static constexpr int PIXELS = WGMMA_ROWS * WGMMA_STEP * LINE;
     static constexpr int CHANNELS = WGMMA_STEP * 128, STAGE = PIXELS + BN / 64 * CHANNELS;  // 64 channels; all
@@ -53,7 +65,7 @@ struct WgmmaWeightKernel {
 // past the patch may lie past the image; it leaves what that one has to it.
 struct WorkTile {
     int64_t split;
-    int c, x, y, from, d0;  // elements: channel, first pixel, first row, and first row that is this tile's own
+    int c, x, y, from, d0;  // elements: channel (and frame), first pixel, first row, and first row that is its own
     int first, stop;        // blocks of patches
 };
 
@@ -74,24 +86,130 @@ VK_DEVICE WorkTile work_tile(const WgmmaWeightArguments& h, uint32_t i) {
 #if VK_SM90A
 
 template <class K>
+VK_DEVICE void copy_grads(const WgmmaWeightArguments& h, char* stage, const WorkTile& work, const int64_t (&origin)[3],
+                          Barrier* full) {
+    for (int d = 0; d < K::BN; d += 64)
+        copy_tensor(stage + K::PIXELS + d / 64 * K::CHANNELS, &h.grad, full, work.d0 * K::BN + d,
+                    static_cast<int>(origin[2]) >> h.block.group, static_cast<int>(origin[1]),
+                    static_cast<int>(origin[0]), 0);
+}
+
+template <class K>
 VK_DEVICE void produce(const WgmmaWeightArguments& h, char* stages, Barrier* full, Barrier* empty) {
     PipelineState state;
     for (int64_t i = block_index(); i < h.work_tiles; i += block_count()) {
         WorkTile work = work_tile(h, static_cast<uint32_t>(i));
         for (int n = work.first; n < work.stop; ++n) {
-            uint32_t line = h.by_blocks[0].div(n), images = h.by_blocks[1].div(line);
-            int b = static_cast<int>(images) * h.block[0];
-            int y = static_cast<int>(line - images * h.by_blocks[1].value) * h.block[1];
-            int x = static_cast<int>(n - line * h.by_blocks[0].value) * (h.block[2] / h.group);
+            int64_t at[3];
+            h.block.origin(n, at);
+            int b = static_cast<int>(at[0]), y = static_cast<int>(at[1]), x = static_cast<int>(at[2]) >> h.block.group;
             char* stage = stages + state.stage * K::STAGE;
             barrier_wait(&empty[state.stage], state.phase ^ 1);
             barrier_expect(&full[state.stage], K::STAGE);
-            for (int place = 0; place < h.group; ++place)
+            for (int place = 0; place < 1 << h.block.group; ++place)
                 copy_tensor(stage + place * WGMMA_ROWS * h.copied * K::LINE, &h.image[place], &full[state.stage],
                             place * h.layout.S_w + work.x, x, y, b, work.c * h.layout.H + work.y);
-            for (int d = 0; d < K::BN; d += 64)
-                copy_tensor(stage + K::PIXELS + d / 64 * K::CHANNELS, &h.grad, &full[state.stage], work.d0 * K::BN + d, x,
-                            y, b, 0);
+            copy_grads<K>(h, stage, work, at, &full[state.stage]);
+            state.advance(h.stages);
+        }
+    }
+}
+
+// BY_THREADS: patch m of a step
+struct CopiedPatch {
+    Corner corner;
+    int64_t b, i;  // its image, and its row there
+    bool there;    // it is a patch
+    bool kept;     // and the index that names it is one
+};
+
+VK_DEVICE CopiedPatch copied_patch(const WgmmaWeightArguments& h, const int64_t (&origin)[3], int m) {
+    CopiedPatch patch;
+    int64_t at[3];
+    h.block.place(origin, m, at);
+    patch.there = at[0] < h.B && at[1] < h.grid[0] && at[2] < h.grid[1];
+    patch.b = at[0], patch.i = at[1] * h.grid[1] + at[2];
+    int64_t n = patch.i;
+    if (h.keep.data && patch.there)
+        n = load_index(h.keep.data, h.keep.dtype, patch.b * h.keep.strides[0] + n * h.keep.strides[1]);
+    patch.kept = !patch.there || (n >= 0 && n < h.N);
+    patch.corner = corner_of(h.layout, patch.there ? patch.b : 0, patch.there && patch.kept ? n : 0);
+    return patch;
+}
+
+template <int SPAN>
+VK_DEVICE int swizzled(int at) {  // as the copy engine does within SPAN bytes; 16: not at all
+    return at ^ (at >> 7 & (SPAN / 16 - 1)) << 4;
+}
+
+// 16 pixels of rows `row` and `row` + 1 of the tile, of patch m
+template <class K, int BYTES>
+VK_DEVICE void copy_rows(const WgmmaWeightArguments& h, char* stage, const WorkTile& work, const CopiedPatch& patch,
+                         int m, int row) {
+    constexpr int EACH = BYTES / int(sizeof(typename K::Pixel));
+    const PatchLayout& w = h.layout;
+    int c = h.by_P_t.div(work.c), t = work.c - c * w.P_t;
+    bool padded = is_padded(w), there = patch.there && patch.kept;
+    const char* images = static_cast<const char*>(h.images.data);
+#pragma unroll 1
+    for (int r = row; r < row + 2; ++r) {
+        Element e{c * w.c + t * w.f + (work.y + r) * w.h + work.x, t, work.y + r, work.x};
+#pragma unroll
+        for (int x = 0; x < WGMMA_PIXELS; x += EACH, e.offset += EACH, e.x += EACH) {
+            bool real = there && e.x < w.P_w && (!padded || is_inside(w, patch.corner, e));
+            int64_t from = real ? (patch.corner.offset + e.offset) * int(sizeof(typename K::Pixel)) : 0;
+            int to = swizzled<K::LINE>((r * WGMMA_STEP + m) * K::LINE + x * int(sizeof(typename K::Pixel)));
+            copy_async<BYTES>(stage + to, images + from, real ? BYTES : 0);
+        }
+    }
+}
+
+// dY of a step where an index is none: its row is left out, whatever it holds
+template <class K>
+VK_DEVICE void copy_grads_of_kept(const WgmmaWeightArguments& h, char* stage, const WorkTile& work,
+                                  const int64_t (&origin)[3]) {
+#pragma unroll 1
+    for (int piece = thread_index(); piece < K::BN / 8 * WGMMA_STEP; piece += 128) {
+        int m = piece / 8 % WGMMA_STEP, d = piece / 8 / WGMMA_STEP * 64 + piece % 8 * 8;
+        CopiedPatch patch = copied_patch(h, origin, m);
+        int64_t channel = int64_t{work.d0} * K::BN + d, left = (h.D - channel) * 2;
+        int real = patch.there && patch.kept && left > 0 ? static_cast<int>(left < 16 ? left : 16) : 0;
+        int64_t from = real ? patch.b * h.grads.strides[0] + (h.T + patch.i) * h.grads.strides[1] + channel : 0;
+        copy_async<16>(stage + K::PIXELS + d / 64 * K::CHANNELS + swizzled<128>(m * 128 + piece % 8 * 16),
+                       static_cast<const char*>(h.grads.data) + from * 2, real);
+    }
+}
+
+template <class K>
+VK_DEVICE void produce_by_threads(const WgmmaWeightArguments& h, char* stages, Barrier* full, Barrier* empty) {
+    int lane = lane_index(), row = 2 * warp_index();
+    PipelineState state;
+    for (int64_t i = block_index(); i < h.work_tiles; i += block_count()) {
+        WorkTile work = work_tile(h, static_cast<uint32_t>(i));
+        for (int n = work.first; n < work.stop; ++n) {
+            int64_t at[3];
+            h.block.origin(n, at);
+            int whole = 1;
+            if (h.keep.data) {
+                whole = copied_patch(h, at, lane).kept && copied_patch(h, at, lane + 32).kept;
+#pragma unroll
+                for (int other = 16; other > 0; other /= 2) whole &= shuffle(whole, lane ^ other);
+            }
+            char* stage = stages + state.stage * K::STAGE;
+            Barrier* barrier = &full[state.stage];
+            barrier_wait(&empty[state.stage], state.phase ^ 1);
+            if (thread_index() == 0) {
+                barrier_expect(barrier, whole ? K::STAGE - K::PIXELS : 0);
+                if (whole) copy_grads<K>(h, stage, work, at, barrier);
+            }
+            if (!whole) copy_grads_of_kept<K>(h, stage, work, at);
+#pragma unroll 1
+            for (int m = lane; m < WGMMA_STEP; m += 32) {
+                CopiedPatch patch = copied_patch(h, at, m);
+                h.bytes == 16 ? copy_rows<K, 16>(h, stage, work, patch, m, row)
+                              : copy_rows<K, 4>(h, stage, work, patch, m, row);
+            }
+            barrier_arrive_after_copies(barrier);
             state.advance(h.stages);
         }
     }
@@ -201,6 +319,7 @@ VK_DEVICE void consume(const WgmmaWeightArguments& h, const char* stages, Barrie
         }();
         for (int n = work.first; n < work.stop; ++n) {
             barrier_wait(&full[state.stage], state.phase);
+            if constexpr (K::BY_THREADS) fence_copy_engine();  // wgmma reads as that does what threads have written
             const char* stage = stages + state.stage * K::STAGE;
             uint32_t pixels = shared_address(stage), grads = pixels + K::PIXELS;
             auto grad = [&](int m) {  // 16 patches of all BN channels
@@ -244,20 +363,23 @@ VK_KERNEL(K::THREADS, 1) wgmma_weight_kernel(VK_GRID_CONSTANT WgmmaWeightArgumen
     char* stages = shared_memory();  // aligned to 1024 bytes, as the swizzles are
     Barrier *full = reinterpret_cast<Barrier*>(stages + h.stages * K::STAGE), *empty = full + h.stages;
     if (thread_index() == 0) {
-        for (int place = 0; place < h.group; ++place) prefetch_map(&h.image[place]);
+        for (int place = 0; !K::BY_THREADS && place < 1 << h.block.group; ++place) prefetch_map(&h.image[place]);
         prefetch_map(&h.grad);
         for (int i = 0; i < h.stages; ++i) {
-            barrier_init(&full[i], 1);   // the announcement of bytes
-            barrier_init(&empty[i], 8);  // the warps that multiply
+            barrier_init(&full[i], K::BY_THREADS ? 129 : 1);  // the announcement of bytes, the threads' copies
+            barrier_init(&empty[i], 8);                       // the warps that multiply
         }
         barrier_init_done();
     }
     sync_block();
     if (thread_index() < 128) {
-        fewer_registers<40>();
-        if (thread_index() == 0) produce<K>(h, stages, full, empty);
+        fewer_registers<K::PRODUCER_REGISTERS>();
+        if constexpr (K::BY_THREADS)
+            produce_by_threads<K>(h, stages, full, empty);
+        else if (thread_index() == 0)
+            produce<K>(h, stages, full, empty);
     } else {
-        more_registers<232>();
+        more_registers<K::CONSUMER_REGISTERS>();
         consume<K>(h, stages, full, empty);
     }
 #else
@@ -265,12 +387,13 @@ VK_KERNEL(K::THREADS, 1) wgmma_weight_kernel(VK_GRID_CONSTANT WgmmaWeightArgumen
 #endif
 }
 
-// [group, B, G_h, G_w / group, D], dY of the patches
-inline TensorBlock grad_block(const Problem& p, const Tensor& grad, const int (&block)[3], int group) {
-    uint64_t row = static_cast<uint64_t>(grad.strides[1]) * 2, line = row * static_cast<uint64_t>(p.G[2]);
+// [group, B, lines, columns / group, D], dY of the patches
+inline TensorBlock grad_block(const Problem& p, const Tensor& grad, const int (&block)[3], int group,
+                              const int64_t (&grid)[2]) {
+    uint64_t row = static_cast<uint64_t>(grad.strides[1]) * 2, line = row * static_cast<uint64_t>(grid[1]);
     uint64_t image = p.B > 1 ? static_cast<uint64_t>(grad.strides[0]) * 2 : line;
     return {grad.dtype, 5,
-            {uint64_t(p.D), uint64_t(p.G[2] / group), uint64_t(p.G[1]), uint64_t(p.B), uint64_t(group)},
+            {uint64_t(p.D), uint64_t(grid[1] / group), uint64_t(grid[0]), uint64_t(p.B), uint64_t(group)},
             {2, row * uint64_t(group), line, image, row},
             {64, uint32_t(block[2] / group), uint32_t(block[1]), uint32_t(block[0]), uint32_t(group)},
             128};
@@ -283,17 +406,20 @@ void launch_wgmma_weight(const WgmmaWeightLaunch& l) {
     WgmmaWeightArguments h{};
     h.layout = layout_of(p, p.strides);
     constexpr int size = sizeof(typename K::Pixel), swizzle = size > 1 ? WGMMA_PIXELS * size : 0;
-    for (int place = 0; place < plan.group; ++place)
+    for (int place = 0; !K::BY_THREADS && place < plan.group; ++place)
         h.image[place] = make_tensor_map(
             image_block(p, h.layout, plan.block, WGMMA_ROWS, WGMMA_PIXELS, swizzle, plan.group, place), l.images.data);
+    h.grid[0] = p.keep ? 1 : p.G[0] * p.G[1], h.grid[1] = p.keep ? p.rows : p.G[2];
     const char* patches = static_cast<const char*>(l.grad.data) + p.T * l.grad.strides[1] * 2;
-    h.grad = make_tensor_map(grad_block(p, l.grad, plan.block, plan.group), patches);
+    h.grad = make_tensor_map(grad_block(p, l.grad, plan.block, plan.group, h.grid), patches);
     h.centred = l.centred, h.parts = l.parts;
-    h.D = p.D, h.K = p.K, h.C = p.C, h.group = plan.group, h.copied = WGMMA_STEP / plan.group;
-    for (int i = 0; i < 3; ++i) h.block[i] = plan.block[i];
-    int64_t across = ceil_div(p.G[2], plan.block[2]), down = ceil_div(p.G[1], plan.block[1]);
-    h.by_blocks[0] = Divisor(across), h.by_blocks[1] = Divisor(down);
-    h.steps = ceil_div(p.B, plan.block[0]) * down * across, h.chunk = plan.chunk / WGMMA_STEP;
+    h.D = p.D, h.K = p.K, h.C = p.C, h.copied = WGMMA_STEP / plan.group;
+    h.images = l.images, h.grads = l.grad, h.B = p.B, h.T = p.T, h.N = p.N, h.bytes = plan.pixels.chunk;
+    if (p.keep) h.keep = l.keep;
+    h.by_P_t = Divisor(p.P[0]);
+    h.block = tile_block(plan.block, plan.group, h.grid);
+    h.steps = ceil_div(p.B, plan.block[0]) * h.block.across[1].value * h.block.across[0].value;
+    h.chunk = plan.chunk / WGMMA_STEP;
     h.work_tiles = plan.splits * plan.tiles;
     h.by_tiles = Divisor(plan.tiles), h.by_tiles_d = Divisor(plan.tiles / plan.tiles_k);
     h.by_across = Divisor(ceil_div(h.layout.P_w, WGMMA_PIXELS)), h.by_down = Divisor(ceil_div(p.P[1], WGMMA_ROWS));
@@ -304,8 +430,13 @@ void launch_wgmma_weight(const WgmmaWeightLaunch& l) {
 
 template <class T, class Pixel, bool DIRECT>
 void launch_weight_tile(const WgmmaWeightLaunch& l) {
-    if (l.plan.tile.BM == 256) return launch_wgmma_weight<WgmmaWeightKernel<T, Pixel, DIRECT, 256>>(l);
-    if (l.plan.tile.BM == 128) return launch_wgmma_weight<WgmmaWeightKernel<T, Pixel, DIRECT, 128>>(l);
+    bool by_threads = l.plan.pixels.chunk > 0;
+    if (by_threads && l.plan.tile.BM == 256)
+        return launch_wgmma_weight<WgmmaWeightKernel<T, Pixel, DIRECT, 256, true>>(l);
+    if (!by_threads && l.plan.tile.BM == 256)
+        return launch_wgmma_weight<WgmmaWeightKernel<T, Pixel, DIRECT, 256, false>>(l);
+    if (!by_threads && l.plan.tile.BM == 128)
+        return launch_wgmma_weight<WgmmaWeightKernel<T, Pixel, DIRECT, 128, false>>(l);
     no_kernel(l.plan.tile.BM, l.plan.tile.BN);
 }
 

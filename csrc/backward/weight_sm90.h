@@ -10,6 +10,7 @@ struct WgmmaWeightLaunch {
     const WeightPlan& plan;
     const Tensor& images;  // [B, C, F, H, W]
     const Tensor& grad;    // [B, T + rows, D]
+    const Tensor& keep;    // [B, rows]
     const float* centred;  // [2, C]; null: pixels as they are
     float* parts;          // [splits, D, K]
     Stream stream;

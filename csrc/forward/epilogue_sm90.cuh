@@ -40,6 +40,17 @@ struct TileBlock {
     }
 };
 
+// Of images × lines × columns, `group` of which lie side by side in maps of their own, in a grid of lines and columns
+inline TileBlock tile_block(const int (&block)[3], int group, const int64_t (&grid)[2]) {
+    auto bits = [](int n) {
+        int bits = 0;
+        while (1 << bits < n) ++bits;
+        return bits;
+    };
+    return {{bits(block[0]), bits(block[1]), bits(block[2] / group)}, bits(group),
+            {Divisor(ceil_div(grid[1], block[2])), Divisor(ceil_div(grid[0], block[1]))}};
+}
+
 // Registers of a warp's sums, columns 64·part … of the tile, staged as [STAGED_ROWS, 64]
 template <int N>
 VK_DEVICE void put_sums(const float (&c)[N], int part, float* staged, int pitch) {

@@ -376,11 +376,7 @@ void launch_wgmma(const ForwardLaunch& l) {
             h.image[place] = make_tensor_map(
                 image_block(p, layout, l.plan.block, rows, Loader::BOX, swizzle, group, place), l.arguments.images);
         h.a.layout = padded(layout);
-        auto bits_of = [](int n) { int bits = 0; while (1 << bits < n) ++bits; return bits; };
-        for (int i = 0; i < 3; ++i) h.block.bits[i] = bits_of(i < 2 ? l.plan.block[i] : l.plan.block[i] / group);
-        h.block.group = bits_of(group);
-        h.block.across[0] = Divisor(ceil_div(p.G[2], l.plan.block[2]));
-        h.block.across[1] = Divisor(ceil_div(p.G[1], l.plan.block[1]));
+        h.block = tile_block(l.plan.block, group, {p.G[1], p.G[2]});
         h.by_P_h = Divisor(p.P[1]);
     }
     if constexpr (STORES) {

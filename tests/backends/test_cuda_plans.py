@@ -222,8 +222,16 @@ def check_backward(p, gpu, b) -> None:
     # dW: parts of whole steps have every patch once, tiles every element
     patches = p.B * p.rows
     if weight.wgmma:
-        patches = 64 * math.prod(ceil_div(n, m) for n, m in zip((p.B, *p.G[1:]), weight.block, strict=True))
-        assert math.prod(weight.block) == 64 and weight.block[2] % weight.group == 0 == p.G[2] % weight.group
+        grid = (p.B, p.G[0] * p.G[1], p.G[2]) if p.n_keep is None else (p.B, 1, p.rows)
+        patches = 64 * math.prod(ceil_div(n, m) for n, m in zip(grid, weight.block, strict=True))
+        assert math.prod(weight.block) == 64 and weight.block[2] % weight.group == 0 == grid[2] % weight.group
+        if weight.pixels.chunk:  # threads copy them
+            v, size = layout_of(p), p.image_dtype.itemsize
+            counts = zip(v.strides[:4], (p.B, v.C, p.F, p.H), strict=True)
+            assert v.strides[4] == 1 == weight.group and weight.pixels.chunk in (4, 16)
+            assert divide(weight.pixels.chunk, v.P[2] * size, v.S[2] * size, *(s * size for s, n in counts if n > 1))
+            assert not any(p.pad) or divide(weight.pixels.chunk, v.pad[2] * size, v.W * size)
+            assert not any(p.pad) or not p.normalised
     assert (weight.splits - 1) * weight.chunk < patches <= weight.splits * weight.chunk
     assert weight.chunk % weight.BK == 0
     assert weight.tiles == ceil_div(p.D, weight.BM) * weight.tiles_k
@@ -331,7 +339,9 @@ def test_the_weights_gradient_by_wgmma(arch, patch, dtype, batch, taken):
     (272, 17, U8, "one of 16 patches begins on 16 bytes, of 8 at least it must"),
 ])  # fmt: skip
 def test_patches_in_groups(W, patch, image, reason):
-    """Both directions take and refuse the same, with the same words."""
+    """Both directions take and refuse the same, with the same words. (For the gradient, threads may then.)"""
     p = described(8, 3, 1, W, W, (1, patch, patch), (1, patch, patch), image=image, compute=HALF, D=64)
     assert candidates(p, NOMINAL[90], False)[1].get("patches", "") == reason
-    assert backward_plan.no_wgmma(p, NOMINAL[90], 0, Grad(0, dense(p.B, p.T + p.rows, p.D))) == reason
+    assert backward_plan.not_by_engine(p, 0) == reason
+    none = backward_plan.no_wgmma(p, NOMINAL[90], 0, Grad(0, dense(p.B, p.T + p.rows, p.D)))
+    assert none == (f"{reason}; patches begin at multiples of 1 bytes, of 4 at least they must" if patch % 2 else "")

@@ -232,6 +232,7 @@ CASES = {  # architecture, and what is computed there: on one multiprocessor, so
     "backward": (80, lambda: wrong_gradients(**arguments(3, 3, 32, 48, 16, 72))),
     "backward, bytes": (80, lambda: wrong_gradients(**arguments(40, 3, 32, 48, 16, 72, U8, mean=0.5, std=0.2))),
     "backward, wgmma": (90, lambda: wrong_gradients(**arguments(40, 3, 32, 48, 16, 72))),
+    "backward, by threads": (90, lambda: wrong_gradients(**arguments(40, 3, 32, 48, 16, 256, kept=7))),
     "backward, in groups": (90, lambda: wrong_gradients(**arguments(40, 3, 28, 56, 14, 72))),
 }  # fmt: skip
 
@@ -288,7 +289,7 @@ MUTATIONS = {  # object, header, what it says and what it is to say, and the cas
         "wgmma, in groups",
     ),
     "tokens of a group": (
-        SM90, "forward/sm90.cuh", "row * uint64_t(p.G[2]), image, row}", "row * uint64_t(p.G[2]), image, image}",
+        SM90, "forward/epilogue_sm90.cuh", "static_cast<int>(at[2]) & ((1 << block.group) - 1));", "0);",
         "wgmma, in groups",
     ),
     "weights not padded": (
@@ -300,6 +301,18 @@ MUTATIONS = {  # object, header, what it says and what it is to say, and the cas
     ),
     "patches looked up too early": (
         BACKWARD, "backward/weight_sm80.cuh", "ROW_STEPS == STAGES - 2)", "ROW_STEPS == STAGES - 3)", "backward, bytes",
+    ),
+    "a patch of its warp": (
+        BACKWARD_90, "backward/weight_sm90.cuh", "WGMMA_STEP + m) * K::LINE", "WGMMA_STEP + (m ^ 8)) * K::LINE",
+        "backward, by threads",
+    ),
+    "copies not fenced": (
+        BACKWARD_90, "backward/weight_sm90.cuh", "if constexpr (K::BY_THREADS) fence_copy_engine();", "",
+        "backward, by threads",
+    ),
+    "a swizzle by hand": (
+        BACKWARD_90, "backward/weight_sm90.cuh", "(at >> 7 & (SPAN / 16 - 1)) << 4", "(at >> 8 & (SPAN / 16 - 1)) << 4",
+        "backward, by threads",
     ),
     "a patch of a group": (
         BACKWARD_90, "backward/weight_sm90.cuh", "place * h.layout.S_w + work.x", "work.x", "backward, in groups",

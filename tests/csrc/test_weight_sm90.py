@@ -5,10 +5,11 @@ import random
 import pytest
 import torch
 from host import backend
-from problems import drawn_for_the_copy_engine, on
+from problems import arguments, drawn_for_the_copy_engine, drawn_for_threads, on
 
 import vitkernels as vk
-from vitkernels.backends import split_k
+from vitkernels.backends import cuda, split_k
+from vitkernels.backends.common import canonical
 from vitkernels.backends.cuda import backward_plan
 from vitkernels.testing import accuracy
 
@@ -34,6 +35,8 @@ def watched(on_cuda_kernels, device, monkeypatch):
     if device != "cuda":
         free = tuple(tile._replace(rate=1e6) for tile in backward_plan.WGMMA_TILES)
         monkeypatch.setattr(backward_plan, "WGMMA_TILES", free)
+        copied = {n: tile._replace(rate=1e6) for n, tile in backward_plan.COPIED_TILES.items()}
+        monkeypatch.setattr(backward_plan, "COPIED_TILES", copied)
         monkeypatch.setattr(split_k, "PART_COST", 0.0)
 
     def use(count: int) -> list:
@@ -48,11 +51,47 @@ def watched(on_cuda_kernels, device, monkeypatch):
 @pytest.mark.parametrize("in_groups", [False, True])
 @pytest.mark.parametrize("seed", range(90))
 def test_random_problem(watched, device, seed, in_groups):
-    arguments = on(device, drawn_for_the_copy_engine(seed, in_groups))
+    call = on(device, drawn_for_the_copy_engine(seed, in_groups))
     plans = watched(random.Random(seed).choice((1, 2, 5, 132)))
-    rows = accuracy.compare(arguments, "cuda", gradients=True)
+    rows = accuracy.compare(call, "cuda", gradients=True)
     assert [r for r in rows if not r["ok"]] == []
     assert device == "cuda" or (plans and all(plan.wgmma for plan in plans))
+
+
+@pytest.mark.parametrize("seed", range(90))
+def test_pixels_copied_by_threads(watched, device, seed):
+    call = on(device, drawn_for_threads(seed))
+    plans = watched(random.Random(seed).choice((1, 2, 5, 132)))
+    rows = accuracy.compare(call, "cuda", gradients=True)
+    assert [r for r in rows if not r["ok"]] == []
+    assert device == "cuda" or (plans and all(plan.wgmma and plan.pixels.chunk for plan in plans))
+
+
+@pytest.mark.parametrize("pixels", [torch.uint8, BF16])
+@pytest.mark.parametrize("D", [72, 264])
+def test_an_index_that_is_none(watched, device, pixels, D):
+    """Its row is left out of all gradients, not-a-number though it be. (On a CPU the public call would refuse it.)"""
+    watched(2)
+    call = arguments(9, 3, 48, 32, 16, D, T=2, pixels=pixels, kept=5, device=device)
+    p = vk.explain(**call).problem
+    tensors = canonical(*(call.get(name) for name in ("images", "weight", "bias", "pos_embed", "prefix", "keep")))
+    keep, grad = tensors[5], torch.randn(p.out_shape, device=device).to(BF16)
+    none = torch.zeros_like(keep, dtype=torch.bool)
+    none[1, 2] = none[3, 0] = none[8, 4] = True
+
+    def gradients(keep, grad):
+        made = [None if t is None or i == 0 else torch.empty_like(t) for i, t in enumerate(tensors[:5])]
+        cuda.backward(p, grad, *tensors[:5], keep, made)
+        return made[1:]
+
+    assert not grad.isnan().any()
+    left_out = grad.clone()
+    left_out[:, p.T :][none] = 0
+    grad[:, p.T :][none] = float("nan")
+    strange = keep.masked_fill(none, p.N)
+    strange[3, 0] = -1
+    for found, expected in zip(gradients(strange, grad), gradients(keep, left_out), strict=True):
+        assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("count", [25, 40, 132])

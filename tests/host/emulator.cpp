@@ -253,6 +253,9 @@ struct Block {
     uint32_t ready_warps, live_warps;
     Meeting meetings[16], warpgroups[MOST_THREADS / 128];
     std::deque<BarrierState> barriers;
+    // Threads' copies that have landed at a barrier and that no fence came after. Any thread's fence will do: it need only
+    // be on the way from the copy to the reading (PTX ISA, "Causality order": a proxy fence along the base causality path).
+    std::vector<std::pair<int64_t, int64_t>> landed;
     bool early;     // whether its blocks of tensors land at once
     uint32_t slow;  // warps that run where no other can
     std::string error;
@@ -489,7 +492,10 @@ void arrive(BarrierState& b, const char* what) {
 }
 
 void land(BarrierState& b, const Event& e) {
-    for (const Copy& c : e.copies) land(c);
+    for (const Copy& c : e.copies) {
+        land(c);
+        block.landed.emplace_back(c.to - shared(), c.bytes);
+    }
     if (e.of_tensor) {
         land_tensor(e);
         b.due -= bytes_of(e.map);
@@ -786,6 +792,7 @@ void start_block(uint64_t seed) {
     for (Meeting& m : block.meetings) m = {};
     for (Meeting& m : block.warpgroups) m = {};
     block.barriers.clear();
+    block.landed.clear();
     block.failed = false;
     poison(0, block.shared_bytes);
     for (int i = 0; i < (block.threads + 31) / 32; ++i) {
@@ -1039,6 +1046,8 @@ void fence_copy_engine() {
     Thread& t = *block.current;
     for (int64_t at : t.unseen) std::memcpy(engine_view + at, shared() + at, 4);
     t.unseen.clear();
+    for (auto [at, bytes] : block.landed) std::memcpy(engine_view + at, shared() + at, static_cast<size_t>(bytes));
+    block.landed.clear();
 }
 
 void store_tensor(const TensorMap* map, const void* from, int rank, const int (&at)[5]) {

@@ -80,7 +80,7 @@ def test_every_direction_and_kind_is_timed_and_then_taken():
     rows, clock, result = tuned(even)
     assert set(rows) == {
         ("weight", "half, padded for wgmma"),
-        ("weight", "half, not by wgmma"),
+        ("weight", "half, copied for wgmma"),
         *((direction, kind) for direction in dispatch.DIRECTIONS for kind in ("half", "fp32", "tf32")),
     }
     assert len(set(clock.asked)) == len(clock.asked) == 3 * (3 * len(backends.CASES) - 1)  # bytes have no gradient
@@ -252,7 +252,7 @@ def test_the_command(monkeypatch, capsys):
     monkeypatch.setattr(command, "device_of", lambda args: "cuda")
     assert cli.main(["tune", "--backends"]) == 0
     shown = capsys.readouterr().out
-    assert "parameters' gradients, half, not by wgmma" in shown
+    assert "parameters' gradients, half, copied for wgmma" in shown
     assert "auto takes triton, then cuda, then reference" in shown
     assert cli.main(["tune", "--backends", "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)["rows"]) == 11

@@ -102,18 +102,23 @@ def no_copy_engine(p: PatchProblem, layout: PatchLayout, images_at: int, group: 
     return [text for wrong, text in reasons if wrong]
 
 
+def grid_of(p: PatchProblem) -> Triple:
+    """Images, lines, columns: of the grids of all frames, or of one line of those patches that an image keeps."""
+    return (p.B, p.G[0] * p.G[1], p.G[2]) if p.n_keep is None else (p.B, 1, p.rows)
+
+
 def blocks_of(p: PatchProblem, BM: int, most: int | None = None, group: int = 1) -> Triple:
-    """BM patches as images × grid rows × grid columns, at most so many of one image, and whole groups of columns: the
-    block that leaves the fewest patches empty."""
+    """BM patches as images × lines × columns of `grid_of`, at most so many of one image, and whole groups of columns:
+    the block that leaves the fewest patches empty."""
     sides = [1 << i for i in range(BM.bit_length())]
     shapes = [(BM // (y * x), y, x) for y in sides for x in sides if y * x <= (most or BM) and x % group == 0]
 
     def covered(shape: Triple) -> Triple:
-        total = prod(-(-n // s) * s for n, s in zip((p.B, *p.G[1:]), shape, strict=True))
+        total = prod(-(-n // s) * s for n, s in zip(grid_of(p), shape, strict=True))
         return total, -shape[2], -shape[1]  # among equals the widest: neighbours share the cache lines of their rows
 
     return min(shapes, key=covered)
 
 
 def blocks_in(p: PatchProblem, block: Triple) -> int:
-    return prod(-(-n // s) for n, s in zip((p.B, *p.G[1:]), block, strict=True))
+    return prod(-(-n // s) for n, s in zip(grid_of(p), block, strict=True))

@@ -20,7 +20,8 @@ BACKENDS = {
 PRODUCTS = {  # kinds of dispatch.MEASURED
     "half": "16-bit products",
     "half, padded for wgmma": "16-bit products for which `cuda` would pad patches (P = 14)",
-    "half, not by wgmma": "16-bit products where `cuda` would not use wgmma (keep lists, padding, …)",
+    "half, copied for wgmma": "16-bit products of pixels that threads of `cuda` copy (keep lists, videos, …)",
+    "half, not by wgmma": "16-bit products where `cuda` would not use wgmma (float32 tokens, odd widths, …)",
     "fp32": "float32",
     "tf32": "float32 as TF32",
 }

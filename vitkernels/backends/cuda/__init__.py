@@ -92,6 +92,8 @@ def weight_kind(p: PatchProblem) -> str:
     dense."""
     if backward_plan.no_wgmma(p, _gpu(p.device), 0, Grad(0, ((p.T + p.rows) * p.D, p.D, 1))):
         return "half, not by wgmma"
+    if backward_plan.not_by_engine(p, 0):
+        return "half, copied for wgmma"
     return "half, padded for wgmma" if layout_of(p).P[2] % backward_plan.WGMMA_PIXELS else "half"
 
 

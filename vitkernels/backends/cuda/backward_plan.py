@@ -25,7 +25,7 @@ from ..patch_layout import (
     scaling,
 )  # fmt: skip
 from ..split_k import TABLE_BYTES
-from .forward_plan import no_half
+from .forward_plan import no_copy, no_half
 
 
 class Tile(NamedTuple):
@@ -51,6 +51,7 @@ IMAGE_TILES = {
 # are guesses.
 WGMMA_ROWS, WGMMA_PIXELS = 8, 16
 WGMMA_TILES = (Tile(256, 128, 64, 1.6), Tile(128, 128, 64, 1.3))
+COPIED_TILES = {16: Tile(256, 128, 64, 1.2), 4: Tile(256, 128, 64, 0.8)}  # pixels by threads, so many bytes at a time
 
 STAGES, ROW_STEPS = 3, 4  # csrc/backward/plan.h: steps under way, steps whose patches are looked up at once
 SUMS_THREADS, FINISH_THREADS = 256, 256  # of reduce.cuh
@@ -75,7 +76,7 @@ class WeightPlan(NamedTuple):
     chunk: int  # patches of one; with wgmma those of its blocks, beyond the grid's edge too
     tiles_k: int
     tiles: int
-    pixels: Operand
+    pixels: Operand  # wgmma: of no bytes where the copy engine brings them
     grad: Operand
     shared_bytes: int
     block: Triple  # wgmma: images × grid lines × grid columns of a step
@@ -184,19 +185,30 @@ def _grad(p: PatchProblem, grad: Grad) -> Operand:
     return _operand(chunk, p.out_dtype == p.compute_dtype)
 
 
+def not_by_engine(p: PatchProblem, images_at: int) -> str:
+    """Why the copy engine can't bring the image's patches for wgmma, and threads have to."""
+    layout = layout_of(p)
+    group = group_of(p, layout)
+    reasons = no_copy_engine(p, layout, images_at, group)
+    # wgmma reads 16 patches of a step's 64, of one map, where pixels are its operands as they lie
+    if group > 4 and _as_they_lie(p):
+        reasons.append(f"one of {group} patches begins on 16 bytes, of 4 at least it must")
+    return next(iter(reasons), "")
+
+
 def no_wgmma(p: PatchProblem, gpu: Gpu, images_at: int, grad: Grad) -> str:
-    """Why the copy engine can't bring dY and the image's patches for wgmma; none: it can."""
+    """Why nobody can bring dY and the image's patches for wgmma; none: somebody can."""
     if gpu.arch != 90:
         return "the GPU is no sm_90"
     b, row, channel = grad.strides
     layout = layout_of(p)
-    group = group_of(p, layout)
     reasons = (
         ((why := no_half(p)) != "", why),
-        *((True, reason) for reason in no_copy_engine(p, layout, images_at, group)),
+        (
+            (engine := not_by_engine(p, images_at)) != "" and (why := no_copy(p, layout, "half", images_at)[0]) != "",
+            f"{engine}; {why}",
+        ),
         (layout.P[2] % 2 != 0, f"patch rows of {layout.P[2]} elements, an odd number"),
-        # wgmma reads 16 patches of a step's 64, of one map, where pixels are its operands as they lie
-        (group > 4 and _as_they_lie(p), f"one of {group} patches begins on 16 bytes, of 4 at least it must"),
         (p.P[1] < WGMMA_ROWS, f"patches of {p.P[1]} rows, of {WGMMA_ROWS} at least they must be"),
         (p.out_dtype != p.compute_dtype, "dY is of another type than the product"),
         (p.D > 1 and channel != 1, f"dY's channels are {channel} apart"),
@@ -210,12 +222,15 @@ def no_wgmma(p: PatchProblem, gpu: Gpu, images_at: int, grad: Grad) -> str:
 def weight_plan(p: PatchProblem, gpu: Gpu, tf32: bool, images_at: int, grad: Grad) -> WeightPlan:
     """The tile and the number of parts that cost least."""
     product, layout = product_of(p, tf32), layout_of(p)
-    group, block = group_of(p, layout), (0, 0, 0)
+    group, block, copied = group_of(p, layout), (0, 0, 0), 0
     offers = [(tile, -(-p.K // tile.BN), -(-p.B * p.rows // tile.BK), 4) for tile in WEIGHT_TILES[product]]
     if not no_wgmma(p, gpu, images_at, grad):
+        if not_by_engine(p, images_at):
+            group, copied = 1, 16 if no_copy(p, layout, product, images_at)[1] == 16 else 4
         block = blocks_of(p, WGMMA_TILES[0].BK, group=group)
-        tiles_k = layout.C * -(-layout.P[2] // WGMMA_PIXELS) * -(-p.P[1] // WGMMA_ROWS)
-        fitting = [tile for tile in WGMMA_TILES if _wgmma_stages(p, gpu, tile)[0] >= 2]
+        tiles_k = layout.C * p.P[0] * -(-layout.P[2] // WGMMA_PIXELS) * -(-p.P[1] // WGMMA_ROWS)
+        by_wgmma = (COPIED_TILES[copied],) if copied else WGMMA_TILES
+        fitting = [tile for tile in by_wgmma if _wgmma_stages(p, gpu, tile)[0] >= 2]
         offers += [(tile, tiles_k, blocks_in(p, block), 2) for tile in fitting]
 
     def split(offer: tuple[Tile, int, int, int]) -> split_k.Split:
@@ -226,11 +241,11 @@ def weight_plan(p: PatchProblem, gpu: Gpu, tf32: bool, images_at: int, grad: Gra
     best = min(offers, key=lambda offer: split(offer).cost)
     (tile, tiles_k, *_), (_, parts, steps) = best, split(best)
     chunk, tiles = steps * tile.BK, -(-p.D // tile.BM) * tiles_k
-    if tile in WGMMA_TILES:
+    if tile.BK == WGMMA_TILES[0].BK:
         stages, stage_bytes = _wgmma_stages(p, gpu, tile)
-        none = Operand("each", 0)
+        pixels, dY = Operand("straight", copied), Operand("straight", 0)
         return WeightPlan(
-            True, *tile[:3], parts, chunk, tiles_k, tiles, none, none, stages * (stage_bytes + 16), block, group,
+            True, *tile[:3], parts, chunk, tiles_k, tiles, pixels, dY, stages * (stage_bytes + 16), block, group,
             stages, min(parts * tiles, gpu.multiprocessors),
         )  # fmt: skip
     pixels, dY = _pixels(p, layout, product, images_at), _grad(p, grad)
