@@ -54,19 +54,64 @@ struct SumsArguments {
 template <class Sum>
 inline constexpr int AHEAD = sizeof(Sum) == 8 ? 2 : 4;
 
+// Whole octets of rows that all begin on 16 bytes. All are loaded before the first is converted: a conversion waits for
+// its load, and what stands between two branches is not moved past them, so that load_eight, which branches, would have
+// one row under way.
+template <class From>
+VK_DEVICE bool are_aligned(const From* row, const Gradient& g, int count) {
+    return g.d == 1 && count == 8 && is_aligned(row) && g.b * int(sizeof(From)) % 16 == 0;
+}
+
+template <class From>
+union Octet {
+    Words words[sizeof(From) / 2];
+    From values[8];
+
+    VK_DEVICE void load(const From* row) {
+#pragma unroll
+        for (int i = 0; i < int(sizeof(From)) / 2; ++i) words[i] = reinterpret_cast<const Words*>(row)[i];
+    }
+    VK_DEVICE void clear() {
+#pragma unroll
+        for (int i = 0; i < int(sizeof(From)) / 2; ++i) words[i] = {};
+    }
+    template <class Sum>
+    VK_DEVICE void add_to(Sum (&total)[8]) const {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) total[i] += to<Sum>(values[i]);
+    }
+};
+
+template <class From, class Sum>
+inline constexpr int OCTETS_AHEAD = sizeof(From) == 2 ? 2 * AHEAD<Sum> : AHEAD<Sum>;
+
+template <class From, class Sum>
+VK_DEVICE void add_aligned_rows(Sum (&total)[8], const From* row, int64_t step, int64_t count) {
+    constexpr int ROWS = OCTETS_AHEAD<From, Sum>;
+    for (; count >= ROWS; count -= ROWS) {
+        Octet<From> octets[ROWS];
+#pragma unroll
+        for (int i = 0; i < ROWS; ++i, row += step) octets[i].load(row);
+#pragma unroll
+        for (int i = 0; i < ROWS; ++i) octets[i].add_to(total);
+    }
+    for (; count > 0; --count, row += step) {
+        Octet<From> octet;
+        octet.load(row);
+        octet.add_to(total);
+    }
+}
+
 // Σ_b dY[b, r, d … d + 7] for images b0 ≤ b < b1, in order
 template <class From, class Sum>
 VK_DEVICE void add_rows(Sum (&total)[8], const Gradient& g, int64_t b0, int64_t b1, int64_t r, int64_t d, int count) {
-    const From* row = static_cast<const From*>(g.data) + r * g.n + d * g.d;
-    for (int64_t b = b0; b < b1; b += AHEAD<Sum>) {
-        Sum values[AHEAD<Sum>][8];
-#pragma unroll
-        for (int i = 0; i < AHEAD<Sum>; ++i) {
-            clear(values[i]);
-            if (b + i < b1) load_eight(values[i], row + (b + i) * g.b, g.d, count);
-        }
-#pragma unroll
-        for (int i = 0; i < AHEAD<Sum>; ++i) add(total, values[i]);
+    const From* row = static_cast<const From*>(g.data) + r * g.n + d * g.d + b0 * g.b;
+    if (are_aligned(row, g, count)) return add_aligned_rows(total, row, g.b, b1 - b0);
+    for (int64_t b = b0; b < b1; ++b, row += g.b) {
+        Sum values[8];
+        clear(values);
+        load_eight(values, row, g.d, count);
+        add(total, values);
     }
 }
 
@@ -74,27 +119,33 @@ VK_DEVICE void add_rows(Sum (&total)[8], const Gradient& g, int64_t b0, int64_t 
 template <class From, class Sum>
 VK_DEVICE void add_kept(Sum (&total)[8], const Gradient& g, int64_t b0, int64_t b1, int64_t n, int64_t d, int count) {
     const From* row = static_cast<const From*>(g.data) + g.T * g.n + d * g.d;
-    for (int64_t b = b0; b < b1; b += AHEAD<Sum>) {
-        Sum values[AHEAD<Sum>][8];
-        int32_t at[AHEAD<Sum>];
+    bool aligned = are_aligned(row, g, count) && g.n * int(sizeof(From)) % 16 == 0;
+    constexpr int ROWS = OCTETS_AHEAD<From, Sum>;
+    for (int64_t b = b0; b < b1; b += ROWS) {
+        int32_t at[ROWS];
 #pragma unroll
-        for (int i = 0; i < AHEAD<Sum>; ++i) at[i] = b + i < b1 ? g.heads[(b + i) * g.N + n] : -1;
+        for (int i = 0; i < ROWS; ++i) at[i] = b + i < b1 ? g.heads[(b + i) * g.N + n] : -1;
+        if (aligned) {
+            Octet<From> octets[ROWS];
 #pragma unroll
-        for (int i = 0; i < AHEAD<Sum>; ++i) {
-            clear(values[i]);
-            if (at[i] < 0) continue;
-            load_eight(values[i], row + (b + i) * g.b + at[i] * g.n, g.d, count);
-            at[i] = g.nexts[(b + i) * g.rows + at[i]];
-        }
-#pragma unroll
-        for (int i = 0; i < AHEAD<Sum>; ++i) {
-            add(total, values[i]);
-            for (; at[i] >= 0; at[i] = g.nexts[(b + i) * g.rows + at[i]]) {  // kept more than once
-                clear(values[i]);
-                load_eight(values[i], row + (b + i) * g.b + at[i] * g.n, g.d, count);
-                add(total, values[i]);
+            for (int i = 0; i < ROWS; ++i) {
+                octets[i].clear();
+                if (at[i] >= 0) octets[i].load(row + (b + i) * g.b + at[i] * g.n);
             }
+#pragma unroll
+            for (int i = 0; i < ROWS; ++i) octets[i].add_to(total);
+#pragma unroll
+            for (int i = 0; i < ROWS; ++i)
+                if (at[i] >= 0) at[i] = g.nexts[(b + i) * g.rows + at[i]];
         }
+#pragma unroll
+        for (int i = 0; i < ROWS; ++i)
+            for (; at[i] >= 0; at[i] = g.nexts[(b + i) * g.rows + at[i]]) {  // kept more than once, or not aligned
+                Sum values[8];
+                clear(values);
+                load_eight(values, row + (b + i) * g.b + at[i] * g.n, g.d, count);
+                add(total, values);
+            }
     }
 }
 
