@@ -242,6 +242,13 @@ VK_DEVICE void warpgroup_wait() { asm volatile("wgmma.wait_group.sync.aligned %0
 
 namespace vk {
 
+// Where byte `at` of a block comes to lie that the copy engine swizzles within SPAN bytes; 16: not at all. Threads that
+// copy do the same.
+template <int SPAN>
+VK_BOTH int swizzled(int at) {
+    return at ^ (at >> 7 & (SPAN / 16 - 1)) << 4;
+}
+
 // An operand in shared memory, k innermost, as wgmma reads it (PTX ISA, "Asynchronous warpgroup level matrix shared
 // memory layout"): rows of SPAN bytes (32 or 128) lie one behind the other, their 16-byte pieces swizzled as the copy
 // engine swizzles them. Bits: start / 16 at 0, leading offset / 16 at 16 (unused), offset of the next 8 rows / 16 at

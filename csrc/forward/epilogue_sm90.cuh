@@ -90,20 +90,20 @@ inline constexpr int TABLE_PAD = 8;  // floats, so that four rows are read witho
 
 // table[i, d] = bias[d0 + d] + pos[position i of the tile, d0 + d], by `threads` threads
 template <int BN>
-VK_DEVICE void fill_table(const ForwardArguments& a, const TileBlock& block, const int64_t (&origin)[3], int64_t d0,
-                          float* table, int thread, int threads) {
+VK_DEVICE void fill_table(const ForwardArguments& a, const TileBlock& block, const int64_t (&grid)[2],
+                          const int64_t (&origin)[3], int64_t d0, float* table, int thread, int threads) {
     constexpr int ACROSS = BN / 8;
     for (int each = thread; each < block.positions() * ACROSS; each += threads) {
         int position = each / ACROSS, column = each % ACROSS * 8;
         int64_t d = d0 + column, at[3];
         block.place(origin, block.row_of(position), at);
         float values[8] = {}, pos[8] = {};
-        if (d < a.D && at[1] < a.layout.G_h && at[2] < a.layout.G_w) {
+        if (d < a.D && at[1] < grid[0] && at[2] < grid[1]) {
             if (a.bias.data)
                 load_eight(values, a.bias.data, a.bias.dtype, d * a.bias.strides[0], a.bias.strides[0], 8);
             if (a.pos.data) {
                 const int64_t(&p)[5] = a.pos.strides;
-                int64_t n = at[1] * a.layout.G_w + at[2];
+                int64_t n = at[1] * grid[1] + at[2];
                 load_eight(pos, a.pos.data, a.pos.dtype, (a.pos_first + n) * p[1] + d * p[2], p[2], 8);
             }
         }

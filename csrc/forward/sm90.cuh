@@ -10,156 +10,16 @@
 // the copy engine brings a group of 4 by 4 maps, each of which ends with its patch, so that what is past it up to a
 // multiple of 16 pixels arrives as zeros; the weight is packed to match. A tile's patches are ordered by their place in
 // the group first, and each row of pixels is a copy of its own, as the places of one row lie one behind the other.
+//
+// Patches that no map describes (kept ones, of a video, of a padded image, of rows of any length) are copied into the
+// same places by the first warpgroup's threads, 16 or 4 bytes at a time.
 #pragma once
 
-#include "common/driver.h"
-#include "forward/epilogue_sm90.cuh"
+#include "forward/producers_sm90.cuh"
 
 namespace vk {
 
-struct WgmmaArguments {
-    TensorMap image[MOST_IN_GROUP];  // patches, engine: [C·H, B, G_h, G_w / group, P_w], blocks of
-                                     // [stage_rows, BB, BY, BX, BOX], of one row where there is a group
-    TensorMap weight;  // [K / span, D, span], blocks of [step_k / span, BN, span]; span: 16 or 64 elements
-    TensorMap tokens;  // engine: [group, B, G_h, G_w / group, D] of the patches, blocks of 16 of them × STORE_ROW bytes
-    ForwardArguments a;  // patches, engine: its layout is padded
-    TileBlock block;   // patches, engine: of a tile in the grid
-    Divisor by_P_h;    // of a channel's rows
-    int64_t prefixes;  // threads that write prefix tokens
-};
-
-// How patches come: RowsOf<Pixel>, by the producer's threads; PatchesOf<Pixel, DIRECT>, by the copy engine. DIRECT:
-// wgmma reads them where they lie.
-template <class Pixel>
-struct RowsOf {
-    using Stored = Pixel;
-    static constexpr bool ENGINE = false, DIRECT = false;
-};
-template <class Pixel, bool DIRECT_>
-struct PatchesOf {
-    using Stored = Pixel;
-    static constexpr bool ENGINE = true, DIRECT = DIRECT_;
-    // Pixels of a row of one box: 16 wgmma's operands; otherwise as many as leave the reads without bank conflicts
-    static constexpr int BOX = DIRECT || sizeof(Pixel) == 1 ? 16 : 8;
-};
-
-// STORES: the copy engine takes tokens to memory
-template <class T_, class Loader_, int BN_, bool STORES_>
-struct WgmmaKernel {
-    using T = T_;
-    using Loader = Loader_;
-    static constexpr int BM = 128, BN = BN_, THREADS = 384;
-    static constexpr bool STORES = STORES_;
-    // Of a thread of the producer, which adds beside where it STORES, and of the consumers: of the 168 that each has at
-    // the launch, as setmaxnreg would wait for more for ever.
-    static constexpr int PRODUCER_REGISTERS = STORES ? 72 : 40, CONSUMER_REGISTERS = STORES ? 216 : 232;
-    static_assert(PRODUCER_REGISTERS + 2 * CONSUMER_REGISTERS == 3 * 168);
-    static constexpr int STAGING = STORES ? STORE_BUFFERS * STORE_BYTES : STAGED_ROWS * (64 + 4) * 4;  // bytes of a warp
-};
-
-struct Barriers {
-    Barrier *full, *empty;              // of the stages
-    Barrier *table_full, *table_empty;  // STORES: what is added to a tile's sums
-};
-
-// The stage of the pipeline that comes next, and the phase (parity) of its barriers
-struct PipelineState {
-    int stage = 0;
-    uint32_t phase = 0;
-
-    VK_DEVICE void advance(int stages) {
-        if (++stage == stages) stage = 0, phase ^= 1;
-    }
-};
-
-// [x boxes][stage_rows][BM][BOX] pixels, as the copy engine lays them
-template <int BM, int BOX>
-struct InBoxes {
-    Divisor by_P_w;
-    int P_w, size, stage_rows;
-
-    VK_DEVICE int row(int r) const { return r * BOX * size; }
-    VK_DEVICE int k(int k) const {
-        int q = by_P_w.div(k), x = k - q * P_w;
-        return ((x / BOX * stage_rows + q) * BM * BOX + x % BOX) * size;
-    }
-    VK_DEVICE int stage(int k0) const { return by_P_w.div(k0) * BM * BOX * size; }  // it begins with a row
-};
-
 #if VK_SM90A
-
-template <class K>
-VK_DEVICE void produce(const WgmmaArguments& h, char* stages, char* table, const Barriers& barriers) {
-    using Pixel = typename K::Loader::Stored;
-    constexpr bool ENGINE = K::Loader::ENGINE;
-    const ForwardArguments& a = h.a;
-    bool leader = thread_index() == 0;
-    if (ENGINE && !leader) return;
-    int span = a.step_k % 64 == 0 ? 64 : 16;
-    int weight_bytes = K::BN * a.step_k * 2, image_bytes = ENGINE ? K::BM * a.step_k * int(sizeof(Pixel)) : 0;
-    ImageRows<Pixel> rows(a, table, K::BM, 128);
-    PipelineState state;
-    for (int64_t tile = block_index(); tile < a.tiles; tile += block_count()) {
-        uint32_t tile_m = a.by_tiles_n.div(static_cast<uint32_t>(tile));
-        int d0 = static_cast<int>(tile - int64_t{tile_m} * a.by_tiles_n.value) * K::BN;
-        int64_t origin[3];
-        if constexpr (ENGINE) {
-            h.block.origin(tile_m, origin);
-        } else {
-            sync_some(1, 128);  // the last tile's segments are not read any more
-            rows.start(int64_t{tile_m} * K::BM);
-            sync_some(1, 128);
-        }
-        for (int step = 0; step < a.steps; ++step) {
-            barrier_wait(&barriers.empty[state.stage], state.phase ^ 1);
-            Barrier* full = &barriers.full[state.stage];
-            char* stage = stages + state.stage * a.stage_bytes;
-            if (leader) {
-                barrier_expect(full, weight_bytes + image_bytes);
-                copy_tensor(stage + a.a_bytes, &h.weight, full, 0, d0, step * (a.step_k / span));
-            }
-            if constexpr (ENGINE) {
-                constexpr int BOX = K::Loader::BOX;
-                int group = 1 << h.block.group, rows_of_copy = group == 1 ? a.stage_rows : 1;
-                for (int r = 0; r < a.stage_rows; r += rows_of_copy) {
-                    int row = step * a.stage_rows + r, c = h.by_P_h.div(row), y = row - c * h.by_P_h.value;
-                    for (int x = 0; x < a.layout.P_w; x += BOX)
-                        for (int place = 0; place < group; ++place) {
-                            int at = (x / BOX * a.stage_rows + r) * K::BM + place * (K::BM >> h.block.group);
-                            copy_tensor(stage + at * BOX * int(sizeof(Pixel)), &h.image[place], full,
-                                        place * a.layout.S_w + x, static_cast<int>(origin[2]) >> h.block.group,
-                                        static_cast<int>(origin[1]), static_cast<int>(origin[0]), c * a.layout.H + y);
-                        }
-                }
-            } else {
-                rows.issue(stage, step);
-                barrier_arrive_after_copies(full);
-            }
-            state.advance(a.stages);
-        }
-    }
-}
-
-inline constexpr int BESIDE = 96;  // threads: the producer's other three warps
-
-// By them: what the tiles' sums get added, and then the prefix tokens
-template <class K>
-VK_DEVICE void add_beside(const WgmmaArguments& h, float* table, const Barriers& barriers) {
-    const ForwardArguments& a = h.a;
-    int thread = thread_index() - 32;
-    uint32_t phase = 0;
-    for (int64_t tile = block_index(); tile < a.tiles; tile += block_count(), phase ^= 1) {
-        uint32_t tile_m = a.by_tiles_n.div(static_cast<uint32_t>(tile));
-        int64_t origin[3];
-        h.block.origin(tile_m, origin);
-        barrier_wait(barriers.table_empty, phase ^ 1);
-        int64_t d0 = (tile - int64_t{tile_m} * a.by_tiles_n.value) * K::BN;
-        fill_table<K::BN>(a, h.block, origin, d0, table, thread, BESIDE);
-        barrier_arrive(barriers.table_full);
-    }
-    for (int64_t at = block_index() * BESIDE + thread; at < h.prefixes; at += block_count() * BESIDE)
-        write_prefix<float>(a, at);
-}
 
 template <class K>
 VK_DEVICE void consume(const WgmmaArguments& h, const char* stages, char* staging, const float* table,
@@ -191,7 +51,7 @@ VK_DEVICE void consume(const WgmmaArguments& h, const char* stages, char* stagin
             if (lane_index() == 0) barrier_arrive(&barriers.empty[slot]);
         };
         auto place = [&] {
-            if constexpr (Loader::ENGINE)
+            if constexpr (Loader::BLOCKS)
                 return InBoxes<K::BM, Loader::BOX>{a.layout.by_P_w, a.layout.P_w, int(sizeof(Pixel)), a.stage_rows};
             else
                 return ImageRows<Pixel>(a, nullptr, K::BM, 128).place(m0);
@@ -201,6 +61,8 @@ VK_DEVICE void consume(const WgmmaArguments& h, const char* stages, char* stagin
         uint32_t operands[2][4];  // two, as one is being read by the tensor cores
         for (int step = 0; step < a.steps; ++step) {
             barrier_wait(&barriers.full[state.stage], state.phase);
+            // wgmma reads as the copy engine does what threads have copied
+            if constexpr (Loader::DIRECT && Loader::BY_THREADS) fence_copy_engine();
             const char* stage = stages + state.stage * a.stage_bytes;
             uint32_t patches = shared_address(stage) + row / 64 * (64 * 32), at = shared_address(stage) + a.a_bytes;
             int left = a.layout.K - step * a.step_k, parts = ((left < a.step_k ? left : a.step_k) + 15) / 16;
@@ -252,7 +114,7 @@ VK_DEVICE void consume(const WgmmaArguments& h, const char* stages, char* stagin
         if (before >= 0) release(before);
 
         int64_t origin[3];
-        if constexpr (Loader::ENGINE) h.block.origin(tile_m, origin);
+        if constexpr (Loader::BLOCKS) h.block.origin(tile_m, origin);
         if constexpr (K::STORES) {
             barrier_wait(barriers.table_full, table_phase);
             table_phase ^= 1;
@@ -263,12 +125,12 @@ VK_DEVICE void consume(const WgmmaArguments& h, const char* stages, char* stagin
             if (lane_index() == 0) barrier_arrive(barriers.table_empty);
         } else {
             write_tokens(a, c, reinterpret_cast<float*>(staged), d0, [&](int r, Token& token) {
-                if constexpr (Loader::ENGINE) {
+                if constexpr (Loader::BLOCKS) {
                     int64_t at[3];
                     h.block.place(origin, row + r, at);
-                    int64_t n = at[1] * a.layout.G_w + at[2];
-                    token = {at[0], n, n, true};
-                    return at[0] < a.B && at[1] < a.layout.G_h && at[2] < a.layout.G_w;
+                    bool there = at[0] < a.B && at[1] < h.grid[0] && at[2] < h.grid[1];
+                    if (there) token = token_of(a, at[0] * a.rows + at[1] * h.grid[1] + at[2]);
+                    return there;
                 } else {
                     int64_t m = m0 + row + r;
                     if (m >= a.M) return false;
@@ -298,19 +160,23 @@ VK_KERNEL(K::THREADS, 1) wgmma_kernel(VK_GRID_CONSTANT WgmmaArguments h) {
     Barriers barriers{full, full + a.stages, full + 2 * a.stages, full + 2 * a.stages + 1};
     if (thread_index() == 0) {
         prefetch_map(&h.weight);
-        for (int place = 0; K::Loader::ENGINE && place < 1 << h.block.group; ++place) prefetch_map(&h.image[place]);
+        for (int place = 0; !K::Loader::BY_THREADS && place < 1 << h.block.group; ++place)
+            prefetch_map(&h.image[place]);
         if (K::STORES) prefetch_map(&h.tokens);
         for (int i = 0; i < a.stages; ++i) {
-            barrier_init(&barriers.full[i], K::Loader::ENGINE ? 1 : 129);  // announced bytes, the producer's copies
-            barrier_init(&barriers.empty[i], 8);                           // the consumers' warps
+            barrier_init(&barriers.full[i], K::Loader::BY_THREADS ? 129 : 1);  // announced bytes, the producer's copies
+            barrier_init(&barriers.empty[i], 8);                               // the consumers' warps
         }
-        if (K::STORES) barrier_init(barriers.table_full, BESIDE), barrier_init(barriers.table_empty, 8);
+        if (K::STORES) barrier_init(barriers.table_full, K::Loader::BY_THREADS ? 128 : BESIDE);
+        if (K::STORES) barrier_init(barriers.table_empty, 8);
         barrier_init_done();
     }
     sync_block();
     if (thread_index() < 128) {
         fewer_registers<K::PRODUCER_REGISTERS>();
-        if (K::STORES && thread_index() >= 32)
+        if constexpr (K::Loader::BLOCKS && K::Loader::BY_THREADS)
+            produce_by_threads<K>(h, stages, reinterpret_cast<float*>(table), barriers);
+        else if (K::STORES && thread_index() >= 32)
             add_beside<K>(h, reinterpret_cast<float*>(table), barriers);
         else
             produce<K>(h, stages, table, barriers);
@@ -351,12 +217,12 @@ inline TensorBlock weight_block(const Problem& p, const ForwardPlan& f) {
             static_cast<int>(span * size)};
 }
 
-// [group, B, G_h, G_w / group, D], the tokens behind the prefix; blocks of a warp's 16 rows of a tile
+// [group, B, lines, columns / group, D], the tokens behind the prefix; blocks of a warp's 16 rows of a tile
 inline TensorBlock token_block(const Problem& p, const int (&tile)[3], int group) {
     uint64_t size = size_of(p.out), row = size * uint64_t(p.D), image = row * uint64_t(p.T + p.rows);
     int x = std::min(tile[2] / group, STAGED_ROWS), y = std::min(tile[1], STAGED_ROWS / x);
     return {p.out, 5,
-            {uint64_t(p.D), uint64_t(p.G[2] / group), uint64_t(p.G[1]), uint64_t(p.B), uint64_t(group)},
+            {uint64_t(p.D), uint64_t(p.G[2] / group), uint64_t(p.G[0] * p.G[1]), uint64_t(p.B), uint64_t(group)},
             {size, row * uint64_t(group), row * uint64_t(p.G[2]), image, row},
             {uint32_t(STORE_ROW / size), uint32_t(x), uint32_t(y), uint32_t(STAGED_ROWS / (x * y)), 1},
             STORE_ROW};
@@ -369,14 +235,16 @@ void launch_wgmma(const ForwardLaunch& l) {
     WgmmaArguments h{};
     h.a = l.arguments;
     h.weight = make_tensor_map(weight_block(p, l.plan), l.arguments.weight);
-    if constexpr (Loader::ENGINE) {
+    if constexpr (Loader::BLOCKS) {
         const PatchLayout& layout = l.arguments.layout;
         int group = l.plan.group, rows = group == 1 ? l.plan.stage_rows : 1, swizzle = Loader::DIRECT ? 32 : 0;
-        for (int place = 0; place < group; ++place)
+        for (int place = 0; !Loader::BY_THREADS && place < group; ++place)
             h.image[place] = make_tensor_map(
                 image_block(p, layout, l.plan.block, rows, Loader::BOX, swizzle, group, place), l.arguments.images);
         h.a.layout = padded(layout);
-        h.block = tile_block(l.plan.block, group, {p.G[1], p.G[2]});
+        h.grid[0] = p.keep ? 1 : p.G[0] * p.G[1], h.grid[1] = p.keep ? p.rows : p.G[2];
+        h.block = tile_block(l.plan.block, group, h.grid);
+        h.by_P_t = Divisor(p.P[0]), h.P_w = layout.P_w;
         h.by_P_h = Divisor(p.P[1]);
     }
     if constexpr (STORES) {
@@ -388,27 +256,38 @@ void launch_wgmma(const ForwardLaunch& l) {
 }
 
 // Of forward_plan.py's WGMMA_TILES those that it offers
-template <class T, class Loader>
+template <class T, class Pixel, bool DIRECT>
 void launch_wgmma_tile(const ForwardLaunch& l) {
-    if constexpr (Loader::ENGINE) {
-        if (l.plan.loader == LoaderKind::engine && l.plan.BN == 256) return launch_wgmma<T, Loader, 256, true>(l);
-        if (l.plan.loader == LoaderKind::engine && l.plan.BN == 128) return launch_wgmma<T, Loader, 128, true>(l);
-    } else {
-        if (l.plan.BN == 256) return launch_wgmma<T, Loader, 256, false>(l);
+    using Engine = PatchesOf<Pixel, DIRECT, false>;
+    using Threads = PatchesOf<Pixel, DIRECT, true>;
+    switch (l.plan.loader) {
+        case LoaderKind::engine:
+            if (l.plan.BN == 256) return launch_wgmma<T, Engine, 256, true>(l);
+            if (l.plan.BN == 128) return launch_wgmma<T, Engine, 128, true>(l);
+            break;
+        case LoaderKind::patches:
+            if (l.plan.BN == 128) return launch_wgmma<T, Engine, 128, false>(l);
+            break;
+        case LoaderKind::stored:
+            if (l.plan.BN == 256) return launch_wgmma<T, Threads, 256, true>(l);
+            break;
+        case LoaderKind::copied:
+            if (l.plan.BN == 128) return launch_wgmma<T, Threads, 128, false>(l);
+            break;
+        default:
+            if constexpr (same<Pixel, uint8_t>) {
+                if (l.plan.BN == 256) return launch_wgmma<T, RowsOf<Pixel>, 256, false>(l);
+                if (l.plan.BN == 128) return launch_wgmma<T, RowsOf<Pixel>, 128, false>(l);
+            }
     }
-    if (l.plan.loader != LoaderKind::engine && l.plan.BN == 128) return launch_wgmma<T, Loader, 128, false>(l);
     no_kernel(l.plan.BM, l.plan.BN);
 }
 
 template <class T>
 void launch_sm90(const ForwardLaunch& l) {
-    bool patches = l.plan.loader != LoaderKind::rows;
-    auto of = [&](auto as_patches, auto as_rows) {
-        patches ? launch_wgmma_tile<T, decltype(as_patches)>(l) : launch_wgmma_tile<T, decltype(as_rows)>(l);
-    };
-    if (l.p.image == Dtype::u8) return of(PatchesOf<uint8_t, false>{}, RowsOf<uint8_t>{});
-    if (l.p.image == Dtype::f32) return of(PatchesOf<float, false>{}, RowsOf<float>{});
-    l.arguments.centred ? of(PatchesOf<T, false>{}, RowsOf<T>{}) : of(PatchesOf<T, true>{}, RowsOf<T>{});
+    if (l.p.image == Dtype::u8) return launch_wgmma_tile<T, uint8_t, false>(l);
+    if (l.p.image == Dtype::f32) return launch_wgmma_tile<T, float, false>(l);
+    l.arguments.centred ? launch_wgmma_tile<T, T, false>(l) : launch_wgmma_tile<T, T, true>(l);
 }
 
 }  // namespace vk

@@ -267,7 +267,7 @@ def test_every_loader_is_drawn(on_cuda_kernels):
         for how in cuda.candidates(p, *canonical(arguments["images"], arguments["weight"], *[None] * 4)[:2]):
             loader = f"{how.split(' (')[0].split(',')[0]}, {how.split(', ')[1]}"
             counts[loader] = counts.get(loader, 0) + 1
-    assert len(counts) == 12 and min(counts[r] for r in counts if "multiply-adds" not in r) >= 6, counts
+    assert len(counts) == 15 and min(counts[r] for r in counts if "multiply-adds" not in r) >= 6, counts
 
 
 BY_16 = " (16 bytes at a time)"

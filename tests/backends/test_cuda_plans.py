@@ -104,7 +104,7 @@ def check_forward(p, gpu, tf32: bool, f, images: int = 0, weight: int = 0) -> No
     tensor_cores = {"half": 16, "tf32": 8}.get(product_of(p, tf32), 0)
     alignment = 1024 if f.wgmma else 128
     assert f.stages >= 2 and f.shared_bytes <= gpu.shared_bytes
-    padded = ceil_div(v.P[2], 16) * 16 if f.loader in forward_plan.BY_ENGINE else v.P[2]
+    padded = ceil_div(v.P[2], 16) * 16 if f.loader in forward_plan.BY_BLOCKS else v.P[2]
     K = p.K // v.P[2] * padded
     assert (f.steps - 1) * f.step_k < K <= f.steps * f.step_k
     assert f.step_k % (tensor_cores or 1) == 0
@@ -114,19 +114,28 @@ def check_forward(p, gpu, tf32: bool, f, images: int = 0, weight: int = 0) -> No
     assert f.a_bytes + f.BN * f.b_pitch * value <= f.stage_bytes
     assert f.b_pitch >= f.step_k and divide(16, f.b_pitch * value)
     if f.wgmma:
-        staging = 8 * 2 * 16 * 64 if f.loader == "engine" else 8 * 16 * (64 + 4) * 4
+        staging = 8 * 2 * 16 * 64 if f.loader in forward_plan.STORING else 8 * 16 * (64 + 4) * 4
         assert f.stages * f.stage_bytes + staging + f.table_bytes + 16 * f.stages + 16 <= f.shared_bytes
     else:
         staging = f.threads // 32 * 16 * (32 + 8) * p.sum_dtype.itemsize
         assert f.table_bytes + max(f.stages * f.stage_bytes, staging) <= f.shared_bytes
     tiles_m = ceil_div(p.B * p.rows, f.BM)
-    if f.loader in forward_plan.BY_ENGINE:
+    if f.loader in forward_plan.BY_BLOCKS:
         assert f.BM * f.step_k * image <= f.a_bytes and f.stage_rows * padded == f.step_k
-        assert math.prod(f.block) == f.BM and f.block[2] % f.group == 0 == p.G[2] % f.group
-        assert divide(16, f.group * v.S[2] * image, f.BM // f.group)
-        assert f.group > 1 or p.P[1] % f.stage_rows == 0
-        tiles_m = math.prod(ceil_div(n, m) for n, m in zip((p.B, *p.G[1:]), f.block, strict=True))
-        if f.loader == "engine":
+        assert math.prod(f.block) == f.BM
+        grid = (p.B, p.G[0] * p.G[1], p.G[2]) if p.n_keep is None else (p.B, 1, p.rows)
+        tiles_m = math.prod(ceil_div(n, m) for n, m in zip(grid, f.block, strict=True))
+        if f.loader in forward_plan.BY_ENGINE:
+            assert f.block[2] % f.group == 0 == p.G[2] % f.group
+            assert divide(16, f.group * v.S[2] * image, f.BM // f.group)
+            assert f.group > 1 or p.P[1] % f.stage_rows == 0
+        else:
+            assert f.chunk in (4, 16) and f.group == 1
+            counts = zip(v.strides[:4], (p.B, v.C, p.F, p.H), strict=True)
+            assert divide(f.chunk, images, v.P[2] * image, *(s * image for s, n in counts if n > 1))
+            assert divide(f.chunk, v.S[2] * image)
+            assert not any(p.pad) or (not p.normalised and divide(f.chunk, v.pad[2] * image, v.W * image))
+        if f.loader in forward_plan.STORING:
             positions = f.block[1] * f.block[2]
             assert positions <= 16 and positions * (f.BN + 8) * 4 <= f.table_bytes
             assert p.out_dtype in (p.compute_dtype, F32) and p.D % 8 == 0 and not p.pos_per_image

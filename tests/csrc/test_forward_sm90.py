@@ -1,12 +1,12 @@
-"""The forward on sm_90a where the copy engine cuts the patches, and where it stores the tokens as well
-(csrc/forward/epilogue_sm90.cuh): random problems against fp64."""
+"""The forward on sm_90a where tiles are blocks of the grid, which the copy engine cuts or threads copy, and where the
+copy engine stores the tokens as well (csrc/forward/epilogue_sm90.cuh): random problems against fp64."""
 
 import random
 import re
 
 import pytest
 import torch
-from problems import arguments, drawn_for_the_copy_engine, on
+from problems import arguments, drawn_for_the_copy_engine, drawn_for_threads, on
 
 import vitkernels as vk
 from vitkernels.backends import cuda
@@ -36,12 +36,12 @@ def with_positions(arguments: dict, seed: int) -> dict:
 
 
 def tokens_of_all(arguments: dict) -> tuple[float, dict[str, torch.Tensor], torch.Tensor]:
-    """The error allowed, what every plan by the copy engine makes, by its loader and tile, and the exact tokens."""
+    """The error allowed, what every plan of blocks makes, by its loader and tile, and the exact tokens."""
     p = vk.explain(**arguments).problem
     tensors = canonical(*(arguments.get(name) for name in NAMES))
     exact, eager = oracle.oracle(**arguments), oracle.eager(**arguments)
     bound = 2 * accuracy.error_of(eager, exact) + exact.abs().max().item() * torch.finfo(p.compute_dtype).eps
-    plans = [q for q in cuda.candidates(p, *tensors[:2]).values() if q.loader in forward_plan.BY_ENGINE]
+    plans = [q for q in cuda.candidates(p, *tensors[:2]).values() if q.loader in forward_plan.BY_BLOCKS]
     return bound, {f"{q.loader} {q.BN}": cuda.forward(p, *tensors, plan=q) for q in plans}, exact
 
 
@@ -57,10 +57,27 @@ def test_random_problem(on_cuda_kernels, device, seed, in_groups):
         assert in_groups and re.search(r"padded to \d+, no multiple of [34] channels", reason)
         arguments |= {"mean": None, "std": None}
     bound, tokens, exact = tokens_of_all(arguments)
-    assert tokens.keys() == {"engine 256", "engine 128", "patches 128"}
+    assert tokens.keys() - {"stored 256", "copied 128"} == {"engine 256", "engine 128", "patches 128"}
     for how, found in tokens.items():
         assert accuracy.error_of(found, exact) <= bound, how
     assert torch.equal(tokens["engine 256"], tokens["engine 128"])
+
+
+@pytest.mark.parametrize("seed", range(90))
+def test_pixels_copied_by_threads(on_cuda_kernels, device, seed):
+    on_cuda_kernels(90, multiprocessors=random.Random(seed).choice((1, 2, 5, 132)))
+    arguments = on(device, with_positions(drawn_for_threads(seed), seed))
+    if seed % 7 == 0:
+        arguments["out_dtype"] = torch.float32
+    p = vk.explain(**arguments).problem
+    if forward_plan.candidates(p, NOMINAL[90], False)[1].get("copied"):
+        arguments |= {"mean": None, "std": None}  # as above
+    bound, tokens, exact = tokens_of_all(arguments)
+    why = forward_plan.candidates(p, NOMINAL[90], False)[1].get("stored", "")
+    assert tokens.keys() == ({"copied 128"} if why else {"copied 128", "stored 256"})
+    assert ("a keep list" in why) == ("keep" in arguments) and (not why or "keep" in why or "no two stages" in why)
+    for how, found in tokens.items():
+        assert accuracy.error_of(found, exact) <= bound, how
 
 
 REFUSED = {
@@ -82,7 +99,8 @@ def test_what_it_does_not_store(on_cuda_kernels, device, case):
     p = vk.explain(**call).problem
     assert forward_plan.candidates(p, NOMINAL[90], False)[1]["engine"] == reason
     bound, tokens, exact = tokens_of_all(call)
-    assert tokens.keys() == {"patches 128"} and accuracy.error_of(tokens["patches 128"], exact) <= bound
+    assert tokens.keys() == {"patches 128", "copied 128"}
+    assert all(accuracy.error_of(found, exact) <= bound for found in tokens.values())
 
 
 def test_what_is_planned():

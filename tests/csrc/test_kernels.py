@@ -147,9 +147,9 @@ def check_maps(csrc, d: dict, p, f) -> None:
             # Each copy's place: the copy engine writes to multiples of 128 bytes, swizzled to eight rows' span.
             assert math.prod(image["block"]) * size % max(128, 8 * image["swizzle"]) == 0
             maps.append(image)
-    if f.loader == "engine":
+    if f.loader in forward_plan.STORING:
         tokens = csrc.token_map(d, fields, ADDRESS)
-        assert tokens["sizes"] == [p.D, p.G[2] // f.group, p.G[1], p.B, f.group]
+        assert tokens["sizes"] == [p.D, p.G[2] // f.group, p.G[0] * p.G[1], p.B, f.group]
         assert math.prod(tokens["block"]) * tokens["itemsize"] == 16 * 64
         # A warp's rows are a block of the tile's: whole lines of it, of whole images, or parts of one line; of one map
         within = list(zip(tokens["block"][1:4], (f.block[2] // f.group, *f.block[1::-1]), strict=True))
@@ -178,7 +178,8 @@ def forget_after(on_cuda_kernels):
 def wrong_tokens(loader: str, **arguments) -> list[str]:
     """What is wrong with the forward on each plan of this loader."""
     p = vk.explain(**arguments).problem
-    tensors = canonical(*(arguments.get(name) for name in ("images", "weight", "bias", "pos_embed")), None, None)
+    names = "images", "weight", "bias", "pos_embed", "prefix", "keep"
+    tensors = canonical(*(arguments.get(name) for name in names))
     exact, eager = oracle.oracle(**arguments), oracle.eager(**arguments)
     bound = 2 * accuracy.error_of(eager, exact) + exact.abs().max().item() * torch.finfo(p.compute_dtype).eps
     plans = {how: q for how, q in cuda.candidates(p, *tensors[:2]).items() if loader in how.replace(BY_16, "")}
@@ -216,7 +217,7 @@ def alone(act):
 
 
 COPY, ROWS, ENGINE = "pixels copied asynchronously", "image rows copied whole", "patches cut by the copy engine"
-STORED = "patches cut and tokens stored by the copy engine"
+STORED, COPIED = "patches cut and tokens stored by the copy engine", "patches copied for wgmma"
 BY_16 = " (16 bytes at a time)"
 CASES = {  # architecture, and what is computed there: on one multiprocessor, so that a block has many tiles or steps
     "copy": (80, lambda: wrong_tokens(COPY, **arguments(2, 3, 32, 48, 16, 72))),
@@ -228,7 +229,9 @@ CASES = {  # architecture, and what is computed there: on one multiprocessor, so
     "wgmma, u8 stored": (90, lambda: wrong_tokens(STORED, **arguments(33, 3, 64, 48, 16, 264, U8, mean=0.5, std=0.2))),
     "wgmma, in groups": (90, lambda: wrong_tokens(STORED, **arguments(33, 3, 28, 112, 14, 264, pos="N"))),
     "wgmma, u8 groups": (90, lambda: wrong_tokens(ENGINE, **arguments(9, 3, 28, 112, 14, 72, U8, mean=0.5, std=0.2))),
-    "wgmma, rows": (90, lambda: wrong_tokens(f"{ROWS}, wgmma", **arguments(33, 1, 56, 56, 14, 264))),
+    "wgmma, kept": (90, lambda: wrong_tokens(COPIED, **arguments(33, 3, 64, 48, 16, 264, pos="N", kept=7))),
+    "wgmma, padded": (90, lambda: wrong_tokens(COPIED, **arguments(33, 1, 64, 48, 16, 264, pos="N", padding=4))),
+    "wgmma, rows": (90, lambda: wrong_tokens(f"{ROWS}, wgmma", **arguments(33, 1, 56, 112, 14, 264, U8))),
     "backward": (80, lambda: wrong_gradients(**arguments(3, 3, 32, 48, 16, 72))),
     "backward, bytes": (80, lambda: wrong_gradients(**arguments(40, 3, 32, 48, 16, 72, U8, mean=0.5, std=0.2))),
     "backward, wgmma": (90, lambda: wrong_gradients(**arguments(40, 3, 32, 48, 16, 72))),
@@ -246,9 +249,14 @@ def test_right_as_they_are(host_extension, monkeypatch, case, seed):
     assert act() == []
 
 
-FORWARD, SM90 = "forward/instances/sm80_f16.cu", "forward/instances/sm90_f16.cu"
-BACKWARD, BACKWARD_90 = "backward/instances/sm80_f16.cu", "backward/instances/sm90_f16.cu"
+FORWARD, SM90 = (f"forward/instances/forward_{arch}_f16.cu" for arch in ("sm80", "sm90"))
+BACKWARD, BACKWARD_90 = (f"backward/instances/backward_{arch}_f16.cu" for arch in ("sm80", "sm90"))
 
+
+STAGE = """Barrier* full = &barriers.full[state.stage];
+            char* stage = stages + state.stage * a.stage_bytes;
+"""
+EMPTY = f"barrier_wait(&barriers.empty[state.stage], state.phase ^ 1);\n            {STAGE}"
 
 MUTATIONS = {  # object, header, what it says and what it is to say, and the case that shows it
     "a row of a fragment": (FORWARD, "common/warp_mma.cuh", "(row + lane % 16)", "(row + (lane + 1) % 16)", "copy"),
@@ -256,7 +264,8 @@ MUTATIONS = {  # object, header, what it says and what it is to say, and the cas
     "no barrier in a step": (FORWARD, "forward/sm80.cuh", "sync_block();  // the step's", "// the step's", "copy"),
     "a wait too short": (FORWARD, "forward/sm80.cuh", "default: copy_wait<2>();", "default: copy_wait<3>();", "copy"),
     "a stage overwritten": (
-        SM90, "forward/sm90.cuh", "barrier_wait(&barriers.empty[state.stage], state.phase ^ 1);", "", "wgmma",
+        SM90, "forward/producers_sm90.cuh", f"{EMPTY}{12 * ' '}if (leader) {{", f"{STAGE}{12 * ' '}if (leader) {{",
+        "wgmma",
     ),
     "a descriptor": (SM90, "common/ptx.cuh", ">> 4) | uint64_t{1} << 16", ">> 5) | uint64_t{1} << 16", "wgmma"),
     "staged sums not met at": (
@@ -266,7 +275,8 @@ MUTATIONS = {  # object, header, what it says and what it is to say, and the cas
         SM90, "forward/sm90.cuh", "barrier_wait(barriers.table_full, table_phase);", "", "wgmma, stored",
     ),
     "a table overwritten": (
-        SM90, "forward/sm90.cuh", "barrier_wait(barriers.table_empty, phase ^ 1);", "", "wgmma, stored",
+        SM90, "forward/producers_sm90.cuh", "barrier_wait(barriers.table_empty, phase ^ 1);\n        int64_t",
+        "int64_t", "wgmma, stored",
     ),
     "tokens not fenced": (SM90, "forward/epilogue_sm90.cuh", "fence_copy_engine();", "", "wgmma, stored"),
     "tokens overwritten": (
@@ -279,10 +289,21 @@ MUTATIONS = {  # object, header, what it says and what it is to say, and the cas
     ),
     "a piece of tokens": (SM90, "forward/epilogue_sm90.cuh", "(r / 2 % 4)) * 16", "(r % 4)) * 16", "wgmma, stored"),
     "the next tile too early": (
-        SM90, "forward/sm90.cuh", "sync_some(1, 128);  // the last", "// the last", "wgmma, rows",
+        SM90, "forward/producers_sm90.cuh", "sync_some(1, 128);  // the last", "// the last", "wgmma, rows",
+    ),
+    "copies not fenced": (
+        SM90, "forward/sm90.cuh", "if constexpr (Loader::DIRECT && Loader::BY_THREADS) fence_copy_engine();", "",
+        "wgmma, kept",
+    ),
+    "copies not swizzled": (
+        SM90, "forward/producers_sm90.cuh", "Loader::DIRECT ? swizzled<LINE>(at)", "false ? at", "wgmma, kept",
+    ),
+    "a table filled too early": (
+        SM90, "forward/producers_sm90.cuh", "barrier_wait(barriers.table_empty, phase ^ 1);\n            fill_table",
+        "fill_table", "wgmma, padded",
     ),
     "a place in a group": (
-        SM90, "forward/sm90.cuh", "place * a.layout.S_w + x,", "x,", "wgmma, in groups",
+        SM90, "forward/producers_sm90.cuh", "place * a.layout.S_w + x,", "x,", "wgmma, in groups",
     ),
     "a position of a group": (
         SM90, "forward/epilogue_sm90.cuh", "block.position_of(row + g)", "((row + g) & (block.period() - 1))",
@@ -293,7 +314,7 @@ MUTATIONS = {  # object, header, what it says and what it is to say, and the cas
         "wgmma, in groups",
     ),
     "weights not padded": (
-        "forward/launch.cu", "forward/launch.cu", "x < a.layout.P_w && k < a.layout.K", "k < a.layout.K",
+        "forward/forward.cu", "forward/forward.cu", "x < a.layout.P_w && k < a.layout.K", "k < a.layout.K",
         "wgmma, u8 groups",
     ),
     "no barrier in a step of dW": (
@@ -303,19 +324,20 @@ MUTATIONS = {  # object, header, what it says and what it is to say, and the cas
         BACKWARD, "backward/weight_sm80.cuh", "ROW_STEPS == STAGES - 2)", "ROW_STEPS == STAGES - 3)", "backward, bytes",
     ),
     "a patch of its warp": (
-        BACKWARD_90, "backward/weight_sm90.cuh", "WGMMA_STEP + m) * K::LINE", "WGMMA_STEP + (m ^ 8)) * K::LINE",
-        "backward, by threads",
+        BACKWARD_90, "backward/weight_producers_sm90.cuh", "WGMMA_STEP + m) * K::LINE",
+        "WGMMA_STEP + (m ^ 8)) * K::LINE", "backward, by threads",
     ),
-    "copies not fenced": (
+    "copies of dW not fenced": (
         BACKWARD_90, "backward/weight_sm90.cuh", "if constexpr (K::BY_THREADS) fence_copy_engine();", "",
         "backward, by threads",
     ),
     "a swizzle by hand": (
-        BACKWARD_90, "backward/weight_sm90.cuh", "(at >> 7 & (SPAN / 16 - 1)) << 4", "(at >> 8 & (SPAN / 16 - 1)) << 4",
+        BACKWARD_90, "common/ptx.cuh", "at ^ (at >> 7", "at ^ (at >> 8",
         "backward, by threads",
     ),
     "a patch of a group": (
-        BACKWARD_90, "backward/weight_sm90.cuh", "place * h.layout.S_w + work.x", "work.x", "backward, in groups",
+        BACKWARD_90, "backward/weight_producers_sm90.cuh", "place * h.layout.S_w + work.x", "work.x",
+        "backward, in groups",
     ),
     "a pixel past the patch": (
         BACKWARD_90, "backward/weight_sm90.cuh", "second = g + 8 < pixels", "second = true", "backward, in groups",

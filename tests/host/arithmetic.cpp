@@ -26,10 +26,10 @@ static py::dict dict_of(const TensorBlock& t, const void* base) {
 // As launch_sm90 chooses
 static py::dict image_map_of(const Problem& p, const ForwardPlan& f, const Tensor& images, int place) {
     bool direct = p.image == p.compute && !p.normalised;
-    int box = direct                  ? PatchesOf<half, true>::BOX
-              : p.image == Dtype::u8  ? PatchesOf<uint8_t, false>::BOX
-              : p.image == Dtype::f32 ? PatchesOf<float, false>::BOX
-                                      : PatchesOf<half, false>::BOX;
+    int box = direct                  ? PatchesOf<half, true, false>::BOX
+              : p.image == Dtype::u8  ? PatchesOf<uint8_t, false, false>::BOX
+              : p.image == Dtype::f32 ? PatchesOf<float, false, false>::BOX
+                                      : PatchesOf<half, false, false>::BOX;
     int rows = f.group == 1 ? f.stage_rows : 1, swizzle = direct ? 32 : 0;
     py::dict d = dict_of(image_block(p, layout_of(p, p.strides), f.block, rows, box, swizzle, f.group, place),
                          images.data);

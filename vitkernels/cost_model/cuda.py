@@ -10,7 +10,7 @@ from math import gcd
 
 from ..backends.cuda import backward_plan
 from ..backends.cuda.backward_plan import Grad
-from ..backends.cuda.forward_plan import BY_ENGINE, LOADERS, PLAIN_TILES, Plan, candidates
+from ..backends.cuda.forward_plan import BY_BLOCKS, LOADERS, PLAIN_TILES, STORING, Plan, candidates
 from ..backends.patch_layout import layout_of, product_of
 from ..gpu import Gpu
 from ..problem import PatchProblem
@@ -35,7 +35,7 @@ def forward(p: PatchProblem, plan: Plan) -> Algorithm:
     sizes, size, w = Sizes.of(p), p.compute_dtype.itemsize, p.weight_dtype.itemsize
     tiles_m = plan.tiles // plan.tiles_n
     M, pixel = p.B * p.rows, p.image_dtype.itemsize
-    if plan.loader in BY_ENGINE:
+    if plan.loader in BY_BLOCKS:
         pixels = M * p.K * pixel
     elif plan.loader == "rows":
         pixels = _image_rows(p, plan)
@@ -43,7 +43,7 @@ def forward(p: PatchProblem, plan: Plan) -> Algorithm:
         pixels = gathered(p, tiles_m * plan.BM) * pixel
     span = (64 if plan.step_k % 64 == 0 else 16) * size if plan.wgmma else plan.weight_chunk
     prefixed = p.B * p.T * p.D * w
-    if plan.loader == "engine":  # a tile's positions once
+    if plan.loader in STORING:  # a tile's positions once
         biases = positions = tiles_m * plan.block[1] * plan.block[2]
     else:  # lanes that load the same bias for 16 staged rows; each row's own position
         biases, positions = tiles_m * plan.BM // 16 * (4 if plan.wgmma else 8), M

@@ -79,7 +79,11 @@ def width(modifiers: str) -> int:
 
 
 def cubins(file: Path, folder: Path) -> list[tuple[str, Path]]:
-    """(architecture, cubin), in `folder`, for each that an object, library or executable holds."""
+    """(architecture, cubin), in `folder`, for each that an object, library or executable holds. ValueError where two
+    have one name, which without compression is that of their source: one would be lost."""
+    names = re.findall(r"\S+\.cubin$", _run("cuobjdump", "-lelf", file.resolve()), re.MULTILINE)
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"{file} holds several of {', '.join(twice)}: their sources' files must be named differently")
     _run("cuobjdump", "-xelf", "all", file.resolve(), cwd=folder)
     found = [(re.search(r"\.(sm_\w+)\.cubin$", path.name), path) for path in sorted(folder.glob("*.cubin"))]
     return [(name[1], path) for name, path in found if name]

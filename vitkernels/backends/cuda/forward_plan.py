@@ -49,12 +49,14 @@ LOADERS = {
     # Operands are put together from them when they are read: P = 14, where a patch's row begins at no multiple of 16
     # bytes.
     "rows": "image rows copied whole",
-    # sm_90a. A patch's rows are padded to a multiple of 16 elements there.
+    # sm_90a. A tile is a block of the grid, and a patch's rows are padded to a multiple of 16 elements.
+    "copied": "patches copied for wgmma",
+    "stored": "patches copied for wgmma, tokens stored by the copy engine",
     "patches": "patches cut by the copy engine",
     "engine": "patches cut and tokens stored by the copy engine",
 }
-BY_ENGINE = ("patches", "engine")
-POSITIONS = 16  # in a tile, of the table that "engine" adds from
+BY_BLOCKS, BY_ENGINE, STORING = ("copied", "stored", "patches", "engine"), ("patches", "engine"), ("stored", "engine")
+POSITIONS = 16  # in a tile, of the table that STORING loaders add from
 
 
 class Plan(NamedTuple):
@@ -73,7 +75,7 @@ class Plan(NamedTuple):
     slot_bytes: int  # rows: bytes of one row of all patches
     segment_bytes: int  # rows: bytes of one row of the patches in a line of the grid
     segments: int
-    block: Triple  # patches, engine: images × grid lines × grid columns of a tile
+    block: Triple  # by blocks: images × grid lines × grid columns of a tile
     group: int  # patches, engine: patches of a line that one tensor map each brings
     a_bytes: int
     b_pitch: int
@@ -139,16 +141,22 @@ def no_half(p: PatchProblem) -> str:
 
 def no_patches(p: PatchProblem, layout: PatchLayout, images_at: int) -> str:
     """Why the copy engine can't cut the image into patches for wgmma."""
-    P_w, padded = layout.P[2], padded_row(layout)
-    reasons = (
-        ((why := no_half(p)) != "", why),
-        *((True, reason) for reason in no_copy_engine(p, layout, images_at, group_of(p, layout))),
-        (
-            layout.channels_last and scaling(p, "half")[0] and padded % p.C != 0,
-            f"normalised patch rows of {P_w} elements, padded to {padded}, no multiple of {p.C} channels",
-        ),
-    )
-    return next((text for wrong, text in reasons if wrong), "")
+    reasons = (no_half(p), *no_copy_engine(p, layout, images_at, group_of(p, layout)), no_padded_rows(p, layout))
+    return next(filter(None, reasons), "")
+
+
+def no_copied(p: PatchProblem, layout: PatchLayout, images_at: int) -> tuple[str, int]:
+    """Why threads can't copy patches for wgmma; and how many bytes at a time they do."""
+    why, chunk = no_copy(p, layout, "half", images_at)
+    return next(filter(None, (no_half(p), why, no_padded_rows(p, layout))), ""), 16 if chunk == 16 else 4
+
+
+def no_padded_rows(p: PatchProblem, layout: PatchLayout) -> str:
+    """Why elements of padded rows can't be normalised: theirs is the channel k % C."""
+    row = padded_row(layout)
+    if not layout.channels_last or row % p.C == 0 or not scaling(p, "half")[0]:
+        return ""
+    return f"normalised patch rows of {layout.P[2]} elements, padded to {row}, no multiple of {p.C} channels"
 
 
 def padded_row(layout: PatchLayout) -> int:
@@ -156,9 +164,10 @@ def padded_row(layout: PatchLayout) -> int:
     return _round_up(layout.P[2], 16)
 
 
-def no_engine(p: PatchProblem) -> str:
-    """Why the copy engine can't store the tokens of patches that it cuts (csrc/forward/epilogue_sm90.cuh)."""
+def no_stores(p: PatchProblem) -> str:
+    """Why the copy engine can't store the tokens (csrc/forward/epilogue_sm90.cuh)."""
     reasons = (
+        (p.n_keep is not None, "a keep list"),
         (
             p.out_dtype not in (p.compute_dtype, torch.float32),
             f"tokens are {p.out_dtype}, neither {p.compute_dtype} nor torch.float32",
@@ -217,13 +226,13 @@ def _stage(p: PatchProblem, layout: PatchLayout, product: str, loader: str, tile
         segments = -(-(tile.BM - 1) // p.G[2]) + 1
         slot = segments * segment
         return Stage(step_k, rows * slot, _round_up(segments * 16, 128), rows, slot, segment, segments)
-    if loader in BY_ENGINE:
+    if loader in BY_BLOCKS:
         P_w = padded_row(layout)
         rows = max(1, 64 // P_w)
-        if group_of(p, layout) == 1:  # one copy brings them all, of one channel
+        if loader in BY_ENGINE and group_of(p, layout) == 1:  # one copy brings them all, of one channel
             rows = next(n for n in range(rows, 0, -1) if p.P[1] % n == 0)
         _, lines, columns = _block(p, loader, tile)
-        table = _round_up(lines * columns * (tile.BN + 8) * 4, 128) if loader == "engine" else 0
+        table = _round_up(lines * columns * (tile.BN + 8) * 4, 128) if loader in STORING else 0
         return Stage(rows * P_w, rows * P_w * tile.BM * pixel, table, rows=rows)
     step_k = 16 if not product_step(product) else 64 if value == 2 and tile.BM < 128 else 32
     row = step_k * (value if loader == "gather" else pixel) + 16
@@ -231,7 +240,11 @@ def _stage(p: PatchProblem, layout: PatchLayout, product: str, loader: str, tile
 
 
 def _block(p: PatchProblem, loader: str, tile: Tile) -> Triple:
-    return blocks_of(p, tile.BM, POSITIONS if loader == "engine" else tile.BM, group_of(p, layout_of(p)))
+    return blocks_of(p, tile.BM, POSITIONS if loader in STORING else tile.BM, _group(p, loader))
+
+
+def _group(p: PatchProblem, loader: str) -> int:
+    return group_of(p, layout_of(p)) if loader in BY_ENGINE else 1
 
 
 def _plan(
@@ -242,8 +255,8 @@ def _plan(
     value, total = p.compute_dtype.itemsize, p.sum_dtype.itemsize
     s = _stage(p, layout, product, loader, tile, chunk)
     block, group, K = (0, 0, 0), 0, p.K
-    if loader in BY_ENGINE:
-        block, group, K = _block(p, loader, tile), group_of(p, layout), p.K // layout.P[2] * padded_row(layout)
+    if loader in BY_BLOCKS:
+        block, group, K = _block(p, loader, tile), _group(p, loader), p.K // layout.P[2] * padded_row(layout)
     pack, row, weight_chunk = _weight(p, layout, weight_at, wgmma, s.step_k, K)
     steps, align = -(-K // s.step_k), 1024 if wgmma else 128
     b_pitch = s.step_k if wgmma else s.step_k + 16 // value
@@ -253,7 +266,7 @@ def _plan(
     # as the next tile is copied meanwhile, and less padding, which leaves room for 4 stages. What the copy engine
     # stores are tokens, twice 64 bytes of a row.
     staging = 8 * 16 * (64 + 4) * total if wgmma else tile.threads // 32 * 16 * (32 + 8) * total
-    if loader == "engine":
+    if loader in STORING:
         staging = 8 * 2 * 16 * 64
     beside = staging + s.table_bytes + 1024 if wgmma else s.table_bytes
     room, half = gpu.shared_bytes - beside, (gpu.shared_bytes + 1024) // 2 - 1024 - beside
@@ -264,16 +277,16 @@ def _plan(
     if stages < 2 or shared_bytes > gpu.shared_bytes:
         return None
     tiles_n = -(-p.D // tile.BN)
-    tiles = tiles_n * (blocks_in(p, block) if loader in BY_ENGINE else -(-p.B * p.rows // tile.BM))
+    tiles = tiles_n * (blocks_in(p, block) if loader in BY_BLOCKS else -(-p.B * p.rows // tile.BM))
     unit = "wgmma" if wgmma else "mma.sync" if product_step(product) else "multiply-adds"
-    at_a_time = f" ({chunk} bytes at a time)" if loader in ("copy", "rows") else ""
+    at_a_time = "" if loader in ("gather", *BY_ENGINE) else f" ({chunk} bytes at a time)"
     how = f"{LOADERS[loader]}{at_a_time}, {unit} in tiles of {tile.BM}×{tile.BN}"
     # In the time that one multiprocessor takes for a multiply-add of wgmma's largest tile. A tile begins and ends with
     # the latency of some 128 of k (250 were measured where threads store what wgmma multiplied), two stages hide less
     # of the memory's, and a tile takes as long alone as with all that its multiprocessor has room for.
     resident = 1 if wgmma else min(512 // tile.threads, (gpu.shared_bytes + 1024) // (shared_bytes + 1024))
     rate = tile.rate * _rate(p, product, loader, wgmma, chunk) * (0.8 if stages == 2 else 1.0)
-    waves, ends = -(-tiles // (gpu.multiprocessors * resident)), 250 if loader == "patches" else 128
+    waves, ends = -(-tiles // (gpu.multiprocessors * resident)), 250 if loader in ("patches", "copied") else 128
     cost = waves * resident * (steps * s.step_k + ends) * tile.BM * tile.BN / rate
     return Plan(
         loader, wgmma, tile.BM, tile.BN, tile.threads, s.step_k, steps, stages, chunk, s.rows, s.slot_bytes,
@@ -286,9 +299,10 @@ def _plan(
 def _rate(p: PatchProblem, product: str, loader: str, wgmma: bool, chunk: int) -> float:
     """Of the rate at which wgmma multiplies operands that the copy engine brings: from the times of every kernel on an
     H200 (the notes of benchmarks/results/nvidia-h200/results.json, ViT-B/16 and ViT-L/14 at B = 256). 0.4 is without
-    the share of the epilogue that there was; 0.08 is a guess."""
-    if loader in BY_ENGINE:
-        return 1.0 if p.image_dtype == p.compute_dtype and not scaling(p, product)[0] else 0.4
+    the share of the epilogue that there was; 0.08 is a guess, and so are those of copied patches."""
+    if loader in BY_BLOCKS:
+        rate = 1.0 if p.image_dtype == p.compute_dtype and not scaling(p, product)[0] else 0.4
+        return rate if loader in BY_ENGINE else rate * (0.8 if chunk == 16 else 0.5)
     if loader == "copy":
         return 0.2 if chunk == 16 else 0.13
     if loader == "rows":
@@ -306,11 +320,16 @@ def candidates(
     copy, copy_chunk = no_copy(p, layout, product, images_at)
     rows, row_chunk = no_rows(p, layout, product, images_at)
     patches = no_patches(p, layout, images_at) if wgmma else "wgmma in 16 bits is sm_90's"
-    engine = patches or no_engine(p)
+    copied, copied_chunk = no_copied(p, layout, images_at) if wgmma else (patches, 0)
+    stores = no_stores(p)
+    # By wgmma from 8 bits alone: other pixels that begin at even ones are copied.
+    rows_tiles = WGMMA_TILES if wgmma and row_chunk >= 4 and p.image_dtype == torch.uint8 else ()
     offers: list[tuple[str, bool, tuple[Tile, ...], int, str]] = [
-        ("engine", True, WGMMA_TILES, 16, engine),
+        ("engine", True, WGMMA_TILES, 16, patches or stores),
         ("patches", True, WGMMA_TILES[1:], 16, patches),  # with the other tile its epilogue took three times as long
-        ("rows", True, WGMMA_TILES if wgmma and row_chunk >= 4 else (), row_chunk, rows),
+        ("stored", True, WGMMA_TILES[:1], copied_chunk, copied or stores),
+        ("copied", True, WGMMA_TILES[1:], copied_chunk, copied),
+        ("rows", True, rows_tiles, row_chunk, rows),
         ("copy", False, MMA_TILES if product_step(product) else PLAIN_TILES, copy_chunk, copy),
         ("rows", False, MMA_TILES, row_chunk, rows),
         ("gather", False, MMA_TILES[1:] if product_step(product) else PLAIN_TILES, 0, ""),

@@ -70,8 +70,7 @@ static void launch_all(const Problem& p, const ForwardPlan& f, const ForwardTens
     ForwardLaunch l{p, f, arguments_of(p, f, t), p.B * p.T * ceil_div(p.D, 8), stream};
     if (f.pack && f.tiles) {
         PatchLayout layout = l.arguments.layout;
-        bool by_engine = f.loader == LoaderKind::patches || f.loader == LoaderKind::engine;
-        Divisor by_row = by_engine ? padded(layout).by_P_w : layout.by_P_w;
+        Divisor by_row = f.loader >= LoaderKind::copied ? padded(layout).by_P_w : layout.by_P_w;
         PackArguments pack{layout, by_row, t.weight, t.scratch, p.compute, f.weight_row, p.D * f.weight_row};
         launch(pack_kernel, ceil_div(pack.size, 256), 256, 0, stream, pack, "packing the weight");
     }

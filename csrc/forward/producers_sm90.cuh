@@ -1,0 +1,226 @@
+// What the kernel of sm90.cuh is called with, and how the first of its warpgroups brings patches and weights: by the copy
+// engine, or by its threads. Letters: problem.h.
+#pragma once
+
+#include "common/driver.h"
+#include "forward/epilogue_sm90.cuh"
+
+namespace vk {
+
+struct WgmmaArguments {
+    TensorMap image[MOST_IN_GROUP];  // patches, engine: [C·H, B, G_h, G_w / group, P_w], blocks of
+                                     // [stage_rows, BB, BY, BX, BOX], of one row where there is a group
+    TensorMap weight;  // [K / span, D, span], blocks of [step_k / span, BN, span]; span: 16 or 64 elements
+    TensorMap tokens;  // engine: [group, B, G_h, G_w / group, D] of the patches, blocks of 16 of them × STORE_ROW bytes
+    ForwardArguments a;  // patches, engine: its layout is padded
+    // Where tiles are blocks of the grid (copied, stored, patches, engine)
+    TileBlock block;
+    int64_t grid[2];          // lines of all frames, columns; of a keep list: one line
+    Divisor by_P_h, by_P_t;   // of a frame's rows, of a channel's frames
+    int P_w;                  // a patch's own
+    int64_t prefixes;  // threads that write prefix tokens
+};
+
+// How patches come: RowsOf<Pixel>, rows of the image by the producer's threads; PatchesOf<Pixel, DIRECT, BY_THREADS>,
+// blocks of the grid by the copy engine, or by the threads. DIRECT: wgmma reads them where they lie.
+template <class Pixel>
+struct RowsOf {
+    using Stored = Pixel;
+    static constexpr bool BLOCKS = false, DIRECT = false, BY_THREADS = true;
+};
+template <class Pixel, bool DIRECT_, bool BY_THREADS_>
+struct PatchesOf {
+    using Stored = Pixel;
+    static constexpr bool BLOCKS = true, DIRECT = DIRECT_, BY_THREADS = BY_THREADS_;
+    // Pixels of a row of one box: 16 wgmma's operands; otherwise as many as leave the reads without bank conflicts
+    static constexpr int BOX = DIRECT || sizeof(Pixel) == 1 ? 16 : 8;
+};
+
+// STORES: the copy engine takes tokens to memory
+template <class T_, class Loader_, int BN_, bool STORES_>
+struct WgmmaKernel {
+    using T = T_;
+    using Loader = Loader_;
+    static constexpr int BM = 128, BN = BN_, THREADS = 384;
+    static constexpr bool STORES = STORES_;
+    // Of a thread of the producer, which adds beside where it STORES, and of the consumers: of the 168 that each has at
+    // the launch, as setmaxnreg would wait for more for ever.
+    static constexpr int PRODUCER_REGISTERS = STORES ? 72 : 40, CONSUMER_REGISTERS = STORES ? 216 : 232;
+    static_assert(PRODUCER_REGISTERS + 2 * CONSUMER_REGISTERS == 3 * 168);
+    static constexpr int STAGING = STORES ? STORE_BUFFERS * STORE_BYTES : STAGED_ROWS * (64 + 4) * 4;  // bytes of a warp
+};
+
+struct Barriers {
+    Barrier *full, *empty;              // of the stages
+    Barrier *table_full, *table_empty;  // STORES: what is added to a tile's sums
+};
+
+// The stage of the pipeline that comes next, and the phase (parity) of its barriers
+struct PipelineState {
+    int stage = 0;
+    uint32_t phase = 0;
+
+    VK_DEVICE void advance(int stages) {
+        if (++stage == stages) stage = 0, phase ^= 1;
+    }
+};
+
+// [x boxes][stage_rows][BM][BOX] pixels, as the copy engine lays them
+template <int BM, int BOX>
+struct InBoxes {
+    Divisor by_P_w;
+    int P_w, size, stage_rows;
+
+    VK_DEVICE int row(int r) const { return r * BOX * size; }
+    VK_DEVICE int k(int k) const {
+        int q = by_P_w.div(k), x = k - q * P_w;
+        return ((x / BOX * stage_rows + q) * BM * BOX + x % BOX) * size;
+    }
+    VK_DEVICE int stage(int k0) const { return by_P_w.div(k0) * BM * BOX * size; }  // it begins with a row
+};
+
+#if VK_SM90A
+
+template <class K>
+VK_DEVICE void produce(const WgmmaArguments& h, char* stages, char* table, const Barriers& barriers) {
+    using Pixel = typename K::Loader::Stored;
+    constexpr bool ENGINE = K::Loader::BLOCKS;
+    const ForwardArguments& a = h.a;
+    bool leader = thread_index() == 0;
+    if (ENGINE && !leader) return;
+    int span = a.step_k % 64 == 0 ? 64 : 16;
+    int weight_bytes = K::BN * a.step_k * 2, image_bytes = ENGINE ? K::BM * a.step_k * int(sizeof(Pixel)) : 0;
+    ImageRows<Pixel> rows(a, table, K::BM, 128);
+    PipelineState state;
+    for (int64_t tile = block_index(); tile < a.tiles; tile += block_count()) {
+        uint32_t tile_m = a.by_tiles_n.div(static_cast<uint32_t>(tile));
+        int d0 = static_cast<int>(tile - int64_t{tile_m} * a.by_tiles_n.value) * K::BN;
+        int64_t origin[3];
+        if constexpr (ENGINE) {
+            h.block.origin(tile_m, origin);
+        } else {
+            sync_some(1, 128);  // the last tile's segments are not read any more
+            rows.start(int64_t{tile_m} * K::BM);
+            sync_some(1, 128);
+        }
+        for (int step = 0; step < a.steps; ++step) {
+            barrier_wait(&barriers.empty[state.stage], state.phase ^ 1);
+            Barrier* full = &barriers.full[state.stage];
+            char* stage = stages + state.stage * a.stage_bytes;
+            if (leader) {
+                barrier_expect(full, weight_bytes + image_bytes);
+                copy_tensor(stage + a.a_bytes, &h.weight, full, 0, d0, step * (a.step_k / span));
+            }
+            if constexpr (ENGINE) {
+                constexpr int BOX = K::Loader::BOX;
+                int group = 1 << h.block.group, rows_of_copy = group == 1 ? a.stage_rows : 1;
+                for (int r = 0; r < a.stage_rows; r += rows_of_copy) {
+                    int row = step * a.stage_rows + r, c = h.by_P_h.div(row), y = row - c * h.by_P_h.value;
+                    for (int x = 0; x < a.layout.P_w; x += BOX)
+                        for (int place = 0; place < group; ++place) {
+                            int at = (x / BOX * a.stage_rows + r) * K::BM + place * (K::BM >> h.block.group);
+                            copy_tensor(stage + at * BOX * int(sizeof(Pixel)), &h.image[place], full,
+                                        place * a.layout.S_w + x, static_cast<int>(origin[2]) >> h.block.group,
+                                        static_cast<int>(origin[1]), static_cast<int>(origin[0]), c * a.layout.H + y);
+                        }
+                }
+            } else {
+                rows.issue(stage, step);
+                barrier_arrive_after_copies(full);
+            }
+            state.advance(a.stages);
+        }
+    }
+}
+
+// Rows of a stage of patch m of a tile, BYTES at a time
+template <class K, int BYTES>
+VK_DEVICE void copy_rows(const WgmmaArguments& h, char* stage, int step, int m, const Corner& corner, bool there) {
+    using Loader = typename K::Loader;
+    constexpr int SIZE = sizeof(typename Loader::Stored), EACH = BYTES / SIZE, LINE = Loader::BOX * SIZE;
+    const PatchLayout& w = h.a.layout;
+    bool padded = is_padded(w);
+    const char* images = static_cast<const char*>(h.a.images);
+#pragma unroll 1
+    for (int r = 0; r < h.a.stage_rows; ++r) {
+        int row = step * h.a.stage_rows + r, frame = h.by_P_h.div(row), c = h.by_P_t.div(frame);
+        int t = frame - c * w.P_t, y = row - frame * w.P_h;
+        bool is_row = there && row * w.P_w < w.K;
+        for (int first = 0; first < w.P_w; first += Loader::BOX) {
+            char* line = stage + (first / Loader::BOX * h.a.stage_rows + r) * K::BM * LINE;
+            Element e{c * w.c + t * w.f + y * w.h + first, t, y, first};
+#pragma unroll
+            for (int x = 0; x < Loader::BOX; x += EACH, e.x += EACH, e.offset += EACH) {
+                bool real = is_row && e.x < h.P_w && (!padded || is_inside(w, corner, e));
+                int at = m * LINE + x * SIZE;
+                copy_async<BYTES>(line + (Loader::DIRECT ? swizzled<LINE>(at) : at),
+                                  images + (real ? (corner.offset + e.offset) * SIZE : 0), real ? BYTES : 0);
+            }
+        }
+    }
+}
+
+// A thread has a patch of the tile. When it has asked for all of it, it fills its part of the table: the tile's sums are
+// not there for as many steps as there are stages.
+template <class K>
+VK_DEVICE void produce_by_threads(const WgmmaArguments& h, char* stages, float* table, const Barriers& barriers) {
+    const ForwardArguments& a = h.a;
+    int m = thread_index(), span = a.step_k % 64 == 0 ? 64 : 16;
+    PipelineState state;
+    uint32_t phase = 0;
+    for (int64_t tile = block_index(); tile < a.tiles; tile += block_count(), phase ^= 1) {
+        uint32_t tile_m = a.by_tiles_n.div(static_cast<uint32_t>(tile));
+        int d0 = static_cast<int>(tile - int64_t{tile_m} * a.by_tiles_n.value) * K::BN;
+        int64_t origin[3], at[3];
+        h.block.origin(tile_m, origin);
+        h.block.place(origin, m, at);
+        bool there = at[0] < a.B && at[1] < h.grid[0] && at[2] < h.grid[1];
+        Token token = token_of(a, there ? at[0] * a.rows + at[1] * h.grid[1] + at[2] : 0);
+        Corner corner = corner_of(a.layout, token.b, token.n);
+        for (int step = 0; step < a.steps; ++step) {
+            barrier_wait(&barriers.empty[state.stage], state.phase ^ 1);
+            Barrier* full = &barriers.full[state.stage];
+            char* stage = stages + state.stage * a.stage_bytes;
+            if (m == 0) {
+                barrier_expect(full, K::BN * a.step_k * 2);
+                copy_tensor(stage + a.a_bytes, &h.weight, full, 0, d0, step * (a.step_k / span));
+            }
+            a.chunk == 16 ? copy_rows<K, 16>(h, stage, step, m, corner, there)
+                          : copy_rows<K, 4>(h, stage, step, m, corner, there);
+            barrier_arrive_after_copies(full);
+            state.advance(a.stages);
+        }
+        if constexpr (K::STORES) {
+            barrier_wait(barriers.table_empty, phase ^ 1);
+            fill_table<K::BN>(a, h.block, h.grid, origin, d0, table, m, 128);
+            barrier_arrive(barriers.table_full);
+        }
+    }
+    if constexpr (K::STORES)
+        for (int64_t at = block_index() * 128 + m; at < h.prefixes; at += block_count() * 128) write_prefix<float>(a, at);
+}
+
+inline constexpr int BESIDE = 96;  // threads: the producer's other three warps
+
+// By them: what the tiles' sums get added, and then the prefix tokens
+template <class K>
+VK_DEVICE void add_beside(const WgmmaArguments& h, float* table, const Barriers& barriers) {
+    const ForwardArguments& a = h.a;
+    int thread = thread_index() - 32;
+    uint32_t phase = 0;
+    for (int64_t tile = block_index(); tile < a.tiles; tile += block_count(), phase ^= 1) {
+        uint32_t tile_m = a.by_tiles_n.div(static_cast<uint32_t>(tile));
+        int64_t origin[3];
+        h.block.origin(tile_m, origin);
+        barrier_wait(barriers.table_empty, phase ^ 1);
+        int64_t d0 = (tile - int64_t{tile_m} * a.by_tiles_n.value) * K::BN;
+        fill_table<K::BN>(a, h.block, h.grid, origin, d0, table, thread, BESIDE);
+        barrier_arrive(barriers.table_full);
+    }
+    for (int64_t at = block_index() * BESIDE + thread; at < h.prefixes; at += block_count() * BESIDE)
+        write_prefix<float>(a, at);
+}
+
+#endif
+
+}  // namespace vk
