@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -58,6 +59,17 @@ def bind_context(device: torch.device) -> None:
     """
     if device.type == "cuda":
         torch.cuda.Stream.priority_range()
+
+
+_THERE_ALREADY = nullcontext()
+
+
+def on_device_of(t: torch.Tensor) -> AbstractContextManager[object]:
+    """With this tensor's GPU as the current one. Where it is that already, nothing is switched, which takes the host
+    0.5 µs a launch."""
+    if not t.is_cuda or t.get_device() == torch._C._cuda_getDevice():
+        return _THERE_ALREADY
+    return torch.cuda.device_of(t)
 
 
 def capturing(device: torch.device) -> bool:

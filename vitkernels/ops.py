@@ -94,15 +94,14 @@ def _flops_backward(grad, images, weight, bias, pos_embed, prefix, *rest, **_) -
 
 class _PatchEmbed(_SingleLevelFunction):
     @staticmethod
-    def forward(ctx, *args):
-        *tensors, call, backend = args
+    def forward(ctx, images, weight, bias, pos_embed, prefix, keep, call, backend):
+        tensors = images, weight, bias, pos_embed, prefix, keep
         ctx.arguments = call.arguments, backend
         if call.plain and not call.inferred:
-            ctx.held = None
-            ctx.save_for_backward(*tensors)
+            ctx.save_for_backward(images, weight, bias, pos_embed, prefix, keep)
         else:
-            images, weight, *_ = ctx.needs_input_grad
-            _save(ctx, tensors, read=2 if images or weight else 0)
+            of_images, of_weight, *_ = ctx.needs_input_grad
+            _save(ctx, tensors, read=2 if of_images or of_weight else 0)
         if call.plain:
             return _direct(call.problem, tensors, backend)
         return _below_function(_op, (*tensors, *call.arguments, backend))
@@ -146,7 +145,6 @@ class _PatchEmbedBackward(_SingleLevelFunction):
 def _save(ctx, tensors, read: int) -> None:
     """What a derivative needs. An inference tensor can't be saved, but may be held: where it has no gradient of its own
     (8-bit pixels, a keep list), and where it is past those `read` first whose values a derivative reads."""
-    ctx.held = None
     if any(t is not None and t.is_inference() for t in tensors):
         held = [
             t is not None and t.is_inference() and (i >= read or not t.is_floating_point())
@@ -161,8 +159,8 @@ def _save(ctx, tensors, read: int) -> None:
 
 
 def _saved(ctx):
-    saved = ctx.saved_tensors
-    return saved if ctx.held is None else [s if h is None else h for s, h in zip(saved, ctx.held, strict=True)]
+    saved, held = ctx.saved_tensors, getattr(ctx, "held", None)
+    return saved if held is None else [s if h is None else h for s, h in zip(saved, held, strict=True)]
 
 
 def _change(tensors, arguments: Arguments, backend: str, d) -> torch.Tensor | None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
 
-from ...gpu import bind_context, gpu_of, tf32
+from ...gpu import bind_context, gpu_of, on_device_of, tf32
 from ...problem import PatchProblem
 from .. import fallbacks, reference
 from ..common import Grads, canonical, empty, masked, own_tables, scattered
@@ -92,7 +92,7 @@ def _reduce(p, grad, images, keep, learnt, choice) -> None:
 def _launch(p, prepared: Prepared, grad, images, keep, d_weight, d_bias, d_pos, d_prefix) -> None:
     plan, dtype = prepared.plan, p.sum_dtype
     parts = {name: empty(images, shape, dtype) if all(shape) else None for name, shape in plan.parts.items()}
-    with torch.cuda.device_of(images):
+    with on_device_of(images):
         steps = _strides("grad", "bnd", grad)
         if prepared.weight is not None and plan.weight is not None:
             bind_context(p.device)  # Triton does so only after it has made the descriptors
@@ -123,7 +123,7 @@ def _images(p, grad, weight, keep, d_images, tile) -> None:
         grad, T = scattered(p, grad[:, T:], keep, per_image=True), 0
     plan, order, images_kernel = _prepared_images(p, d_images.stride(), grad.dtype, tf32(), interpreted(), tile)
     factor = channels_centred(p, p.sum_dtype)[1] if plan.constants["NORMALISED"] else None
-    with torch.cuda.device_of(grad):
+    with on_device_of(grad):
         launch(
             images_kernel, grad=grad, weight=packed(p, order, p.K, weight), factor=factor, d_images=d_images, T=T,
             **_strides("grad", "bnd", grad),
@@ -131,5 +131,10 @@ def _images(p, grad, weight, keep, d_images, tile) -> None:
 
 
 def _strides(name: str, axes: str, t: torch.Tensor | None) -> dict[str, int]:
-    steps = (0,) * len(axes) if t is None else t.stride()[-len(axes) :]
+    return _named(name, axes, None if t is None else t.stride())
+
+
+@lru_cache(maxsize=1024)
+def _named(name: str, axes: str, strides: tuple[int, ...] | None) -> dict[str, int]:
+    steps = (0,) * len(axes) if strides is None else strides[-len(axes) :]
     return {f"{name}_{axis}": step for axis, step in zip(axes, steps, strict=True)}

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ...gpu import bind_context, gpu_of, rounds
+from ...gpu import bind_context, gpu_of, on_device_of, rounds
 from ...problem import PatchProblem
 from .. import fallbacks
 from ..common import empty
@@ -73,7 +73,7 @@ def _launch(p, prepared: Prepared, images, weight, bias, pos_embed, prefix, keep
             tensors[name] = descriptor(bases[name])
     else:
         tensors |= {"images": images, "weight": weight, "keep": None if keep is None else keep.contiguous()}
-    with torch.cuda.device_of(images):
+    with on_device_of(images):
         if prepared.descriptors:
             bind_context(p.device)  # Triton does so only after it has made the descriptors
         launch(prepared.kernel, **tensors)
