@@ -50,6 +50,8 @@ struct Pixels {
     int rows[WM / 16 * 2];  // where its lanes' rows begin
     const char* stage;
     int k0;
+    Normal<typename Kind<T>::Sum> normal;  // of the stage's elements, if they are
+    bool alike;                            // of one channel: then none of them waits for its constants
 
     VK_DEVICE Pixels(const ForwardArguments& a, const Place& place, int first) 
         : a(a), place(place), first(first), t(lane_index() % 4) {
@@ -59,6 +61,10 @@ struct Pixels {
     VK_DEVICE void enter(const char* from, int k) {
         k0 = k;
         stage = from - place.stage(k0);
+        if (!a.centred) return;
+        int last = k0 + a.step_k < a.layout.K ? k0 + a.step_k - 1 : a.layout.K - 1;
+        alike = !a.layout.channels_last && channel_of(a.layout, k0) == channel_of(a.layout, last);
+        normal = Normal<typename Kind<T>::Sum>(a, k0);
     }
     VK_DEVICE void fragment(uint32_t (&r)[4], int row, int k) const {
         int i = (row - first) / 16 * 2;
@@ -79,8 +85,10 @@ struct Pixels {
             const char* from = stage + place.k(at);
             Normal<float> even, odd;  // of elements k and k + 1: alike within a row of one channel
             if constexpr (NORMALISED) {
-                even = odd = Normal<float>(a, at);
-                if (!same<T, tf32> && (a.layout.channels_last || a.layout.P_w % 2)) odd = Normal<float>(a, at + 1);
+                even = odd = normal;
+                if (!alike) even = odd = Normal<float>(a, at);
+                if (!alike && !same<T, tf32> && (a.layout.channels_last || a.layout.P_w % 2))
+                    odd = Normal<float>(a, at + 1);
             }
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
