@@ -91,6 +91,7 @@ RACES = [
     Case(batch=32, patch=14, dim=384, pixels="uint8"),
     Case(batch=16, dtype="fp32"),
     Case(batch=4, frames=16),
+    Case(batch=8, image=518, patch=14, dim=384),  # rows that are no multiple of 16 bytes
 ]
 
 # What a CPU times in some minutes: the three batches, and one of each kind.

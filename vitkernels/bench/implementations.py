@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from .. import dispatch
+from ..backends.reference import products
 from ..functional import explain, patch_embed
 from ..problem import PatchProblem
 from .baselines import PEERS, conv
@@ -102,8 +103,12 @@ def ceiling_steps(impl: str, calls: Sequence[Call], mode: str) -> list[Step]:
                 for shape in ((p.B * p.rows, p.K), (p.D, p.K), (p.B * p.rows, p.D))
             )
             forward: Step = partial(torch.mm, x, w.t(), out=y)
-            backward: Step = partial(torch.mm, y.t(), x)
-            images: Step = partial(torch.mm, y, w)
+            multiply: Callable[..., torch.Tensor] = torch.mm
+            if p.on_cpu and products.mkl_is_slow(p.compute_dtype):  # a ceiling is of the fastest library
+                multiply = partial(products.product, dtype=p.compute_dtype)
+                forward = partial(multiply, x, w.t())
+            backward: Step = partial(multiply, y.t(), x)
+            images: Step = partial(multiply, y, w)
             only = {"forward": forward, "backward": backward, "images": images}
             result.append(only.get(mode) or partial(_each, forward, backward))
         else:
