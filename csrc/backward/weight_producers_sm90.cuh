@@ -9,23 +9,23 @@ namespace vk::backward {
 
 struct WgmmaWeightArguments {
     TensorMap image[MOST_IN_GROUP];  // [C·H, B, G_h, G_w / group, P_w], blocks of [8, BB, BY, BX / group, 16]
-    TensorMap grad;  // [group, B, G_h, G_w / group, D], blocks of [group, BB, BY, BX / group, 64]
+    TensorMap grad;                  // [group, B, lines, columns / group, D], blocks of [group, BB, BY, BX / group, 64]
     PatchLayout layout;
     const float* centred;  // [2, C]: m and a of y = (x − m)·a; null: pixels as they are
     float* parts;          // [splits, D, K]
     int64_t D, K, C;
-    TileBlock block;          // of a step's patches in the grid
-    int copied;               // of them, those that one map brings
-    int64_t steps, chunk;     // blocks of patches: all, and of one split
-    int64_t work_tiles;             // tiles of all splits
+    TileBlock block;       // of a step's patches in the grid
+    int copied;            // of them, those that one map brings
+    int64_t steps, chunk;  // blocks of patches: all, and of one split
+    int64_t work_tiles;    // tiles of all splits
     Divisor by_tiles, by_tiles_d, by_across, by_down;  // of a split; in d; of a channel's frame: in x, in y
     int stages;
 
     // BY_THREADS
-    Tensor images, grads, keep;     // [B, C, F, H, W], [B, T + rows, D], [B, rows]
-    int64_t B, T, N, grid[2];       // lines, columns
+    Tensor images, grads, keep;  // [B, C, F, H, W], [B, T + rows, D], [B, rows]
+    int64_t B, T, N, grid[2];    // lines, columns
     Divisor by_P_t;
-    int bytes;                      // of one copy, 16 or 4
+    int bytes;                   // of one copy, 16 or 4
 };
 
 // How pixels come to shared memory: by the copy engine, or BY_THREADS; and to wgmma: DIRECT, from where they lie, or

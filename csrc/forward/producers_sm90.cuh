@@ -8,17 +8,19 @@
 namespace vk {
 
 struct WgmmaArguments {
-    TensorMap image[MOST_IN_GROUP];  // patches, engine: [C·H, B, G_h, G_w / group, P_w], blocks of
-                                     // [stage_rows, BB, BY, BX, BOX], of one row where there is a group
+    // patches, engine: [C·H, B, G_h, G_w / group, P_w], blocks of [stage_rows, BB, BY, BX / group, BOX], of one row where
+    // there is a group
+    TensorMap image[MOST_IN_GROUP];
     TensorMap weight;  // [K / span, D, span], blocks of [step_k / span, BN, span]; span: 16 or 64 elements
-    TensorMap tokens;  // engine: [group, B, G_h, G_w / group, D] of the patches, blocks of 16 of them × STORE_ROW bytes
-    ForwardArguments a;  // patches, engine: its layout is padded
-    // Where tiles are blocks of the grid (copied, stored, patches, engine)
-    TileBlock block;
-    int64_t grid[2];          // lines of all frames, columns; of a keep list: one line
-    Divisor by_P_h, by_P_t;   // of a frame's rows, of a channel's frames
-    int P_w;                  // a patch's own
+    TensorMap tokens;  // stored, engine: [group, B, lines, columns / group, D], blocks of 16 patches × STORE_ROW bytes
+    ForwardArguments a;
     int64_t prefixes;  // threads that write prefix tokens
+
+    // Where tiles are blocks of the grid (copied, stored, patches, engine): there the layout of `a` is padded
+    TileBlock block;
+    int64_t grid[2];         // lines of all frames, columns; of a keep list: one line
+    Divisor by_P_h, by_P_t;  // of a frame's rows, of a channel's frames
+    int P_w;                 // a patch's own
 };
 
 // How patches come: RowsOf<Pixel>, rows of the image by the producer's threads; PatchesOf<Pixel, DIRECT, BY_THREADS>,
@@ -65,7 +67,7 @@ struct PipelineState {
     }
 };
 
-// [x boxes][stage_rows][BM][BOX] pixels, as the copy engine lays them
+// [x boxes][stage_rows][BM][BOX] pixels, as the copy engine lays them, and threads
 template <int BM, int BOX>
 struct InBoxes {
     Divisor by_P_w;
@@ -84,7 +86,7 @@ struct InBoxes {
 template <class K>
 VK_DEVICE void produce(const WgmmaArguments& h, char* stages, char* table, const Barriers& barriers) {
     using Pixel = typename K::Loader::Stored;
-    constexpr bool ENGINE = K::Loader::BLOCKS;
+    constexpr bool ENGINE = K::Loader::BLOCKS;  // else RowsOf
     const ForwardArguments& a = h.a;
     bool leader = thread_index() == 0;
     if (ENGINE && !leader) return;
