@@ -10,6 +10,7 @@ import torch
 from models import close, gradients, outcome, same, taken
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import vitkernels as vk
 
@@ -70,9 +71,18 @@ def test_agrees(pattern, row):
     assert not taken(plain, wider)
 
 
+def checkpointed(model, images, reentrant):
+    """All gradients, of what is computed a second time for them."""
+    images = images.clone().requires_grad_()
+    checkpoint(model, images, use_reentrant=reentrant).square().sum().backward()
+    return torch.cat([t.grad.flatten() for t in (images, *model.parameters())])
+
+
 @pytest.mark.parametrize("row", ["Linear", "norms"])
 @pytest.mark.parametrize("pattern", ["vit_pytorch", "no channels", "video"])
-@pytest.mark.parametrize("way", ["compile", "export", "script", "trace", "copy", "pickle", "autocast", "inference"])
+@pytest.mark.parametrize("way", [
+    "compile", "export", "script", "trace", "copy", "pickle", "autocast", "inference", "checkpoint", "reentrant",
+])  # fmt: skip
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_ways(pattern, row, way):
@@ -88,6 +98,8 @@ def test_ways(pattern, row, way):
         "pickle": lambda m: pickle.loads(pickle.dumps(m))(images),
         "autocast": lambda m: torch.autocast("cpu", torch.bfloat16)(m)(images),
         "inference": lambda m: torch.inference_mode()(m)(images),
+        "checkpoint": lambda m: checkpointed(m, images, reentrant=False),
+        "reentrant": lambda m: checkpointed(m, images, reentrant=True),
     }
     close(ways[way](fused), ways[way](plain), 2e-2 if way == "autocast" else 1e-5)
 
