@@ -115,18 +115,36 @@ def drawn_patches(rng: random.Random, image: torch.dtype) -> PatchProblem:
     )  # fmt: skip
 
 
+class Drawn:
+    """Dice for a problem of 16 bits, its product's type and its pixels'."""
+
+    def __init__(self, seed: int):
+        self.rng, self.generator = random.Random(seed), torch.Generator().manual_seed(seed)
+        self.one = self.rng.choice
+        self.T = self.one((torch.bfloat16, torch.float16))
+        self.pixels = (torch.uint8, self.T, torch.float32)[seed % 3]
+
+    def images(self, *shape: int) -> torch.Tensor:
+        images = torch.rand(shape, generator=self.generator)
+        return (images * 255).byte() if self.pixels == torch.uint8 else images.to(self.pixels)
+
+    def normal(self, *shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=self.generator)
+
+    def arguments(self, images: torch.Tensor, D: int, C: int, *P: int) -> dict:
+        found = {"images": images, "weight": (self.normal(D, C, *P) * (C * prod(P)) ** -0.5).to(self.T)}
+        if self.rng.random() < 0.5:
+            found["bias"] = self.normal(D).to(self.T)
+        if self.rng.random() < 0.5:
+            found["prefix"] = self.normal(self.one((1, 2, 5)), D).to(self.T)
+        return found
+
+
 def drawn_for_the_copy_engine(seed: int, in_groups: bool = False) -> dict:
     """Random arguments whose patches the copy engine of sm_90 cuts, for products of 16 bits; `in_groups`: with widths
     that are no multiple of 16, so that few of a line's patches begin on 16 bytes."""
-    rng = random.Random(seed)
-    one = rng.choice
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape):
-        return torch.randn(shape, generator=generator)
-
-    T = one((torch.bfloat16, torch.float16))
-    pixels = (torch.uint8, T, torch.float32)[seed % 3]
+    drawn = Drawn(seed)
+    rng, one, pixels = drawn.rng, drawn.one, drawn.pixels
     layout = one(("contiguous", "contiguous", "channels-last", "cut out"))
     P_h, P_w = one(((16, 16), (16, 16), (32, 32), (12, 16), (8, 32)))
     if in_groups:
@@ -140,8 +158,7 @@ def drawn_for_the_copy_engine(seed: int, in_groups: bool = False) -> dict:
         B = min(B, 5)
     S_w = one((P_w, P_w, P_w, P_w + 2, P_w - 4)) if in_groups else P_w
     layout = layout if S_w == P_w else "cut out"
-    images = torch.rand(B, C, G_h * P_h, (G_w - 1) * S_w + P_w, generator=generator)
-    images = (images * 255).byte() if pixels == torch.uint8 else images.to(pixels)
+    images = drawn.images(B, C, G_h * P_h, (G_w - 1) * S_w + P_w)
     if layout == "channels-last":
         images = images.contiguous(memory_format=torch.channels_last)
     elif layout == "cut out":
@@ -150,11 +167,7 @@ def drawn_for_the_copy_engine(seed: int, in_groups: bool = False) -> dict:
         around = torch.full((B, C, G_h * P_h, W // 16 * 16 + 16), nothing, dtype=pixels)
         around[..., :W] = images
         images = around[..., :W]
-    arguments = {"images": images, "weight": (normal(D, C, P_h, P_w) * (C * P_h * P_w) ** -0.5).to(T)}
-    if rng.random() < 0.5:
-        arguments["bias"] = normal(D).to(T)
-    if rng.random() < 0.5:
-        arguments["prefix"] = normal(one((1, 2, 5)), D).to(T)
+    arguments = drawn.arguments(images, D, C, P_h, P_w)
     if rng.random() < 0.2 and P_h == P_w == 16 and G_h > 1 and G_w > 1:
         arguments["stride"] = one(((8, 16), (16, 32), (24, 16)))
     if S_w != P_w:
@@ -169,15 +182,8 @@ def drawn_for_the_copy_engine(seed: int, in_groups: bool = False) -> dict:
 def drawn_for_threads(seed: int) -> dict:
     """Random arguments whose patches no tensor map describes, and that threads copy 4 bytes or more at a time, for
     products of 16 bits: kept patches, videos, padding, rows that are no multiple of 16 bytes."""
-    rng = random.Random(seed)
-    one = rng.choice
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape):
-        return torch.randn(shape, generator=generator)
-
-    T = one((torch.bfloat16, torch.float16))
-    pixels = (torch.uint8, T, torch.float32)[seed % 3]
+    drawn = Drawn(seed)
+    rng, one, pixels = drawn.rng, drawn.one, drawn.pixels
     kind = ("kept", "video", "padded", "odd rows", "kept")[seed % 5]
     P_h, P_w = one(((16, 16), (16, 16), (8, 16), (12, 12), (9, 20), (16, 32), (14, 28)))
     P_t, frames = (1, 1) if kind != "video" else one(((2, 4), (2, 5), (1, 3), (3, 3)))
@@ -187,18 +193,12 @@ def drawn_for_threads(seed: int) -> dict:
     if kind == "odd rows":
         W += next(n for n in (2, 4, 8) if (W + n) * pixels.itemsize % 16 and (pixels != torch.uint8 or n % 4 == 0))
         P_w = P_w if pixels == torch.uint8 else one((P_w, 14))
-    images = torch.rand(B, C, frames, H, W, generator=generator)
-    images = (images * 255).byte() if pixels == torch.uint8 else images.to(pixels)
+    images = drawn.images(B, C, frames, H, W)
     if one((True, False, False)) and kind != "odd rows":
         images = images.contiguous(memory_format=torch.channels_last_3d)
-    weight = (normal(D, C, P_t, P_h, P_w) * (C * P_t * P_h * P_w) ** -0.5).to(T)
-    if kind != "video":
-        images, weight = images[:, :, 0], weight[:, :, 0]
-    arguments = {"images": images, "weight": weight}
-    if rng.random() < 0.5:
-        arguments["bias"] = normal(D).to(T)
-    if rng.random() < 0.5:
-        arguments["prefix"] = normal(one((1, 2, 5)), D).to(T)
+    is_video = kind == "video"
+    patch = (P_t, P_h, P_w) if is_video else (P_h, P_w)
+    arguments = drawn.arguments(images if is_video else images[:, :, 0], D, C, *patch)
     if kind == "padded":
         arguments["padding"] = one((0, P_h // 2)), 4
         arguments["scale"] = one((None, 1 / 255))
@@ -207,5 +207,5 @@ def drawn_for_threads(seed: int) -> dict:
     if kind == "kept":
         N = (H // P_h) * (W // P_w)
         kept = rng.randint(1, N + 2)
-        arguments["keep"] = torch.randint(N, (B, kept), generator=generator).to(one((torch.int64, torch.int32)))
+        arguments["keep"] = torch.randint(N, (B, kept), generator=drawn.generator).to(one((torch.int64, torch.int32)))
     return arguments

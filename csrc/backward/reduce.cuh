@@ -63,24 +63,16 @@ VK_DEVICE bool are_aligned(const From* row, const Gradient& g, int count) {
 }
 
 template <class From>
-union Octet {
-    Words words[sizeof(From) / 2];
-    From values[8];
+using Octet = Side<From, 8>;
 
-    VK_DEVICE void load(const From* row) {
+template <class From>
+VK_DEVICE Octet<From> octet_at(const From* row) { return *reinterpret_cast<const Octet<From>*>(row); }
+
+template <class From, class Sum>
+VK_DEVICE void add(Sum (&total)[8], const Octet<From>& octet) {
 #pragma unroll
-        for (int i = 0; i < int(sizeof(From)) / 2; ++i) words[i] = reinterpret_cast<const Words*>(row)[i];
-    }
-    VK_DEVICE void clear() {
-#pragma unroll
-        for (int i = 0; i < int(sizeof(From)) / 2; ++i) words[i] = {};
-    }
-    template <class Sum>
-    VK_DEVICE void add_to(Sum (&total)[8]) const {
-#pragma unroll
-        for (int i = 0; i < 8; ++i) total[i] += to<Sum>(values[i]);
-    }
-};
+    for (int i = 0; i < 8; ++i) total[i] += to<Sum>(octet.values[i]);
+}
 
 template <class From, class Sum>
 inline constexpr int OCTETS_AHEAD = sizeof(From) == 2 ? 2 * AHEAD<Sum> : AHEAD<Sum>;
@@ -91,15 +83,11 @@ VK_DEVICE void add_aligned_rows(Sum (&total)[8], const From* row, int64_t step, 
     for (; count >= ROWS; count -= ROWS) {
         Octet<From> octets[ROWS];
 #pragma unroll
-        for (int i = 0; i < ROWS; ++i, row += step) octets[i].load(row);
+        for (int i = 0; i < ROWS; ++i, row += step) octets[i] = octet_at(row);
 #pragma unroll
-        for (int i = 0; i < ROWS; ++i) octets[i].add_to(total);
+        for (int i = 0; i < ROWS; ++i) add(total, octets[i]);
     }
-    for (; count > 0; --count, row += step) {
-        Octet<From> octet;
-        octet.load(row);
-        octet.add_to(total);
-    }
+    for (; count > 0; --count, row += step) add(total, octet_at(row));
 }
 
 // Σ_b dY[b, r, d … d + 7] for images b0 ≤ b < b1, in order
@@ -128,12 +116,10 @@ VK_DEVICE void add_kept(Sum (&total)[8], const Gradient& g, int64_t b0, int64_t 
         if (aligned) {
             Octet<From> octets[ROWS];
 #pragma unroll
-            for (int i = 0; i < ROWS; ++i) {
-                octets[i].clear();
-                if (at[i] >= 0) octets[i].load(row + (b + i) * g.b + at[i] * g.n);
-            }
+            for (int i = 0; i < ROWS; ++i)
+                octets[i] = at[i] >= 0 ? octet_at(row + (b + i) * g.b + at[i] * g.n) : Octet<From>{};
 #pragma unroll
-            for (int i = 0; i < ROWS; ++i) octets[i].add_to(total);
+            for (int i = 0; i < ROWS; ++i) add(total, octets[i]);
 #pragma unroll
             for (int i = 0; i < ROWS; ++i)
                 if (at[i] >= 0) at[i] = g.nexts[(b + i) * g.rows + at[i]];

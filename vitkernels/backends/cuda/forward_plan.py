@@ -146,9 +146,9 @@ def no_patches(p: PatchProblem, layout: PatchLayout, images_at: int) -> str:
 
 
 def no_copied(p: PatchProblem, layout: PatchLayout, images_at: int) -> tuple[str, int]:
-    """Why threads can't copy patches for wgmma; and how many bytes at a time they do."""
+    """Why threads can't copy patches for wgmma; and how many bytes at a time they do, 16 or 4."""
     why, chunk = no_copy(p, layout, "half", images_at)
-    return next(filter(None, (no_half(p), why, no_padded_rows(p, layout))), ""), 16 if chunk == 16 else 4
+    return no_half(p) or why, 16 if chunk == 16 else 4
 
 
 def no_padded_rows(p: PatchProblem, layout: PatchLayout) -> str:
@@ -321,7 +321,7 @@ def candidates(
     rows, row_chunk = no_rows(p, layout, product, images_at)
     patches = no_patches(p, layout, images_at) if wgmma else "wgmma in 16 bits is sm_90's"
     copied, copied_chunk = no_copied(p, layout, images_at) if wgmma else (patches, 0)
-    stores = no_stores(p)
+    copied, stores = copied or no_padded_rows(p, layout), no_stores(p)
     # By wgmma from 8 bits alone: other pixels that begin at even ones are copied.
     rows_tiles = WGMMA_TILES if wgmma and row_chunk >= 4 and p.image_dtype == torch.uint8 else ()
     offers: list[tuple[str, bool, tuple[Tile, ...], int, str]] = [
