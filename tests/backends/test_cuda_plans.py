@@ -354,3 +354,16 @@ def test_patches_in_groups(W, patch, image, reason):
     assert backward_plan.not_by_engine(p, 0) == reason
     none = backward_plan.no_wgmma(p, NOMINAL[90], 0, Grad(0, dense(p.B, p.T + p.rows, p.D)))
     assert none == (f"{reason}; patches begin at multiples of 1 bytes, of 4 at least they must" if patch % 2 else "")
+
+
+@pytest.mark.parametrize("normalised", [False, True])
+def test_padded_rows_of_channels(normalised):
+    """A channels-last pixel's channel is k % C, which padding of rows would shift."""
+    H, W, C = 40, 320, 3
+    p = described(
+        8, C, 1, H, W, (1, 20, 20), (1, 20, 20), strides=(H * W * C, 1, H * W * C, W * C, C),
+        image=U8, compute=HALF, D=64, normalised=normalised,
+    )  # fmt: skip
+    reasons = candidates(p, NOMINAL[90], False)[1]
+    expected = "normalised patch rows of 60 elements, padded to 64, no multiple of 3 channels" * normalised
+    assert [reasons.get(loader, "") for loader in ("engine", "patches", "stored", "copied")] == [expected] * 4
