@@ -117,13 +117,16 @@ def failing(monkeypatch, error, names):
     kernel_of = launch.kernel_of
 
     class Kernel:
+        def __init__(self, kernel):
+            self.arg_names = kernel.arg_names
+
         def __getitem__(self, grid):
             return self
 
-        def __call__(self, **_):
+        def __call__(self, *_, **__):
             raise error
 
-    monkeypatch.setattr(launch, "kernel_of", lambda name: Kernel() if name in names else kernel_of(name))
+    monkeypatch.setattr(launch, "kernel_of", lambda name: Kernel(kernel_of(name)) if name in names else kernel_of(name))
 
 
 FORWARD, BACKWARD = ("gather_kernel", "descriptor_kernel"), ("reduce_kernel", "finish_kernel", "images_kernel")

@@ -263,7 +263,7 @@ def test_descriptors_are_made_in_a_context(monkeypatch, device, kernel):
 
     def prepared(*args):
         made = real(*args)
-        return made._replace(kernel=lambda **tensors: (done.append("kernel"), made.kernel(**tensors)))
+        return made._replace(kernel=lambda *tensors: (done.append("kernel"), made.kernel(*tensors)))
 
     monkeypatch.setattr(forward_plan, "kernels_of", lambda *_: (kernel,))
     monkeypatch.setattr(forward_launch, "_prepared", prepared)

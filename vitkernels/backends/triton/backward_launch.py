@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache, partial
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -17,36 +17,62 @@ from .config_cache import planned
 from .configs import Choice
 from .forward_plan import Order
 from .launch import BACKEND, Descriptor, bound, centred, interpreted, packed, refused
-from .toolchain import launch
+
+Strides = tuple[int, ...]
 
 
 class Prepared(NamedTuple):
     """Launches but for their tensors."""
 
     plan: Reduction
-    weight: partial[None] | None
-    descriptors: dict[str, Descriptor]
-    reduce: partial[None]
-    kept: partial[None]
-    finish: partial[None]
+    descriptors: list[Descriptor]  # of images and tokens' gradient, for `weight`
+    weight: Callable[..., None] | None  # of their tensors, as the others
+    reduce: Callable[..., None]
+    kept: Callable[..., None]
+    finish: Callable[..., None]
 
 
 @planned
-def _prepared_reduction(p, grad: Grad, wanted, tf32, interpreted, choice) -> Prepared:
-    plan = reduction(p, gpu_of(p.device), grad, wanted, tf32, interpreted, choice)
-    weight = plan.weight
+def _prepared_reduction(
+    p,
+    grad: Grad,
+    learnt: tuple[Strides | None, ...],  # of the gradients of weight, bias, pos_embed and prefix; None: nobody asks
+    tf32,
+    interpreted,
+    choice,
+) -> Prepared:
+    plan = reduction(p, gpu_of(p.device), grad, Wanted(*(s is not None for s in learnt)), tf32, interpreted, choice)
+    of_grad = _named("grad", "bnd", grad.strides)
+    names = ("weight", "dcthw"), ("bias", "d"), ("pos", "rd"), ("prefix", "rd")
+    steps: dict[str, int] = {}
+    for (name, axes), strides in zip(names, learnt, strict=True):
+        steps |= _named(name, axes, strides)
+    sizes = (plan.weight and plan.weight.descriptors) or {}
     return Prepared(
         plan,
-        weight and bound(*weight[:5]),
-        {name: Descriptor(*sizes) for name, sizes in ((weight and weight.descriptors) or {}).items()},
-        *(bound(*one[:5]) for one in (plan.reduce, plan.kept, plan.finish)),
+        [Descriptor(*sizes[name]) for name in ("image_desc", "grad_desc") if sizes],
+        plan.weight and _bound(plan.weight, {}),
+        _bound(plan.reduce, of_grad),
+        _bound(plan.kept, of_grad),
+        _bound(plan.finish, steps),
     )
 
 
 @planned
-def _prepared_images(p, strides, grad_dtype, tf32, interpreted, tile) -> tuple[Launch, Order, partial]:
+def _prepared_images(
+    p, strides, grad_dtype, grad_strides, T, tf32, interpreted, tile
+) -> tuple[Launch, Order, Callable]:
     plan, order = image_launch(p, strides, gpu_of(p.device), grad_dtype, tf32, interpreted, tile)
-    return plan, order, bound(*plan[:5])
+    return plan, order, _bound(plan, {"T": T, **_named("grad", "bnd", grad_strides)})
+
+
+def _bound(plan: Launch, steps: dict[str, int]) -> Callable[..., None]:
+    return bound(plan.kernel, plan.config, plan.grid, plan.scalars | steps, plan.constants)
+
+
+def _named(name: str, axes: str, strides: Strides | None) -> dict[str, int]:
+    steps = (0,) * len(axes) if strides is None else strides[-len(axes) :]
+    return {f"{name}_{axis}": step for axis, step in zip(axes, steps, strict=True)}
 
 
 def backward(
@@ -78,8 +104,8 @@ def backward(
 
 def _reduce(p, grad, images, keep, learnt, choice) -> None:
     aligned = (images.data_ptr() | grad.data_ptr()) % 16 == 0 and not fallbacks.happened(BACKEND, p)
-    wanted = Wanted(*(g is not None for g in learnt))
-    prepared = _prepared_reduction(p, Grad(grad.dtype, grad.stride(), aligned), wanted, tf32(), interpreted(), choice)
+    strides = tuple([None if g is None else g.stride() for g in learnt])
+    prepared = _prepared_reduction(p, Grad(grad.dtype, grad.stride(), aligned), strides, tf32(), interpreted(), choice)
     try:
         _launch(p, prepared, grad, images, keep, *learnt)
     except RuntimeError as error:
@@ -91,29 +117,22 @@ def _reduce(p, grad, images, keep, learnt, choice) -> None:
 
 def _launch(p, prepared: Prepared, grad, images, keep, d_weight, d_bias, d_pos, d_prefix) -> None:
     plan, dtype = prepared.plan, p.sum_dtype
-    parts = {name: empty(images, shape, dtype) if all(shape) else None for name, shape in plan.parts.items()}
+    weight_parts, table_parts, _ = parts = [
+        empty(images, plan.parts[name], dtype) if all(plan.parts[name]) else None
+        for name in ("weight_parts", "table_parts", "bias_parts")
+    ]
     with on_device_of(images):
-        steps = _strides("grad", "bnd", grad)
         if prepared.weight is not None and plan.weight is not None:
+            of_images, of_grad = prepared.descriptors
             bind_context(p.device)  # Triton does so only after it has made the descriptors
-            bases = {"image_desc": images, "grad_desc": grad.narrow(1, p.T, p.rows)}
-            launch(
-                prepared.weight, weight_parts=parts["weight_parts"],
-                centred=centred(p, plan.order, p.K) if plan.weight.constants["NORMALISED"] else None,
-                **{name: descriptor(bases[name]) for name, descriptor in prepared.descriptors.items()},
-            )  # fmt: skip
+            constants = centred(p, plan.order, p.K) if plan.weight.constants["NORMALISED"] else None
+            prepared.weight(of_images(images), of_grad(grad.narrow(1, p.T, p.rows)), constants, weight_parts)
         if plan.reduce.grid:
-            launch(
-                prepared.reduce, images=images, grad=grad, keep=keep, **parts, **steps,
-                centred=centred(p, plan.order, plan.padded_K) if plan.reduce.constants["NORMALISED"] else None,
-            )  # fmt: skip
+            constants = centred(p, plan.order, plan.padded_K) if plan.reduce.constants["NORMALISED"] else None
+            prepared.reduce(images, grad, constants, keep, *parts)
         if plan.kept.grid:
-            launch(prepared.kept, grad=grad, keep=keep, table_parts=parts["table_parts"], **steps)
-        launch(
-            prepared.finish, **parts, d_weight=d_weight, d_bias=d_bias, d_pos=d_pos, d_prefix=d_prefix,
-            **_strides("weight", "dcthw", d_weight), **_strides("pos", "rd", d_pos),
-            **_strides("prefix", "rd", d_prefix), **_strides("bias", "d", d_bias),
-        )  # fmt: skip
+            prepared.kept(grad, keep, table_parts)
+        prepared.finish(*parts, d_weight, d_bias, d_pos, d_prefix)
 
 
 def _images(p, grad, weight, keep, d_images, tile) -> None:
@@ -121,20 +140,9 @@ def _images(p, grad, weight, keep, d_images, tile) -> None:
     if keep is not None:  # back at their places among all patches, first
         grad, keep = masked(p, grad, keep)
         grad, T = scattered(p, grad[:, T:], keep, per_image=True), 0
-    plan, order, images_kernel = _prepared_images(p, d_images.stride(), grad.dtype, tf32(), interpreted(), tile)
+    plan, order, images_kernel = _prepared_images(
+        p, d_images.stride(), grad.dtype, grad.stride(), T, tf32(), interpreted(), tile
+    )
     factor = channels_centred(p, p.sum_dtype)[1] if plan.constants["NORMALISED"] else None
     with on_device_of(grad):
-        launch(
-            images_kernel, grad=grad, weight=packed(p, order, p.K, weight), factor=factor, d_images=d_images, T=T,
-            **_strides("grad", "bnd", grad),
-        )  # fmt: skip
-
-
-def _strides(name: str, axes: str, t: torch.Tensor | None) -> dict[str, int]:
-    return _named(name, axes, None if t is None else t.stride())
-
-
-@lru_cache(maxsize=1024)
-def _named(name: str, axes: str, strides: tuple[int, ...] | None) -> dict[str, int]:
-    steps = (0,) * len(axes) if strides is None else strides[-len(axes) :]
-    return {f"{name}_{axis}": step for axis, step in zip(axes, steps, strict=True)}
+        images_kernel(grad, packed(p, order, p.K, weight), factor, d_images)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
 from ...gpu import bind_context, gpu_of, on_device_of, rounds
-from ...problem import PatchProblem
+from ...problem import Layout, PatchProblem
 from .. import fallbacks
 from ..common import empty
 from ..patch_layout import weight_in_order
@@ -16,15 +16,14 @@ from .config_cache import planned
 from .configs import Config
 from .forward_plan import Plan, make_plan
 from .launch import BACKEND, Descriptor, bound, centred, interpreted, packed, refused
-from .toolchain import launch
 
 
 class Prepared(NamedTuple):
     """A launch but for its tensors."""
 
     plan: Plan
-    kernel: partial[None]  # with every argument that is no tensor's
-    descriptors: dict[str, Descriptor]
+    kernel: Callable[..., None]  # of its tensors
+    descriptors: list[Descriptor]  # of images, weight and tokens; none: pixels are gathered
     normalised: bool
     packs: bool  # the weight is no operand as it lies
     gathers: bool  # the elements of a row of bias, position or prefix are apart
@@ -59,50 +58,45 @@ def forward(
 
 def _launch(p, prepared: Prepared, images, weight, bias, pos_embed, prefix, keep, out) -> None:
     plan = prepared.plan
-    tensors = {"bias": bias, "pos": pos_embed, "prefix": prefix, "out": out, "centred": None}
     if prepared.gathers:
-        tensors |= _side_by_side(p, bias, pos_embed, prefix)
+        bias, pos_embed, prefix = (t if t is None else t.contiguous() for t in (bias, pos_embed, prefix))
     if prepared.packs:
         weight = packed(p, plan.order, plan.weight_columns, weight)
-    if prepared.normalised:
-        tensors["centred"] = centred(p, plan.order, plan.padded_K)
-    if prepared.descriptors:
-        bases = {"image_desc": images, "out_desc": out.narrow(1, p.T, p.rows),
-                 "weight_desc": weight.clone() if weight.data_ptr() % 16 else weight}  # fmt: skip
-        for name, descriptor in prepared.descriptors.items():
-            tensors[name] = descriptor(bases[name])
-    else:
-        tensors |= {"images": images, "weight": weight, "keep": None if keep is None else keep.contiguous()}
+    constants = centred(p, plan.order, plan.padded_K) if prepared.normalised else None
     with on_device_of(images):
         if prepared.descriptors:
+            of_image, of_weight, of_out = prepared.descriptors
             bind_context(p.device)  # Triton does so only after it has made the descriptors
-        launch(prepared.kernel, **tensors)
+            prepared.kernel(
+                of_image(images), of_weight(weight.clone() if weight.data_ptr() % 16 else weight),
+                of_out(out.narrow(1, p.T, p.rows)), constants, bias, pos_embed, prefix, out,
+            )  # fmt: skip
+        else:
+            keep = None if keep is None else keep.contiguous()
+            prepared.kernel(images, weight, constants, bias, pos_embed, prefix, keep, out)
 
 
 @planned
 def _prepared(p: PatchProblem, aligned: bool, tf32: bool, interpreted: bool, choice) -> Prepared:
     plan = make_plan(p, gpu_of(p.device), aligned, tf32, interpreted, choice)
     _, _, bias, *tables, _ = p.tensors
-    kernel = bound(f"{plan.kernel}_kernel", plan.config, plan.grid, plan.scalars, plan.constants)
+    gathers = any(t is not None and t.strides[-1] != 1 for t in (bias, *tables))
+    scalars = plan.scalars | _steps(p, tables, gathers)
     in_order = plan.order.steps is None and plan.weight_columns == p.K and weight_in_order(p, plan.order.channels_last)
     return Prepared(
         plan,
-        partial(kernel, **_steps(*(None if table is None else table.strides[:2] for table in tables))),
-        {name: Descriptor(*sizes) for name, sizes in plan.descriptors.items()},
+        bound(f"{plan.kernel}_kernel", plan.config, plan.grid, scalars, plan.constants),
+        [Descriptor(*plan.descriptors[name]) for name in ("image_desc", "weight_desc", "out_desc") if plan.descriptors],
         normalised=bool(plan.constants["NORMALISED"]),
         packs=not in_order or (p.D > 1 and p.weight_strides[0] != p.K),
-        gathers=any(t is not None and t.strides[-1] != 1 for t in (bias, *tables)),
+        gathers=gathers,
     )
 
 
-def _steps(pos: tuple[int, ...] | None, prefix: tuple[int, ...] | None) -> dict[str, int]:
-    """The tables' strides between images (0 where all share one) and between rows."""
-    (pos_b, pos_n), (prefix_b, prefix_t) = (table or (0, 0) for table in (pos, prefix))
+def _steps(p: PatchProblem, tables: list[Layout | None], copied: bool) -> dict[str, int]:
+    """The tables' strides between images (0 where all share one) and between rows; of copies, where they are made."""
+    steps = [(0, 0) if table is None else table.strides[:2] for table in tables]
+    if copied:
+        steps = [(rows * p.D if image else 0, p.D) for rows, (image, _) in zip((p.pos_rows, p.T), steps, strict=True)]
+    (pos_b, pos_n), (prefix_b, prefix_t) = steps
     return {"pos_b": pos_b, "pos_n": pos_n, "prefix_b": prefix_b, "prefix_t": prefix_t}
-
-
-def _side_by_side(p: PatchProblem, bias, pos_embed, prefix) -> dict[str, Any]:
-    """Bias and tables in copies of which kernels can read a row, and their strides."""
-    bias, *tables = (t if t is None else t.contiguous() for t in (bias, pos_embed, prefix))
-    steps = (None if t is None else (t[0].numel() if t.ndim == 3 and len(t) > 1 else 0, p.D) for t in tables)
-    return {"bias": bias, "pos": tables[0], "prefix": tables[1], **_steps(*steps)}

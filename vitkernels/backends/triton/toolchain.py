@@ -69,10 +69,14 @@ def _has_launched() -> bool:
         return False
 
 
-def launch(kernel: Callable[..., Any], **arguments: Any) -> None:
-    """Run the kernel; `fallbacks.Unusable` where this machine turns out to be unable to compile it."""
+def launch(kernel: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """Run the kernel; `fallbacks.Unusable` where this machine turns out to be unable to compile it.
+
+    Returns:
+        what Triton compiled; None in its interpreter
+    """
     try:
-        kernel(**arguments)
+        return kernel(*arguments, **options)
     except Exception as error:
         if not _is_the_machine(error):
             raise
