@@ -8,6 +8,7 @@ namespace vk {
 // The kinds of product: the operands' type in memory, the sum's, and the elements of k in one step of the tensor cores
 // (0: without them).
 struct tf32 {};
+struct tf32x3 {};  // float32, by three products of what TF32 holds of an operand and what it holds of the rest
 template <class T>
 struct Kind {  // half, bfloat16
     using Value = T;
@@ -20,6 +21,8 @@ struct Kind<tf32> {
     using Sum = float;
     static constexpr int K_STEP = 8;
 };
+template <>
+struct Kind<tf32x3> : Kind<tf32> {};
 template <>
 struct Kind<float> {
     using Value = float;

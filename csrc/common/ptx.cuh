@@ -82,6 +82,8 @@ VK_DEVICE uint32_t to_tf32(float x) {  // rounded to the nearest, ties away from
     asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
     return y;
 }
+VK_DEVICE uint32_t bits_of(float x) { return __float_as_uint(x); }
+VK_DEVICE float from_bits(uint32_t x) { return __uint_as_float(x); }
 VK_DEVICE float to_float(float x) { return x; }
 VK_DEVICE float to_float(half x) { return __half2float(x); }
 VK_DEVICE float to_float(bfloat16 x) { return __bfloat162float(x); }
@@ -226,7 +228,8 @@ VK_DEVICE void more_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 
 template <int COUNT>
 VK_DEVICE void fewer_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT)); }
 
-// Tensor cores by warpgroup: 64×16 of A, from registers or shared memory, by 16×N of B from shared memory.
+// Tensor cores by warpgroup: 64×16 of A, from registers or shared memory, by 16×N of B from shared memory; 8 along k of
+// TF32.
 VK_DEVICE void warpgroup_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 VK_DEVICE void warpgroup_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int PENDING>

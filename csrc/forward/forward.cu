@@ -9,7 +9,8 @@
 
 namespace vk {
 
-// packed[d, k] = weight[d, element k of a patch], zeros behind a patch's rows where they are padded, and from K on
+// packed[d, k] = weight[d, element k of a patch], zeros behind a patch's rows where they are padded, and from K on.
+// TF32: what it holds of them; with two terms, behind that what it holds of the rest
 struct PackArguments {
     PatchLayout layout;
     Divisor by_row;   // of the packed elements of a row of pixels
@@ -17,20 +18,28 @@ struct PackArguments {
     void* packed;     // [D, columns]
     Dtype to;
     int64_t columns, size;
+    int tf32_terms;
 };
 
 VK_KERNEL(256, 1) pack_kernel(VK_GRID_CONSTANT PackArguments a) {
     int64_t at = block_index() * 256 + thread_index();
     if (at >= a.size) return;
     int64_t d = at / a.columns;
-    int to = static_cast<int>(at - d * a.columns), row = a.by_row.div(to), x = to - row * a.by_row.value;
+    int to = static_cast<int>(at - d * a.columns), of_term = static_cast<int>(a.columns) / 2;
+    bool rest = a.tf32_terms == 2 && to >= of_term;
+    if (rest) to -= of_term;
+    int row = a.by_row.div(to), x = to - row * a.by_row.value;
     int k = row * a.layout.P_w + x;
     bool real = x < a.layout.P_w && k < a.layout.K;
     int64_t from = real ? d * a.weight.strides[0] + weight_offset(a.layout, k, a.weight.strides) : 0;
     if (a.to == Dtype::f64)
-        store(a.packed, a.to, at, real ? load<double>(a.weight.data, a.weight.dtype, from) : 0.0);
-    else
-        store(a.packed, a.to, at, real ? load<float>(a.weight.data, a.weight.dtype, from) : 0.0f);
+        return store(a.packed, a.to, at, real ? load<double>(a.weight.data, a.weight.dtype, from) : 0.0);
+    float value = real ? load<float>(a.weight.data, a.weight.dtype, from) : 0.0f;
+    if (a.tf32_terms) {
+        float whole = from_bits(to_tf32(value));
+        value = rest ? from_bits(to_tf32(value - whole)) : whole;
+    }
+    store(a.packed, a.to, at, value);
 }
 
 static ForwardArguments arguments_of(const Problem& p, const ForwardPlan& f, const ForwardTensors& t) {
@@ -71,13 +80,15 @@ static void launch_all(const Problem& p, const ForwardPlan& f, const ForwardTens
     if (f.pack && f.tiles) {
         PatchLayout layout = l.arguments.layout;
         Divisor by_row = f.loader >= LoaderKind::copied ? padded(layout).by_P_w : layout.by_P_w;
-        PackArguments pack{layout, by_row, t.weight, t.scratch, p.compute, f.weight_row, p.D * f.weight_row};
+        PackArguments pack{layout, by_row, t.weight, t.scratch, p.compute, f.weight_row, p.D * f.weight_row, f.tf32_terms};
         launch(pack_kernel, ceil_div(pack.size, 256), 256, 0, stream, pack, "packing the weight");
     }
     switch (p.compute) {
         case Dtype::f16: return f.wgmma ? forward_sm90_f16(l) : forward_sm80_f16(l);
         case Dtype::bf16: return f.wgmma ? forward_sm90_bf16(l) : forward_sm80_bf16(l);
-        case Dtype::f32: return p.tf32 ? forward_sm80_tf32(l) : forward_sm80_f32(l);
+        case Dtype::f32:
+            if (f.wgmma) return f.tf32_terms == 1 ? forward_sm90_tf32(l) : forward_sm90_f32(l);
+            return p.tf32 ? forward_sm80_tf32(l) : forward_sm80_f32(l);
         default: return forward_sm80_f64(l);
     }
 }

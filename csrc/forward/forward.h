@@ -56,5 +56,7 @@ void forward_sm80_f32(const ForwardLaunch&);
 void forward_sm80_f64(const ForwardLaunch&);
 void forward_sm90_f16(const ForwardLaunch&);
 void forward_sm90_bf16(const ForwardLaunch&);
+void forward_sm90_tf32(const ForwardLaunch&);
+void forward_sm90_f32(const ForwardLaunch&);  // by three products of TF32
 
 }  // namespace vk

@@ -11,7 +11,7 @@ struct WgmmaArguments {
     // patches, engine: [C·H, B, G_h, G_w / group, P_w], blocks of [stage_rows, BB, BY, BX / group, BOX], of one row where
     // there is a group
     TensorMap image[MOST_IN_GROUP];
-    TensorMap weight;  // [K / span, D, span], blocks of [step_k / span, BN, span]; span: 16 or 64 elements
+    TensorMap weight;  // [weight_row / span, D, span], blocks of [step_k / span, BN, span] (span_of)
     TensorMap tokens;  // stored, engine: [group, B, lines, columns / group, D], blocks of 16 patches × STORE_ROW bytes
     ForwardArguments a;
     int64_t prefixes;  // threads that write prefix tokens
@@ -42,8 +42,11 @@ struct PatchesOf {
 template <class T_, class Loader_, int BN_, bool STORES_>
 struct WgmmaKernel {
     using T = T_;
+    using Value = typename Kind<T>::Value;
     using Loader = Loader_;
     static constexpr int BM = 128, BN = BN_, THREADS = 384;
+    // tf32x3: a row of the weight, and a stage of it, has what TF32 holds of each element, and then of each the rest.
+    static constexpr int TERMS = same<T, tf32x3> ? 2 : 1;
     static constexpr bool STORES = STORES_;
     // Of a thread of the producer, which adds beside where it STORES, and of the consumers: of the 168 that each has at
     // the launch, as setmaxnreg would wait for more for ever.
@@ -81,7 +84,23 @@ struct InBoxes {
     VK_DEVICE int stage(int k0) const { return by_P_w.div(k0) * BM * BOX * size; }  // it begins with a row
 };
 
+// Elements of k that lie side by side in a stage of the weight, swizzled: 128 bytes, or one step of the tensor cores
+VK_BOTH bool is_wide(int step_k, int size) { return step_k * size % 128 == 0; }
+VK_BOTH int span_of(int step_k, int size) { return (is_wide(step_k, size) ? 128 : 32) / size; }
+
 #if VK_SM90A
+
+// The weight's part of a stage, and the word to the barrier of how much comes: `more` bytes beside it
+template <class K>
+VK_DEVICE void bring_weight(const WgmmaArguments& h, char* stage, Barrier* full, int d0, int step, int more) {
+    constexpr int SIZE = sizeof(typename K::Value);
+    int span = span_of(h.a.step_k, SIZE), bytes = K::BN * h.a.step_k * SIZE;
+    barrier_expect(full, K::TERMS * bytes + more);
+#pragma unroll
+    for (int term = 0; term < K::TERMS; ++term)
+        copy_tensor(stage + h.a.a_bytes + term * bytes, &h.weight, full, 0, d0,
+                    (static_cast<int>(h.a.weight_row) / K::TERMS * term + step * h.a.step_k) / span);
+}
 
 template <class K>
 VK_DEVICE void produce(const WgmmaArguments& h, char* stages, char* table, const Barriers& barriers) {
@@ -90,8 +109,7 @@ VK_DEVICE void produce(const WgmmaArguments& h, char* stages, char* table, const
     const ForwardArguments& a = h.a;
     bool leader = thread_index() == 0;
     if (ENGINE && !leader) return;
-    int span = a.step_k % 64 == 0 ? 64 : 16;
-    int weight_bytes = K::BN * a.step_k * 2, image_bytes = ENGINE ? K::BM * a.step_k * int(sizeof(Pixel)) : 0;
+    int image_bytes = ENGINE ? K::BM * a.step_k * int(sizeof(Pixel)) : 0;
     ImageRows<Pixel> rows(a, table, K::BM, 128);
     PipelineState state;
     for (int64_t tile = block_index(); tile < a.tiles; tile += block_count()) {
@@ -109,10 +127,7 @@ VK_DEVICE void produce(const WgmmaArguments& h, char* stages, char* table, const
             barrier_wait(&barriers.empty[state.stage], state.phase ^ 1);
             Barrier* full = &barriers.full[state.stage];
             char* stage = stages + state.stage * a.stage_bytes;
-            if (leader) {
-                barrier_expect(full, weight_bytes + image_bytes);
-                copy_tensor(stage + a.a_bytes, &h.weight, full, 0, d0, step * (a.step_k / span));
-            }
+            if (leader) bring_weight<K>(h, stage, full, d0, step, image_bytes);
             if constexpr (ENGINE) {
                 constexpr int BOX = K::Loader::BOX;
                 int group = 1 << h.block.group, rows_of_copy = group == 1 ? a.stage_rows : 1;
@@ -167,7 +182,7 @@ VK_DEVICE void copy_rows(const WgmmaArguments& h, char* stage, int step, int m, 
 template <class K>
 VK_DEVICE void produce_by_threads(const WgmmaArguments& h, char* stages, float* table, const Barriers& barriers) {
     const ForwardArguments& a = h.a;
-    int m = thread_index(), span = a.step_k % 64 == 0 ? 64 : 16;
+    int m = thread_index();
     PipelineState state;
     uint32_t phase = 0;
     for (int64_t tile = block_index(); tile < a.tiles; tile += block_count(), phase ^= 1) {
@@ -183,10 +198,7 @@ VK_DEVICE void produce_by_threads(const WgmmaArguments& h, char* stages, float* 
             barrier_wait(&barriers.empty[state.stage], state.phase ^ 1);
             Barrier* full = &barriers.full[state.stage];
             char* stage = stages + state.stage * a.stage_bytes;
-            if (m == 0) {
-                barrier_expect(full, K::BN * a.step_k * 2);
-                copy_tensor(stage + a.a_bytes, &h.weight, full, 0, d0, step * (a.step_k / span));
-            }
+            if (m == 0) bring_weight<K>(h, stage, full, d0, step, 0);
             a.chunk == 16 ? copy_rows<K, 16>(h, stage, step, m, corner, there)
                           : copy_rows<K, 4>(h, stage, step, m, corner, there);
             barrier_arrive_after_copies(full);

@@ -4,7 +4,8 @@
 // Letters: problem.h.
 //
 // Weights lie in shared memory as wgmma reads them. Patches do too where pixels are the operands themselves; otherwise
-// the operands are put together in registers, as in sm80.cuh: converted, normalised, or begun at any even pixel.
+// the operands are put together in registers, as in sm80.cuh: converted, normalised, or begun at any even pixel; of
+// float32 as one term of TF32, or as two (tf32x3).
 //
 // A tensor map has patches that begin on 16 bytes. Those of 14 pixels of 16 bits are 28 bytes apart, and one of 4 does:
 // the copy engine brings a group of 4 by 4 maps, each of which ends with its patch, so that what is past it up to a
@@ -21,6 +22,16 @@ namespace vk {
 
 #if VK_SM90A
 
+// float32 elements as what TF32 holds of them, and of the rest
+VK_DEVICE void divide(uint32_t (&whole)[4], uint32_t (&rest)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        float x = from_bits(whole[i]);
+        whole[i] = to_tf32(x);
+        rest[i] = to_tf32(x - from_bits(whole[i]));
+    }
+}
+
 template <class K>
 VK_DEVICE void consume(const WgmmaArguments& h, const char* stages, char* staging, const float* table,
                        const Barriers& barriers) {
@@ -28,8 +39,9 @@ VK_DEVICE void consume(const WgmmaArguments& h, const char* stages, char* stagin
     using Loader = typename K::Loader;
     using Pixel = typename Loader::Stored;
     const ForwardArguments& a = h.a;
+    constexpr int STEP = Kind<T>::K_STEP;  // 32 bytes of k
     int warp = warp_index() - 4, row = warp * 16;  // of the tile, the warp's 16
-    bool wide = a.step_k % 64 == 0;
+    bool wide = is_wide(a.step_k, sizeof(typename K::Value));
     auto offset_of = [&](int i) {  // DIRECT: of 16 elements of k in a stage of patches
         int across = a.layout.P_w / 16;
         return (i % across * a.stage_rows + i / across) * (K::BM * 32);
@@ -43,9 +55,17 @@ VK_DEVICE void consume(const WgmmaArguments& h, const char* stages, char* stagin
     for (int64_t tile = block_index(); tile < a.tiles; tile += block_count()) {
         uint32_t tile_m = a.by_tiles_n.div(static_cast<uint32_t>(tile));
         int64_t d0 = (tile - int64_t{tile_m} * a.by_tiles_n.value) * K::BN, m0 = int64_t{tile_m} * K::BM;
-        float c[K::BN / 2];
+        // Tensor cores cut off what a sum can't hold, which adds up in one direction (Ootomo and Yokota 2022, "Recovering
+        // single precision accuracy from Tensor Cores"): in float32 they add up no more than a stage.
+        float c[K::BN / 2], of_stage[K::TERMS == 2 ? K::BN / 2 : 1];
+        auto& sums = [&]() -> auto& {
+            if constexpr (K::TERMS == 2)
+                return of_stage;
+            else
+                return c;
+        }();
 #pragma unroll
-        for (int i = 0; i < K::BN / 2; ++i) c[i] = 0;
+        for (int i = 0; i < K::BN / 2; ++i) c[i] = sums[i] = 0;
         auto release = [&](int slot) {
             sync_warp();
             if (lane_index() == 0) barrier_arrive(&barriers.empty[slot]);
@@ -57,18 +77,19 @@ VK_DEVICE void consume(const WgmmaArguments& h, const char* stages, char* stagin
                 return ImageRows<Pixel>(a, nullptr, K::BM, 128).place(m0);
         }();
         Pixels<T, Pixel, decltype(place), 16> pixels(a, place, row);
-        int before = -1;          // the stage that the group under way may still read
-        uint32_t operands[2][4];  // two, as one is being read by the tensor cores
+        int before = -1;  // the stage that the group under way may still read
+        uint32_t operands[2][K::TERMS][4];  // two, as one is being read by the tensor cores
         for (int step = 0; step < a.steps; ++step) {
             barrier_wait(&barriers.full[state.stage], state.phase);
             // wgmma reads as the copy engine does what threads have copied
             if constexpr (Loader::DIRECT && Loader::BY_THREADS) fence_copy_engine();
             const char* stage = stages + state.stage * a.stage_bytes;
             uint32_t patches = shared_address(stage) + row / 64 * (64 * 32), at = shared_address(stage) + a.a_bytes;
-            int left = a.layout.K - step * a.step_k, parts = ((left < a.step_k ? left : a.step_k) + 15) / 16;
-            auto weight = [&](int i) {  // 16 elements of k of all BN channels
-                return wide ? matrix_descriptor<128>(at + i / 4 * (K::BN * 128) + i % 4 * 32)
-                            : matrix_descriptor<32>(at + i * (K::BN * 32));
+            int left = a.layout.K - step * a.step_k, parts = ((left < a.step_k ? left : a.step_k) + STEP - 1) / STEP;
+            auto weight = [&](int i, int term = 0) {  // STEP elements of k of all BN channels
+                uint32_t from = at + term * (K::BN * a.step_k * int(sizeof(typename K::Value)));
+                return wide ? matrix_descriptor<128>(from + i / 4 * (K::BN * 128) + i % 4 * 32)
+                            : matrix_descriptor<32>(from + i * (K::BN * 32));
             };
             if constexpr (Loader::DIRECT) {
                 if (wide && parts == 4) {  // a group without a branch in it: else the compiler waits for each part
@@ -76,13 +97,13 @@ VK_DEVICE void consume(const WgmmaArguments& h, const char* stages, char* stagin
                     warpgroup_fence();
 #pragma unroll
                     for (int i = 0; i < 4; ++i)
-                        warpgroup_multiply_add(c, matrix_descriptor<32>(patches + part_offset[i]), weights + 2 * i, T{});
+                        warpgroup_multiply_add(sums, matrix_descriptor<32>(patches + part_offset[i]), weights + 2 * i, T{});
                     warpgroup_commit();
                     warpgroup_wait<1>();
                 } else {
                     warpgroup_fence();
                     for (int i = 0; i < parts; ++i)
-                        warpgroup_multiply_add(c, matrix_descriptor<32>(patches + offset_of(i)), weight(i), T{});
+                        warpgroup_multiply_add(sums, matrix_descriptor<32>(patches + offset_of(i)), weight(i), T{});
                     warpgroup_commit();
                     warpgroup_wait<1>();
                 }
@@ -92,9 +113,15 @@ VK_DEVICE void consume(const WgmmaArguments& h, const char* stages, char* stagin
 #pragma unroll
                     for (int odd = 0; odd < 2; ++odd)
                         if (i + odd < parts) {
-                            pixels.fragment(operands[odd], row, 16 * (i + odd));
+                            auto& terms = operands[odd];
+                            pixels.fragment(terms[0], row, STEP * (i + odd));
+                            if constexpr (K::TERMS == 2) divide(terms[0], terms[1]);
                             warpgroup_fence();
-                            warpgroup_multiply_add(c, operands[odd], weight(i + odd), T{});
+                            if constexpr (K::TERMS == 2) {  // what is small first; rest times rest is below rounding
+                                warpgroup_multiply_add(sums, terms[1], weight(i + odd), typename K::Value{});
+                                warpgroup_multiply_add(sums, terms[0], weight(i + odd, 1), typename K::Value{});
+                            }
+                            warpgroup_multiply_add(sums, terms[0], weight(i + odd), typename K::Value{});
                             warpgroup_commit();
                             warpgroup_wait<1>();
                         } else {
@@ -103,8 +130,11 @@ VK_DEVICE void consume(const WgmmaArguments& h, const char* stages, char* stagin
             }
             // The last group goes on while the next stage is awaited: then the stage before is free. But of two stages
             // the producer waits for this very one.
-            bool drained = !Loader::DIRECT && a.stages == 2;
+            bool drained = K::TERMS == 2 || (!Loader::DIRECT && a.stages == 2);
             if (drained) warpgroup_wait<0>();
+            if constexpr (K::TERMS == 2)
+#pragma unroll
+                for (int i = 0; i < K::BN / 2; ++i) c[i] += of_stage[i], of_stage[i] = 0;
             if (before >= 0) release(before);
             before = state.stage;
             if (drained) release(before), before = -1;
@@ -120,7 +150,7 @@ VK_DEVICE void consume(const WgmmaArguments& h, const char* stages, char* stagin
             table_phase ^= 1;
             a.out.dtype == Dtype::f32
                 ? store_tokens<float>(a, h.block, origin, d0, row, c, table, staged, &h.tokens)
-                : store_tokens<T>(a, h.block, origin, d0, row, c, table, staged, &h.tokens);
+                : store_tokens<typename K::Value>(a, h.block, origin, d0, row, c, table, staged, &h.tokens);
             sync_warp();
             if (lane_index() == 0) barrier_arrive(barriers.table_empty);
         } else {
@@ -209,7 +239,7 @@ inline TensorBlock image_block(const Problem& p, const PatchLayout& w, const int
 
 // [K / span, D, span]
 inline TensorBlock weight_block(const Problem& p, const ForwardPlan& f) {
-    uint64_t size = size_of(p.compute), span = f.step_k % 64 == 0 ? 64 : 16;
+    uint64_t size = size_of(p.compute), span = span_of(f.step_k, int(size));
     return {p.compute, 3,
             {span, uint64_t(p.D), uint64_t(f.pack ? f.weight_row : p.K) / span},
             {size, uint64_t(f.weight_row) * size, span * size},
@@ -260,22 +290,24 @@ template <class T, class Pixel, bool DIRECT>
 void launch_wgmma_tile(const ForwardLaunch& l) {
     using Engine = PatchesOf<Pixel, DIRECT, false>;
     using Threads = PatchesOf<Pixel, DIRECT, true>;
+    constexpr bool FLOAT32 = same<T, tf32x3>;  // whose sums take twice the registers
     switch (l.plan.loader) {
         case LoaderKind::engine:
-            if (l.plan.BN == 256) return launch_wgmma<T, Engine, 256, true>(l);
+            if constexpr (!FLOAT32)
+                if (l.plan.BN == 256) return launch_wgmma<T, Engine, 256, true>(l);
             if (l.plan.BN == 128) return launch_wgmma<T, Engine, 128, true>(l);
             break;
         case LoaderKind::patches:
             if (l.plan.BN == 128) return launch_wgmma<T, Engine, 128, false>(l);
             break;
         case LoaderKind::stored:
-            if (l.plan.BN == 256) return launch_wgmma<T, Threads, 256, true>(l);
+            if (l.plan.BN == (FLOAT32 ? 128 : 256)) return launch_wgmma<T, Threads, FLOAT32 ? 128 : 256, true>(l);
             break;
         case LoaderKind::copied:
             if (l.plan.BN == 128) return launch_wgmma<T, Threads, 128, false>(l);
             break;
         default:
-            if constexpr (same<Pixel, uint8_t>) {
+            if constexpr (same<Pixel, uint8_t> && Kind<T>::K_STEP == 16) {
                 if (l.plan.BN == 256) return launch_wgmma<T, RowsOf<Pixel>, 256, false>(l);
                 if (l.plan.BN == 128) return launch_wgmma<T, RowsOf<Pixel>, 128, false>(l);
             }
@@ -287,7 +319,8 @@ template <class T>
 void launch_sm90(const ForwardLaunch& l) {
     if (l.p.image == Dtype::u8) return launch_wgmma_tile<T, uint8_t, false>(l);
     if (l.p.image == Dtype::f32) return launch_wgmma_tile<T, float, false>(l);
-    l.arguments.centred ? launch_wgmma_tile<T, T, false>(l) : launch_wgmma_tile<T, T, true>(l);
+    if constexpr (Kind<T>::K_STEP == 16)
+        l.arguments.centred ? launch_wgmma_tile<T, T, false>(l) : launch_wgmma_tile<T, T, true>(l);
 }
 
 }  // namespace vk

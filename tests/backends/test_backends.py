@@ -184,11 +184,11 @@ def test_a_broken_image_reaches_no_other(backend, name, one_patch, value, device
 @pytest.mark.parametrize("B", [0, 2])
 @pytest.mark.parametrize("kept", [None, 0])
 @pytest.mark.parametrize("T", [None, 0, 2])
-def test_nothing_to_do(backend, B, kept, T, device):
-    images, weight = normal(B, 3, 8, 8, device=device), normal(5, 3, 4, 4, device=device)
-    arguments = dict(images=images, weight=weight, pos_embed=normal(4 + (T or 0), 5, device=device))
-    if T is not None:
-        arguments["prefix"] = normal(T, 5, device=device)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nothing_to_do(backend, B, kept, T, dtype, device):
+    shapes = dict(images=(B, 3, 8, 8), weight=(5, 3, 4, 4), pos_embed=(4 + (T or 0), 5))
+    shapes |= {} if T is None else {"prefix": (T, 5)}
+    arguments = {name: normal(*shape, device=device).to(dtype) for name, shape in shapes.items()}
     if kept is not None:
         arguments["keep"] = torch.zeros(B, kept, dtype=torch.int64, device=device)
     skip_where_declined(backend, arguments)

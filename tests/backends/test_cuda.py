@@ -8,6 +8,7 @@ import json
 import random
 import warnings
 import weakref
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -260,14 +261,15 @@ def test_a_new_thread_has_no_context(on_cuda_kernels, device, monkeypatch, name)
 def test_every_loader_is_drawn(on_cuda_kernels):
     """Enough problems of each loader with each of its tiles: a plan that takes none must not pass for right."""
     on_cuda_kernels(90)
-    counts: dict[str, int] = {}
+    units = "three products of TF32", "wgmma in tiles", "mma.sync", "multiply-adds"
+    counts: Counter[tuple] = Counter()
     for seed in range(80):
         arguments = drawn(seed)
         p = vk.explain(**arguments).problem
-        for how in cuda.candidates(p, *canonical(arguments["images"], arguments["weight"], *[None] * 4)[:2]):
-            loader = f"{how.split(' (')[0].split(',')[0]}, {how.split(', ')[1]}"
-            counts[loader] = counts.get(loader, 0) + 1
-    assert len(counts) == 15 and min(counts[r] for r in counts if "multiply-adds" not in r) >= 6, counts
+        plans = cuda.candidates(p, *canonical(arguments["images"], arguments["weight"], *[None] * 4)[:2])
+        counts.update((q.loader, next(u for u in units if u in how), q.BM, q.BN) for how, q in plans.items())
+    assert len(counts) == 18, counts
+    assert min(n for (_, unit, *_), n in counts.items() if unit in units[1:3]) >= 6, counts
 
 
 BY_16 = " (16 bytes at a time)"
@@ -288,8 +290,10 @@ ENGINE = "patches cut and tokens stored by the copy engine"
     (80, 14, "bf16", 1, COPY_BY_4, "mma.sync in tiles of 32×64"),
     (89, 14, "uint8->bf16", 256, ROWS, "mma.sync in tiles of 128×128, the weight packed first"),
     (100, 16, "bf16", 256, COPY, "mma.sync in tiles of 128×128"),
-    (90, 16, "tf32", 256, COPY, "mma.sync in tiles of 128×128"),
-    (90, 16, "fp32", 256, COPY, "multiply-adds in tiles of 64×64"),
+    (90, 16, "tf32", 256, ENGINE, "wgmma in tiles of 128×256, the weight packed first"),
+    (90, 16, "fp32", 256, ENGINE, "wgmma (three products of TF32) in tiles of 128×128, the weight packed first"),
+    (89, 16, "tf32", 256, COPY, "mma.sync in tiles of 128×128"),
+    (89, 16, "fp32", 256, COPY, "multiply-adds in tiles of 64×64"),
 ])  # fmt: skip
 def test_the_kernel_taken(on_cuda_kernels, device, monkeypatch, arch, patch, dtype, batch, loader, product):
     if device == "cuda":

@@ -101,17 +101,20 @@ def check_rows(p, f) -> None:
 
 def check_forward(p, gpu, tf32: bool, f, images: int = 0, weight: int = 0) -> None:
     v, image, value = layout_of(p), p.image_dtype.itemsize, p.compute_dtype.itemsize
-    tensor_cores = {"half": 16, "tf32": 8}.get(product_of(p, tf32), 0)
+    product = product_of(p, tf32)
+    tensor_cores = {"half": 16, "tf32": 8}.get(product, 0)
+    terms = max(f.tf32_terms, 1)
     alignment = 1024 if f.wgmma else 128
     assert f.stages >= 2 and f.shared_bytes <= gpu.shared_bytes
     padded = ceil_div(v.P[2], 16) * 16 if f.loader in forward_plan.BY_BLOCKS else v.P[2]
     K = p.K // v.P[2] * padded
     assert (f.steps - 1) * f.step_k < K <= f.steps * f.step_k
     assert f.step_k % (tensor_cores or 1) == 0
-    assert not f.wgmma or (gpu.arch == 90 and tensor_cores == 16 and f.step_k % 16 == 0)
+    assert not f.wgmma or (gpu.arch == 90 and product != "fp64" and f.step_k % 16 == 0)
+    assert f.tf32_terms == ({"tf32": 1, "fp32": 2}.get(product, 0) if f.wgmma else 0)
     # A table, then stages of (patches, weight), over which the epilogue stages; wgmma: stages, staging, table, barriers
     assert divide(alignment, f.a_bytes, f.stage_bytes) and divide(128, f.table_bytes)
-    assert f.a_bytes + f.BN * f.b_pitch * value <= f.stage_bytes
+    assert f.a_bytes + terms * f.BN * f.b_pitch * value <= f.stage_bytes
     assert f.b_pitch >= f.step_k and divide(16, f.b_pitch * value)
     if f.wgmma:
         staging = 8 * 2 * 16 * 64 if f.loader in forward_plan.STORING else 8 * 16 * (64 + 4) * 4
@@ -151,7 +154,7 @@ def check_forward(p, gpu, tf32: bool, f, images: int = 0, weight: int = 0) -> No
     assert f.tiles == tiles_m * ceil_div(p.D, f.BN) < LARGE
     assert f.blocks == (min(f.tiles, gpu.multiprocessors) if f.wgmma else f.tiles)
     if f.pack:
-        assert f.weight_row >= K and divide(16, f.weight_row * value) and f.weight_chunk == 16
+        assert f.weight_row >= terms * K and divide(16 * terms, f.weight_row * value) and f.weight_chunk == 16
         assert f.scratch_bytes == p.D * f.weight_row * value
     else:
         assert f.weight_row == p.K == K and f.weight_chunk >= 4 and f.scratch_bytes == 0

@@ -3,6 +3,7 @@ copy engine stores the tokens as well (csrc/forward/epilogue_sm90.cuh): random p
 
 import random
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -78,6 +79,63 @@ def test_pixels_copied_by_threads(on_cuda_kernels, device, seed):
     assert ("a keep list" in why) == ("keep" in arguments) and (not why or "keep" in why or "no two stages" in why)
     for how, found in tokens.items():
         assert accuracy.error_of(found, exact) <= bound, how
+
+
+def single(arguments: dict, seed: int) -> dict:
+    """The same in float32, in all of its bits, but for 8-bit pixels."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def changed(value):
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+            return value
+        t = torch.empty_strided(value.shape, value.stride(), dtype=torch.float32)
+        return t.copy_(value.float() * (1 + torch.rand(value.shape, generator=generator) / 256))
+
+    return {name: changed(value) for name, value in arguments.items()} | {"out_dtype": None}
+
+
+def rounded(x: torch.Tensor) -> torch.Tensor:
+    """To 11 bits of float32's 24, as TF32 has them, ties away from zero."""
+    if x.dtype != torch.float32:
+        return x
+    return ((x.contiguous().view(torch.int32) + 2**12) & ~(2**13 - 1)).view(torch.float32)
+
+
+@pytest.mark.parametrize("tf32", [False, True], ids=["float32", "TF32"])
+@pytest.mark.parametrize("seed", range(60))
+def test_float32(on_cuda_kernels, device, monkeypatch, seed, tf32):
+    """By three products of TF32, held to what float32 products are, though tensor cores cut off what their sums can't
+    hold. And by one, where PyTorch is asked for TF32: that of operands rounded to it."""
+    on_cuda_kernels(90, multiprocessors=random.Random(seed).choice((1, 2, 5, 132)))
+    draw = (drawn_for_the_copy_engine, partial(drawn_for_the_copy_engine, in_groups=True), drawn_for_threads)[seed % 3]
+    arguments = on(device, single(with_positions(draw(seed), seed), seed))
+    p = vk.explain(**arguments).problem
+    if tf32 or "padded to" in forward_plan.candidates(p, NOMINAL[90], tf32)[1].get("copied", ""):
+        arguments |= {"mean": None, "std": None}
+    monkeypatch.setattr(cuda, "tf32", lambda: tf32)
+    bound, tokens, exact = tokens_of_all(arguments)
+    if tf32:
+        exact = oracle.oracle(**arguments | {name: rounded(arguments[name]) for name in ("images", "weight")})
+        bound += exact.abs().max().item() * p.K / 8 * 2**-23  # what is cut off a sum at each step
+    why = forward_plan.candidates(p, NOMINAL[90], tf32)[1].get("copied", "")
+    assert tokens or "no two stages fit" in why, why
+    for how, found in tokens.items():
+        assert accuracy.error_of(found, exact) <= bound, how
+
+
+def test_the_terms_of_float32(on_cuda_kernels, device):
+    """Integers of 24 bits, which TF32 holds none of: each product has to be there, and the terms be the right ones."""
+    on_cuda_kernels(90)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.zeros(2, 1, 16, 32)
+    weight = torch.zeros(8, 1, 16, 16)
+    images[:, 0, 3, ::16] = torch.randint(2**23, 2**24, (2, 2), generator=generator).float()
+    weight[:, 0, 3, 0] = torch.randint(2**23, 2**24, (8,), generator=generator).float()
+    call = on(device, {"images": images, "weight": weight})
+    _, tokens, exact = tokens_of_all(call)
+    assert len(tokens) == 4
+    for how, found in tokens.items():
+        assert ((found.double() - exact.double()) / exact.double()).abs().max() < 2**-21, how
 
 
 REFUSED = {

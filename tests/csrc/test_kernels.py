@@ -120,7 +120,7 @@ def test_maps(csrc, monkeypatch, image):
     rng, found = random.Random(image.itemsize), 0
     for _ in range(600):
         p = drawn_patches(rng, image)
-        for f in forward_plan.candidates(p, NOMINAL[90], False)[0]:
+        for f in forward_plan.candidates(p, NOMINAL[90], rng.random() < 0.5)[0]:
             if f.wgmma:
                 check_maps(csrc, of(monkeypatch, p), p, f)
                 found += f.loader in forward_plan.BY_ENGINE
@@ -133,6 +133,7 @@ def check_maps(csrc, d: dict, p, f) -> None:
     assert math.prod(weight["block"]) == f.BN * f.step_k
     assert weight["block"][0] * weight["block"][2] == f.step_k and weight["sizes"][1] == p.D
     assert -(-p.K // 16) * 16 <= weight["sizes"][0] * weight["sizes"][2] == f.weight_row
+    assert weight["block"][0] * weight["itemsize"] == weight["swizzle"] in (32, 128)
     maps = [weight]
     size, v = p.image_dtype.itemsize, layout_of(p)
     if f.loader in forward_plan.BY_ENGINE:
@@ -167,7 +168,7 @@ def check_maps(csrc, d: dict, p, f) -> None:
 
 
 def arguments(B, C, H, W, P, D, pixels=HALF, **more) -> dict:
-    return problems.arguments(B, C, H, W, P, D, pixels=pixels, weights=HALF, **({"T": 0, "pos": None} | more))
+    return problems.arguments(B, C, H, W, P, D, pixels=pixels, **({"T": 0, "pos": None, "weights": HALF} | more))
 
 
 @pytest.fixture(autouse=True)
@@ -232,6 +233,9 @@ CASES = {  # architecture, and what is computed there: on one multiprocessor, so
     "wgmma, kept": (90, lambda: wrong_tokens(COPIED, **arguments(33, 3, 64, 48, 16, 264, pos="N", kept=7))),
     "wgmma, padded": (90, lambda: wrong_tokens(COPIED, **arguments(33, 1, 64, 48, 16, 264, pos="N", padding=4))),
     "wgmma, rows": (90, lambda: wrong_tokens(f"{ROWS}, wgmma", **arguments(33, 1, 56, 112, 14, 264, U8))),
+    "wgmma, float32": (  # normalised, so that pixels have all 24 bits
+        90, lambda: wrong_tokens(STORED, **arguments(33, 1, 64, 48, 16, 264, F32, weights=F32, mean=0.3, std=0.7)),
+    ),
     "backward": (80, lambda: wrong_gradients(**arguments(3, 3, 32, 48, 16, 72))),
     "backward, bytes": (80, lambda: wrong_gradients(**arguments(40, 3, 32, 48, 16, 72, U8, mean=0.5, std=0.2))),
     "backward, wgmma": (90, lambda: wrong_gradients(**arguments(40, 3, 32, 48, 16, 72))),
@@ -250,6 +254,7 @@ def test_right_as_they_are(host_extension, monkeypatch, case, seed):
 
 
 FORWARD, SM90 = (f"forward/instances/forward_{arch}_f16.cu" for arch in ("sm80", "sm90"))
+SM90_F32 = "forward/instances/forward_sm90_f32.cu"
 BACKWARD, BACKWARD_90 = (f"backward/instances/backward_{arch}_f16.cu" for arch in ("sm80", "sm90"))
 
 
@@ -264,7 +269,7 @@ MUTATIONS = {  # object, header, what it says and what it is to say, and the cas
     "no barrier in a step": (FORWARD, "forward/sm80.cuh", "sync_block();  // the step's", "// the step's", "copy"),
     "a wait too short": (FORWARD, "forward/sm80.cuh", "default: copy_wait<2>();", "default: copy_wait<3>();", "copy"),
     "a stage overwritten": (
-        SM90, "forward/producers_sm90.cuh", f"{EMPTY}{12 * ' '}if (leader) {{", f"{STAGE}{12 * ' '}if (leader) {{",
+        SM90, "forward/producers_sm90.cuh", f"{EMPTY}{12 * ' '}if (leader)", f"{STAGE}{12 * ' '}if (leader)",
         "wgmma",
     ),
     "a descriptor": (SM90, "common/ptx.cuh", ">> 4) | uint64_t{1} << 16", ">> 5) | uint64_t{1} << 16", "wgmma"),
@@ -317,6 +322,13 @@ MUTATIONS = {  # object, header, what it says and what it is to say, and the cas
         "forward/forward.cu", "forward/forward.cu", "x < a.layout.P_w && k < a.layout.K", "k < a.layout.K",
         "wgmma, u8 groups",
     ),
+    "the rest of a pixel": (SM90_F32, "forward/sm90.cuh", "to_tf32(x - from_bits(whole[i]))", "0", "wgmma, float32"),
+    "the rest of a weight": (SM90_F32, "forward/sm90.cuh", "weight(i + odd, 1)", "weight(i + odd)", "wgmma, float32"),
+    "where that lies": (
+        SM90_F32, "forward/producers_sm90.cuh", "static_cast<int>(h.a.weight_row) / K::TERMS * term", "0",
+        "wgmma, float32",
+    ),
+    "how it is packed": ("forward/forward.cu", "forward/forward.cu", "value - whole", "value", "wgmma, float32"),
     "no barrier in a step of dW": (
         BACKWARD, "backward/weight_sm80.cuh", "convert(step);\n            sync_block();", "convert(step);", "backward",
     ),

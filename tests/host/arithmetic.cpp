@@ -25,7 +25,7 @@ static py::dict dict_of(const TensorBlock& t, const void* base) {
 
 // As launch_sm90 chooses
 static py::dict image_map_of(const Problem& p, const ForwardPlan& f, const Tensor& images, int place) {
-    bool direct = p.image == p.compute && !p.normalised;
+    bool direct = p.image == p.compute && p.compute != Dtype::f32 && !p.normalised;
     int box = direct                  ? PatchesOf<half, true, false>::BOX
               : p.image == Dtype::u8  ? PatchesOf<uint8_t, false, false>::BOX
               : p.image == Dtype::f32 ? PatchesOf<float, false, false>::BOX

@@ -1,6 +1,7 @@
 #include "host/emulator.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <deque>
@@ -522,6 +523,16 @@ bool land_what_is_waited_for() {
 
 // Matrices
 
+int depth_of(Dtype type) { return type == Dtype::f32 ? 8 : 16; }  // of k in one step of the tensor cores, 32 bytes
+
+// As tensor cores round their sums, towards zero (Fasi et al. 2021, "Numerical behavior of NVIDIA tensor cores")
+float cut_off(double exact) {
+    float near = static_cast<float>(exact);
+    return std::fabs(near) > std::fabs(exact) ? std::nextafter(near, 0.0f) : near;
+}
+
+float tf32_of(uint32_t bits) { return float_of(bits & ~0x1fffu); }  // the tensor core doesn't look at the other bits
+
 void multiply_warp(Warp& w, Dtype type) {
     struct Request {
         float* c;
@@ -529,7 +540,7 @@ void multiply_warp(Warp& w, Dtype type) {
         uint32_t b[2];
     };
     bool tf32 = type == Dtype::f32;
-    int depth = tf32 ? 8 : 16;
+    int depth = depth_of(type);
     float a[16][16], b[16][8];
     auto number = [&](uint32_t bits) {
         return type == Dtype::f16 ? half_to_float(static_cast<uint16_t>(bits))
@@ -541,7 +552,7 @@ void multiply_warp(Warp& w, Dtype type) {
         for (int i = 0; i < 4; ++i) {
             int row = g + i % 2 * 8;
             if (tf32) {
-                a[row][t + i / 2 * 4] = float_of(r.a[i] & ~0x1fffu);  // the tensor core doesn't look at the other bits
+                a[row][t + i / 2 * 4] = tf32_of(r.a[i]);
             } else {
                 a[row][2 * t + i / 2 * 8] = number(r.a[i]);
                 a[row][2 * t + i / 2 * 8 + 1] = number(r.a[i] >> 16);
@@ -549,7 +560,7 @@ void multiply_warp(Warp& w, Dtype type) {
         }
         for (int i = 0; i < 2; ++i) {
             if (tf32) {
-                b[t + i * 4][g] = float_of(r.b[i] & ~0x1fffu);
+                b[t + i * 4][g] = tf32_of(r.b[i]);
             } else {
                 b[2 * t + i * 8][g] = number(r.b[i]);
                 b[2 * t + i * 8 + 1][g] = number(r.b[i] >> 16);
@@ -566,7 +577,7 @@ void multiply_warp(Warp& w, Dtype type) {
     }
 }
 
-// 16 elements along k of `rows` rows from `first`, as numbers, k outermost: out[k·rows + row].
+// 32 bytes along k of `rows` rows from `first`, as numbers, k outermost: out[k·rows + row].
 void read_operand(uint64_t descriptor, Dtype type, bool across, int first, int rows, float* out, const char* which) {
     auto refuse = [&](const std::string& why) {
         fail(std::string("warpgroup_multiply_add: operand ") + which + ": " + why);
@@ -585,6 +596,7 @@ void read_operand(uint64_t descriptor, Dtype type, bool across, int first, int r
         std::memcpy(bits, engine_view + offset, 16);
     };
     auto number = [&](uint16_t bits) { return type == Dtype::f16 ? half_to_float(bits) : bfloat16_to_float(bits); };
+    if (across && type == Dtype::f32) refuse("TF32 with its rows innermost, which wgmma does not take");
     if (across) {
         // Lines of span / 2 rows, eight lines along k a pattern of the swizzle: start and both offsets are multiples.
         uint32_t next_rows = static_cast<uint32_t>(descriptor >> 16 & 0x3fff) << 4, pattern = 8 * span;
@@ -602,15 +614,21 @@ void read_operand(uint64_t descriptor, Dtype type, bool across, int first, int r
     }
     // Eight rows are where the swizzle's pattern starts over, and the address inside of them is that of k.
     if (start % (8 * span) + 32 > static_cast<uint32_t>(span))
-        refuse("16 elements at address " + std::to_string(start) + " are not within the first of 8 rows of " +
+        refuse("32 bytes at address " + std::to_string(start) + " are not within the first of 8 rows of " +
                std::to_string(span) + " bytes");
     for (int row = first; row < first + rows; ++row) {
         for (int piece = 0; piece < 2; ++piece) {
             uint32_t address = start + row / 8 * next8 + static_cast<uint32_t>(row % 8 * span + piece * 16);
             uint16_t bits[8];
             piece_at(address, "row", row, bits);
-            float* to = out + piece * 8 * rows + (row - first);
-            for (int k = 0; k < 8; ++k) to[k * rows] = number(bits[k]);
+            if (type == Dtype::f32) {
+                float* to = out + piece * 4 * rows + (row - first);
+                for (int k = 0; k < 4; ++k)
+                    to[k * rows] = tf32_of(bits[2 * k] | static_cast<uint32_t>(bits[2 * k + 1]) << 16);
+            } else {
+                float* to = out + piece * 8 * rows + (row - first);
+                for (int k = 0; k < 8; ++k) to[k * rows] = number(bits[k]);
+            }
         }
     }
 }
@@ -634,16 +652,29 @@ void multiply_warpgroup(int first_warp, size_t index) {  // the warps' mma `inde
             read_operand(mma.a_descriptor, mma.type, mma.across, 16 * i, 16, a, "A");
         } else {
             for (int lane = 0; lane < 32; ++lane)
-                for (int r = 0; r < 4; ++r)
+                for (int r = 0; r < 4; ++r) {
+                    if (mma.type == Dtype::f32) {
+                        a[(lane % 4 + r / 2 * 4) * 16 + lane / 4 + r % 2 * 8] = tf32_of(mma.a[lane][r]);
+                        continue;
+                    }
                     for (int high = 0; high < 2; ++high) {
                         uint16_t bits = static_cast<uint16_t>(mma.a[lane][r] >> 16 * high);
                         a[(lane % 4 * 2 + r / 2 * 8 + high) * 16 + lane / 4 + r % 2 * 8] =
                             mma.type == Dtype::f16 ? half_to_float(bits) : bfloat16_to_float(bits);
                     }
+                }
         }
         int columns = mma.columns;
         for (int row = 0; row < 16; ++row) {
             float* __restrict__ sums = &mma.sums->values[static_cast<size_t>(row * columns)];
+            if (one.type == Dtype::f32) {
+                for (int n = 0; n < columns; ++n) {
+                    double exact = sums[n];
+                    for (int k = 0; k < 8; ++k) exact += double{a[k * 16 + row]} * double{b[k * columns + n]};
+                    sums[n] = cut_off(exact);
+                }
+                continue;
+            }
             for (int k = 0; k < 16; ++k) {
                 float x = a[k * 16 + row];
                 const float* y = b + k * columns;

@@ -112,6 +112,16 @@ inline uint32_t pack(float low, float high, half) {
 inline uint32_t pack(float low, float high, bfloat16) {
     return host::bfloat16_from_float(low) | static_cast<uint32_t>(host::bfloat16_from_float(high)) << 16;
 }
+inline uint32_t bits_of(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    return bits;
+}
+inline float from_bits(uint32_t bits) {
+    float x;
+    std::memcpy(&x, &bits, 4);
+    return x;
+}
 inline uint32_t to_tf32(float x) {
     uint32_t bits = host::bits_of(x);
     if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fffffff;
@@ -205,12 +215,13 @@ inline void warpgroup_wait() {
 
 template <bool ACROSS = false, int COUNT, class T>
 inline void warpgroup_multiply_add(float (&c)[COUNT], const uint32_t (&a)[4], uint64_t b, T) {
-    static_assert(COUNT == 32 || COUNT == 64 || COUNT == 128, "warpgroup_mma.inc has N = 64, 128 and 256");
+    static_assert(COUNT == 32 || COUNT == 64 || COUNT == 128, "wgmma.inc has N = 64, 128 and 256");
     host::warpgroup_multiply_add(c, 2 * COUNT, a, 0, b, host::dtype_of<T>, ACROSS);
 }
 template <bool ACROSS = false, int COUNT, class T>
 inline void warpgroup_multiply_add(float (&c)[COUNT], uint64_t a, uint64_t b, T) {
-    static_assert(COUNT == 32 || COUNT == 64 || COUNT == 128, "warpgroup_mma.inc has N = 64, 128 and 256");
+    static_assert(sizeof(T) == 2, "wgmma.inc has TF32 with its left operand in registers alone");
+    static_assert(COUNT == 32 || COUNT == 64 || COUNT == 128, "wgmma.inc has N = 64, 128 and 256");
     host::warpgroup_multiply_add(c, 2 * COUNT, nullptr, a, b, host::dtype_of<T>, ACROSS);
 }
 

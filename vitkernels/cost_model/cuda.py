@@ -41,7 +41,7 @@ def forward(p: PatchProblem, plan: Plan) -> Algorithm:
         pixels = _image_rows(p, plan)
     else:
         pixels = gathered(p, tiles_m * plan.BM) * pixel
-    span = (64 if plan.step_k % 64 == 0 else 16) * size if plan.wgmma else plan.weight_chunk
+    span = (128 if plan.step_k * size % 128 == 0 else 32) if plan.wgmma else plan.weight_chunk
     prefixed = p.B * p.T * p.D * w
     if plan.loader in STORING:  # a tile's positions once
         biases = positions = tiles_m * plan.block[1] * plan.block[2]
@@ -58,9 +58,13 @@ def forward(p: PatchProblem, plan: Plan) -> Algorithm:
     packing = [Pass("weight packed", sizes.weight, plan.scratch_bytes)] * plan.pack
     weight = p.D * plan.weight_row * size
     read = sizes.images + weight + sizes.bias + sizes.position + sizes.prefix + sizes.keep
-    main = Pass("patch embedding", read, sizes.tokens, p.flops, 1, {name: n for name, n in requests.items() if n})
+    main = Pass(
+        "patch embedding", read, sizes.tokens, p.flops * (3 if plan.tf32_terms == 2 else 1), 1,
+        {name: n for name, n in requests.items() if n}, product="tf32" if plan.tf32_terms else "",
+    )  # fmt: skip
     unit = "wgmma" if plan.wgmma else "multiply-adds" if plan.BM == PLAIN_TILES[0].BM else "mma"
     note = f"{unit} in tiles of {plan.BM}×{plan.BN}, {plan.tiles} by {plan.blocks} blocks"
+    note += ", three products of TF32" * (plan.tf32_terms == 2)
     return Algorithm((*packing, main), 0, note + ", the weight packed first" * plan.pack)
 
 

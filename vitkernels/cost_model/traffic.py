@@ -33,6 +33,7 @@ class Pass(NamedTuple):
     launches: int = 1
     requested: dict[str, int] | None = None  # tensor -> bytes that programs load or store
     inside: str = ""  # the operator that does it on a GPU, unseen by a count of operators
+    product: str = ""  # the arithmetic units that do it, where they are others than the problem's
 
     @property
     def bytes(self) -> int:
@@ -75,7 +76,7 @@ class Algorithm:
 
     def ms(self, sheet: DataSheet, product: str) -> float:
         """The least time: of each pass the longer of its memory and its arithmetic, one after the other."""
-        return 1e3 * sum(max(p.bytes / sheet.bytes, p.flops / sheet.flops(product)) for p in self.passes)
+        return 1e3 * sum(max(p.bytes / sheet.bytes, p.flops / sheet.flops(p.product or product)) for p in self.passes)
 
     def __add__(self, other: Algorithm) -> Algorithm:
         note = "; ".join(dict.fromkeys(filter(None, (self.note, other.note))))

@@ -25,7 +25,7 @@ from ..patch_layout import (
     scaling,
 )  # fmt: skip
 from ..split_k import TABLE_BYTES
-from .forward_plan import no_copied, no_half
+from .forward_plan import no_copied, no_operands
 
 
 class Tile(NamedTuple):
@@ -202,9 +202,10 @@ def no_wgmma(p: PatchProblem, gpu: Gpu, images_at: int, grad: Grad) -> str:
         return "the GPU is no sm_90"
     b, row, channel = grad.strides
     layout = layout_of(p)
-    half, engine, (copied, _) = no_half(p), not_by_engine(p, images_at), no_copied(p, layout, images_at)
+    engine, (copied, _) = not_by_engine(p, images_at), no_copied(p, layout, "half", images_at)
     reasons = (
-        (half != "", half),
+        (product_of(p, False) != "half", "the product is not of 16 bits"),
+        (no_operands(p, "half") != "", no_operands(p, "half")),
         (engine != "" and copied != "", f"{engine}; {copied}"),
         (layout.P[2] % 2 != 0, f"patch rows of {layout.P[2]} elements, an odd number"),
         (p.P[1] < WGMMA_ROWS, f"patches of {p.P[1]} rows, of {WGMMA_ROWS} at least they must be"),
@@ -224,7 +225,7 @@ def weight_plan(p: PatchProblem, gpu: Gpu, tf32: bool, images_at: int, grad: Gra
     offers = [(tile, -(-p.K // tile.BN), -(-p.B * p.rows // tile.BK), 4) for tile in WEIGHT_TILES[product]]
     if not no_wgmma(p, gpu, images_at, grad):
         if not_by_engine(p, images_at):
-            group, copied = 1, no_copied(p, layout, images_at)[1]
+            group, copied = 1, no_copied(p, layout, "half", images_at)[1]
         block = blocks_of(p, WGMMA_TILES[0].BK, group=group)
         tiles_k = layout.C * p.P[0] * -(-layout.P[2] // WGMMA_PIXELS) * -(-p.P[1] // WGMMA_ROWS)
         by_wgmma = (COPIED_TILES[copied],) if copied else WGMMA_TILES

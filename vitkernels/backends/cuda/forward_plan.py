@@ -37,6 +37,11 @@ class Tile(NamedTuple):
     rate: float  # of the largest tile's; on an H200 (_rate) the smaller tile of wgmma had 0.62 to 0.86 of it
 
 
+# Of the rate at which tensor cores multiply 16 bits, as H100's data sheet has it; float32 takes three products of TF32,
+# or multiply-adds, which took it 41 times as long as the product of 16 bits by wgmma (results.json, as _rate has them).
+PRODUCTS = {("half", True): 1.0, ("half", False): 1.0, ("tf32", True): 0.5, ("tf32", False): 0.5, ("fp32", True): 0.16,
+            ("fp32", False): 0.12}  # fmt: skip
+
 # As csrc instantiates them, large to small: mma.sync, multiply-adds (sm80.cuh), wgmma (sm90.cuh)
 MMA_TILES = (Tile(128, 128, 256, 1.0), Tile(32, 64, 128, 0.55))
 PLAIN_TILES = (Tile(64, 64, 128, 1.0),)
@@ -85,6 +90,7 @@ class Plan(NamedTuple):
     pack: bool  # the weight is first brought into the patches' order, the operands' type and `weight_row`
     weight_row: int
     weight_chunk: int
+    tf32_terms: int  # of an element of the weight where wgmma multiplies TF32; 2: three products, which are float32's
     tiles_n: int
     tiles: int
     blocks: int
@@ -132,23 +138,23 @@ def no_rows(p: PatchProblem, layout: PatchLayout, product: str, images_at: int) 
     return next((text for wrong, text in reasons if wrong), ""), chunk
 
 
-def no_half(p: PatchProblem) -> str:
-    """Why wgmma, as it is used here, can't multiply: of 16 bits are its operands, which pixels are, or become."""
-    if product_of(p, False) != "half":
-        return "the product is not of 16 bits"
+def no_operands(p: PatchProblem, product: str) -> str:
+    """Why wgmma's operands can't be made of pixels."""
+    if product == "fp64":
+        return "the product is of 64 bits"
     return "pixels are of another float type than the product" * _other_float(p)
 
 
-def no_patches(p: PatchProblem, layout: PatchLayout, images_at: int) -> str:
+def no_patches(p: PatchProblem, layout: PatchLayout, product: str, images_at: int) -> str:
     """Why the copy engine can't cut the image into patches for wgmma."""
-    reasons = (no_half(p), *no_copy_engine(p, layout, images_at, group_of(p, layout)), no_padded_rows(p, layout))
-    return next(filter(None, reasons), "")
+    engine = no_copy_engine(p, layout, images_at, group_of(p, layout))
+    return next(filter(None, (no_operands(p, product), *engine, no_padded_rows(p, layout))), "")
 
 
-def no_copied(p: PatchProblem, layout: PatchLayout, images_at: int) -> tuple[str, int]:
+def no_copied(p: PatchProblem, layout: PatchLayout, product: str, images_at: int) -> tuple[str, int]:
     """Why threads can't copy patches for wgmma; and how many bytes at a time they do, 16 or 4."""
-    why, chunk = no_copy(p, layout, "half", images_at)
-    return no_half(p) or why, 16 if chunk == 16 else 4
+    why, chunk = no_copy(p, layout, product, images_at)
+    return no_operands(p, product) or why, 16 if chunk == 16 else 4
 
 
 def no_padded_rows(p: PatchProblem, layout: PatchLayout) -> str:
@@ -179,20 +185,20 @@ def no_stores(p: PatchProblem) -> str:
 
 
 def _weight(
-    p: PatchProblem, layout: PatchLayout, weight_at: int, wgmma: bool, step_k: int, K: int
+    p: PatchProblem, layout: PatchLayout, weight_at: int, wgmma: bool, step_k: int, K: int, terms: int
 ) -> tuple[bool, int, int]:
     """Whether it is packed first, the elements of its rows, and the bytes of one copy. It is read where it lies if its
     rows are in the patches' order, of the operands' type, and can be copied 4 bytes at a time, and if patches are not
-    padded, to K elements."""
+    padded, to K elements. What wgmma multiplies as TF32 is rounded to it."""
     size = p.compute_dtype.itemsize
     row = p.weight_strides[0] if p.D > 1 else p.K
     chunk = gcd(row * size, p.K * size, weight_at, 16)
     narrow = chunk < 4 or (chunk < 16 and (wgmma or p.B * p.rows >= PACK_ROWS))
-    block = (64 if step_k % 64 == 0 else 16) if wgmma else 1  # of one box of the copy engine
-    in_order = weight_in_order(p, layout.channels_last) and row >= p.K and p.K == K
+    block = (128 if step_k * size % 128 == 0 else 32) // size if wgmma else 1  # of one box of the copy engine
+    in_order = weight_in_order(p, layout.channels_last) and row >= p.K and p.K == K and not terms
     if in_order and not narrow and K % block == 0 and row % block == 0:
         return False, row, chunk
-    return True, _round_up(K, max(block, 16 // size)), 16
+    return True, max(terms, 1) * _round_up(K, max(block, 16 // size)), 16
 
 
 def _round_up(n: int, multiple: int) -> int:
@@ -228,7 +234,7 @@ def _stage(p: PatchProblem, layout: PatchLayout, product: str, loader: str, tile
         return Stage(step_k, rows * slot, _round_up(segments * 16, 128), rows, slot, segment, segments)
     if loader in BY_BLOCKS:
         P_w = padded_row(layout)
-        rows = max(1, 64 // P_w)
+        rows = max(1, 128 // value // P_w)
         if loader in BY_ENGINE and group_of(p, layout) == 1:  # one copy brings them all, of one channel
             rows = next(n for n in range(rows, 0, -1) if p.P[1] % n == 0)
         _, lines, columns = _block(p, loader, tile)
@@ -257,11 +263,12 @@ def _plan(
     block, group, K = (0, 0, 0), 0, p.K
     if loader in BY_BLOCKS:
         block, group, K = _block(p, loader, tile), _group(p, loader), p.K // layout.P[2] * padded_row(layout)
-    pack, row, weight_chunk = _weight(p, layout, weight_at, wgmma, s.step_k, K)
+    terms = {"tf32": 1, "fp32": 2}.get(product, 0) if wgmma else 0
+    pack, row, weight_chunk = _weight(p, layout, weight_at, wgmma, s.step_k, K, terms)
     steps, align = -(-K // s.step_k), 1024 if wgmma else 128
     b_pitch = s.step_k if wgmma else s.step_k + 16 // value
     a_bytes = _round_up(s.a_bytes, align)
-    stage = a_bytes + _round_up(tile.BN * b_pitch * value, align)
+    stage = a_bytes + _round_up(max(terms, 1) * tile.BN * b_pitch * value, align)
     # The epilogue's staging: sums of 16 rows of each warp on their way to tokens. With wgmma it has a place of its own,
     # as the next tile is copied meanwhile, and less padding, which leaves room for 4 stages. What the copy engine
     # stores are tokens, twice 64 bytes of a row.
@@ -279,6 +286,7 @@ def _plan(
     tiles_n = -(-p.D // tile.BN)
     tiles = tiles_n * (blocks_in(p, block) if loader in BY_BLOCKS else -(-p.B * p.rows // tile.BM))
     unit = "wgmma" if wgmma else "mma.sync" if product_step(product) else "multiply-adds"
+    unit += " (three products of TF32)" if terms == 2 else ""
     at_a_time = "" if loader in ("gather", *BY_ENGINE) else f" ({chunk} bytes at a time)"
     how = f"{LOADERS[loader]}{at_a_time}, {unit} in tiles of {tile.BM}×{tile.BN}"
     # In the time that one multiprocessor takes for a multiply-add of wgmma's largest tile. A tile begins and ends with
@@ -291,7 +299,7 @@ def _plan(
     return Plan(
         loader, wgmma, tile.BM, tile.BN, tile.threads, s.step_k, steps, stages, chunk, s.rows, s.slot_bytes,
         s.segment_bytes, s.segments, block, group, a_bytes, b_pitch, stage, s.table_bytes, shared_bytes, pack,
-        row, weight_chunk, tiles_n, tiles, min(tiles, gpu.multiprocessors) if wgmma else tiles,
+        row, weight_chunk, terms, tiles_n, tiles, min(tiles, gpu.multiprocessors) if wgmma else tiles,
         p.D * row * value * pack, cost, how + ", the weight packed first" * pack,
     )  # fmt: skip
 
@@ -300,14 +308,16 @@ def _rate(p: PatchProblem, product: str, loader: str, wgmma: bool, chunk: int) -
     """Of the rate at which wgmma multiplies operands that the copy engine brings: from the times of every kernel on an
     H200 (the notes of benchmarks/results/nvidia-h200/results.json, ViT-B/16 and ViT-L/14 at B = 256). 0.4 is without
     the share of the epilogue that there was; 0.08 is a guess, and so are those of copied patches."""
+    of_product = PRODUCTS.get((product, wgmma), PRODUCTS["fp32", False])
     if loader in BY_BLOCKS:
-        rate = 1.0 if p.image_dtype == p.compute_dtype and not scaling(p, product)[0] else 0.4
+        direct = p.image_dtype == p.compute_dtype and not scaling(p, product)[0]
+        rate = of_product * (1.0 if direct else 0.4)
         return rate if loader in BY_ENGINE else rate * (0.8 if chunk == 16 else 0.5)
     if loader == "copy":
-        return 0.2 if chunk == 16 else 0.13
+        return of_product * (0.2 if chunk == 16 else 0.13)
     if loader == "rows":
-        return 0.2 if wgmma else 0.11 if chunk == 16 else 0.08
-    return 0.043  # gather
+        return of_product * (0.2 if wgmma else 0.11 if chunk == 16 else 0.08)
+    return of_product * 0.043  # gather
 
 
 def candidates(
@@ -316,19 +326,22 @@ def candidates(
     """Every loader with every tile that can take the problem, and why the other loaders can't. Tensors begin at these
     addresses, modulo 16."""
     product, layout = product_of(p, tf32), layout_of(p)
-    wgmma = gpu.arch == 90 and product == "half"
+    wgmma = gpu.arch == 90 and p.rows > 0  # its blocks are those of tiles, and there are none
     copy, copy_chunk = no_copy(p, layout, product, images_at)
     rows, row_chunk = no_rows(p, layout, product, images_at)
-    patches = no_patches(p, layout, images_at) if wgmma else "wgmma in 16 bits is sm_90's"
-    copied, copied_chunk = no_copied(p, layout, images_at) if wgmma else (patches, 0)
+    patches = no_patches(p, layout, product, images_at) if wgmma else "wgmma is for sm_90, and patches"
+    copied, copied_chunk = no_copied(p, layout, product, images_at) if wgmma else (patches, 0)
     copied, stores = copied or no_padded_rows(p, layout), no_stores(p)
-    # By wgmma from 8 bits alone: other pixels that begin at even ones are copied.
-    rows_tiles = WGMMA_TILES if wgmma and row_chunk >= 4 and p.image_dtype == torch.uint8 else ()
+    # By wgmma from 8 bits to 16 alone: other pixels that begin at even ones are copied.
+    bytes_to_half = product == "half" and p.image_dtype == torch.uint8
+    narrow = WGMMA_TILES[1:]
+    wide = narrow if product == "fp32" else WGMMA_TILES[:1]  # whose sums take twice the registers
+    rows_tiles = WGMMA_TILES if wgmma and row_chunk >= 4 and bytes_to_half else ()
     offers: list[tuple[str, bool, tuple[Tile, ...], int, str]] = [
-        ("engine", True, WGMMA_TILES, 16, patches or stores),
-        ("patches", True, WGMMA_TILES[1:], 16, patches),  # with the other tile its epilogue took three times as long
-        ("stored", True, WGMMA_TILES[:1], copied_chunk, copied or stores),
-        ("copied", True, WGMMA_TILES[1:], copied_chunk, copied),
+        ("engine", True, tuple(dict.fromkeys(wide + narrow)), 16, patches or stores),
+        ("patches", True, narrow, 16, patches),  # with the other tile its epilogue took three times as long
+        ("stored", True, wide, copied_chunk, copied or stores),
+        ("copied", True, narrow, copied_chunk, copied),
         ("rows", True, rows_tiles, row_chunk, rows),
         ("copy", False, MMA_TILES if product_step(product) else PLAIN_TILES, copy_chunk, copy),
         ("rows", False, MMA_TILES, row_chunk, rows),
