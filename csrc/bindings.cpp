@@ -109,11 +109,20 @@ static backward::ImagesPlan images_plan_of(const py::dict& from) {
     return to;
 }
 
+static backward::WgmmaImagesPlan wgmma_images_plan_of(const py::dict& from) {
+    backward::WgmmaImagesPlan to{};
+    VK_READ(BN), VK_READ(block), VK_READ(group), VK_READ(stages), VK_READ(shared_bytes), VK_READ(tiles_k);
+    VK_READ(tiles), VK_READ(blocks), VK_READ(weight_row);
+    return to;
+}
+
 static backward::BackwardPlan backward_plan_of(const py::dict& from) {
     backward::BackwardPlan to{};
     if ((to.has_weight = !from["weight"].is_none())) to.weight = weight_plan_of(from["weight"]);
     if ((to.has_sums = !from["sums"].is_none())) to.sums = sums_plan_of(from["sums"]);
     if ((to.has_images = !from["images"].is_none())) to.images = images_plan_of(from["images"]);
+    if ((to.has_wgmma_images = !from["wgmma_images"].is_none()))
+        to.wgmma_images = wgmma_images_plan_of(from["wgmma_images"]);
     VK_READ(indexed), VK_READ(weight_parts), VK_READ(table_parts), VK_READ(bias_parts), VK_READ(packed);
     VK_READ(heads), VK_READ(nexts);
     return to;

@@ -4,11 +4,13 @@
 #include "backward/backward.h"
 
 #include "backward/images.cuh"
+#include "backward/images_sm90.h"
 #include "backward/reduce.cuh"
 #include "backward/weight_sm80.cuh"
 #include "common/errors.h"
 #include "backward/weight_sm90.h"
 #include "common/launch.h"
+#include "forward/forward.h"
 
 namespace vk {
 
@@ -128,6 +130,14 @@ struct Call {  // one call
                    "the weight in the image's order");
     }
 
+    void wgmma_images() const {
+        PatchLayout layout = layout_of(p, t.d_images.strides);
+        void* packed = scratch<void>(plan.packed);
+        pack_weight(layout, padded(layout).P_w, t.weight, p.D, packed, p.compute, plan.wgmma_images.weight_row, 0, stream);
+        auto launch_it = p.compute == Dtype::f16 ? images_sm90_f16 : images_sm90_bf16;
+        launch_it({p, plan.wgmma_images, t.grad, packed, static_cast<const float*>(centred()), t.d_images, stream});
+    }
+
     void images() const {
         ImagesArguments a{};
         a.layout = layout_of(p, t.d_images.strides);
@@ -152,6 +162,7 @@ static void launch_all(backward::Call run, const backward::BackwardPlan& plan) {
     if (plan.has_weight || plan.has_sums) run.finish();
     if (plan.has_images && plan.images.packed > 0) run.pack();
     if (plan.has_images) run.images();
+    if (plan.has_wgmma_images) run.wgmma_images();
 }
 
 void run_backward(const Problem& p, const backward::BackwardPlan& plan, const BackwardTensors& t, Stream stream) {

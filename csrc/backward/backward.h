@@ -1,6 +1,6 @@
-// The backward, as bindings.cpp runs it. Kernels: weight_sm80.cuh (dW = dYᵀ·patches, without a matrix of
-// patches; weight_sm90.cuh on sm_90a), images.cuh (dX = dY·W, every pixel written once), reduce.cuh
-// (the sums of dY over images).
+// The backward, as bindings.cpp runs it. Kernels: weight_sm80.cuh (dW = dYᵀ·patches, without a matrix of patches;
+// weight_sm90.cuh on sm_90a), images.cuh (dX = dY·W, every pixel written once; images_sm90.cuh on sm_90a), reduce.cuh (the
+// sums of dY over images).
 // No atomics: sums that are split leave their parts in scratch memory, and finish_kernel adds them in order.
 #pragma once
 

@@ -101,11 +101,17 @@ struct ImagesPlan {
     LoadedBy grad;
 };
 
+struct WgmmaImagesPlan {
+    int BN, block[3], group, stages, shared_bytes;
+    int64_t tiles_k, tiles, blocks, weight_row;
+};
+
 struct BackwardPlan {
-    bool indexed, has_weight, has_sums, has_images;
+    bool indexed, has_weight, has_sums, has_images, has_wgmma_images;
     WeightPlan weight;
     SumsPlan sums;
     ImagesPlan images;
+    WgmmaImagesPlan wgmma_images;
     int64_t weight_parts, table_parts, bias_parts, packed, heads, nexts;  // where they begin in scratch
 };
 

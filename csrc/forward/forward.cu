@@ -75,13 +75,18 @@ const char* device_type() {
 #endif
 }
 
+void pack_weight(const PatchLayout& layout, int row, const Tensor& weight, int64_t D, void* packed, Dtype to,
+                 int64_t columns, int tf32_terms, Stream stream) {
+    PackArguments a{layout, Divisor(row), weight, packed, to, columns, D * columns, tf32_terms};
+    launch(pack_kernel, ceil_div(a.size, 256), 256, 0, stream, a, "packing the weight");
+}
+
 static void launch_all(const Problem& p, const ForwardPlan& f, const ForwardTensors& t, Stream stream) {
     ForwardLaunch l{p, f, arguments_of(p, f, t), p.B * p.T * ceil_div(p.D, 8), stream};
     if (f.pack && f.tiles) {
-        PatchLayout layout = l.arguments.layout;
-        Divisor by_row = f.loader >= LoaderKind::copied ? padded(layout).by_P_w : layout.by_P_w;
-        PackArguments pack{layout, by_row, t.weight, t.scratch, p.compute, f.weight_row, p.D * f.weight_row, f.tf32_terms};
-        launch(pack_kernel, ceil_div(pack.size, 256), 256, 0, stream, pack, "packing the weight");
+        const PatchLayout& layout = l.arguments.layout;
+        int row = f.loader >= LoaderKind::copied ? padded(layout).P_w : layout.P_w;
+        pack_weight(layout, row, t.weight, p.D, t.scratch, p.compute, f.weight_row, f.tf32_terms, stream);
     }
     switch (p.compute) {
         case Dtype::f16: return f.wgmma ? forward_sm90_f16(l) : forward_sm80_f16(l);

@@ -38,6 +38,10 @@ struct ForwardTensors {       // data is null where a tensor is absent
 // reports an error. The tokens must not be empty.
 void run_forward(const Problem& p, const ForwardPlan& f, const ForwardTensors& t, Stream stream);
 
+// packed[d, columns] of the weight as forward.cu says, `row` elements of a row of pixels each
+void pack_weight(const PatchLayout& layout, int row, const Tensor& weight, int64_t D, void* packed, Dtype to,
+                 int64_t columns, int tf32_terms, Stream stream);
+
 // Where these kernels run, as PyTorch names devices: "cuda", or "cpu" where tests emulate them.
 const char* device_type();
 

@@ -260,8 +260,11 @@ def check_backward(p, gpu, b) -> None:
         "weight_parts": total * weight.splits * p.D * p.K, "table_parts": total * sums.splits * sums.table_rows * p.D,
         "bias_parts": total * sums.splits * sums.blocks * p.D,
     }  # fmt: skip
+    assert not (b.images and b.wgmma_images)
     if b.images:
         sizes["packed"] = b.images.packed * p.compute_dtype.itemsize
+    if b.wgmma_images:
+        sizes["packed"] = b.wgmma_images.weight_row * p.D * p.compute_dtype.itemsize
     if p.n_keep is not None:
         sizes |= {"heads": 4 * p.B * p.N, "nexts": 4 * p.B * p.rows}
     at = 0
@@ -271,6 +274,22 @@ def check_backward(p, gpu, b) -> None:
     assert at <= b.scratch_bytes
     if b.images:
         check_classes(p, gpu, b.images)
+    if b.wgmma_images:
+        check_wgmma_images(p, gpu, b.wgmma_images)
+
+
+def check_wgmma_images(p, gpu, f) -> None:
+    """Tiles have every patch and element once; stages, staging and barriers fit."""
+    v, size = layout_of(p), p.image_dtype.itemsize
+    row = ceil_div(v.P[2], 16) * 16
+    assert gpu.arch == 90 and p.n_keep is None and p.S == p.P and p.G[1] * p.P[1] == p.H and p.G[2] * p.P[2] == p.W
+    assert math.prod(f.block) == 128 and f.block[2] % f.group == 0 == p.G[2] % f.group
+    assert divide(16, f.group * v.S[2] * size, 128 // f.group)
+    assert f.weight_row == p.K // v.P[2] * row and f.tiles_k == ceil_div(f.weight_row, f.BN)
+    grid = p.B, p.G[1], p.G[2]
+    assert f.tiles == f.tiles_k * math.prod(ceil_div(n, m) for n, m in zip(grid, f.block, strict=True)) < LARGE
+    stage = 128 * 128 + f.BN * 128
+    assert f.stages >= 3 and f.stages * (stage + 16) + 8 * 2 * 16 * 16 * size <= f.shared_bytes <= gpu.shared_bytes
 
 
 def check_classes(p, gpu, images) -> None:

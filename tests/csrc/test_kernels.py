@@ -4,6 +4,7 @@ kernels that were broken on purpose, which the emulator must not run as if nothi
 import math
 import multiprocessing
 import random
+from dataclasses import replace
 from types import SimpleNamespace
 
 import problems
@@ -15,7 +16,8 @@ from problems import dense, drawn, drawn_patches
 import vitkernels as vk
 from vitkernels.backends import cuda
 from vitkernels.backends.common import canonical
-from vitkernels.backends.cuda import extension, forward_plan
+from vitkernels.backends.cuda import backward_plan, extension, forward_plan
+from vitkernels.backends.cuda.backward_plan import Grad
 from vitkernels.backends.patch_layout import layout_of
 from vitkernels.gpu import NOMINAL
 from vitkernels.testing import accuracy, oracle
@@ -124,6 +126,30 @@ def test_maps(csrc, monkeypatch, image):
             if f.wgmma:
                 check_maps(csrc, of(monkeypatch, p), p, f)
                 found += f.loader in forward_plan.BY_ENGINE
+    assert found > 10
+
+
+@pytest.mark.parametrize("image", [HALF, F32])
+def test_maps_of_the_images_gradient(csrc, monkeypatch, image):
+    rng, found = random.Random(image.itemsize), 0
+    for _ in range(600):
+        p = drawn_patches(rng, image)
+        p = replace(p, S=p.P, D=rng.randint(1, 40) * 8, H=p.G[1] * p.P[1], W=p.G[2] * p.P[2])
+        strides = Grad(0, dense(p.B, p.T + p.rows, p.D))
+        if p.S != p.P or backward_plan.no_wgmma_images(p, NOMINAL[90], p.image_strides, 0, strides):
+            continue
+        found += 1
+        f, v = backward_plan.wgmma_images_plan(p, NOMINAL[90], p.image_strides), layout_of(p)
+        for place in range(f.group):
+            d = of(monkeypatch, p)
+            pixels, grads = csrc.maps_of_images(d, f._asdict(), (d["image"], *p.image_strides), place)
+            for m in (pixels, grads):
+                assert m["refused"] == "" and all(1 <= n <= 256 for n in m["block"])
+                assert m["swizzle"] == m["block"][0] * m["itemsize"]
+            assert math.prod(grads["block"]) == 128 * 64 and math.prod(pixels["block"]) == 16 * 16
+            assert pixels["sizes"] == [place * v.S[2] + v.P[2], p.G[2] // f.group, p.G[1], p.B, v.C * p.H]
+            within = list(zip(pixels["block"][1:4], (f.block[2] // f.group, *f.block[1::-1]), strict=True))
+            assert all(n == size or all(m == 1 for m, _ in within[i + 1 :]) for i, (n, size) in enumerate(within))
     assert found > 10
 
 
@@ -240,6 +266,7 @@ CASES = {  # architecture, and what is computed there: on one multiprocessor, so
     "backward, bytes": (80, lambda: wrong_gradients(**arguments(40, 3, 32, 48, 16, 72, U8, mean=0.5, std=0.2))),
     "backward, wgmma": (90, lambda: wrong_gradients(**arguments(40, 3, 32, 48, 16, 72))),
     "backward, by threads": (90, lambda: wrong_gradients(**arguments(40, 3, 32, 48, 16, 256, kept=7))),
+    "dX": (90, lambda: wrong_gradients(**arguments(9, 3, 32, 96, 16, 264, mean=0.5, std=0.2))),
     "backward, in groups": (90, lambda: wrong_gradients(**arguments(40, 3, 28, 56, 14, 72))),
 }  # fmt: skip
 
@@ -263,6 +290,7 @@ STAGE = """Barrier* full = &barriers.full[state.stage];
 """
 EMPTY = f"barrier_wait(&barriers.empty[state.stage], state.phase ^ 1);\n            {STAGE}"
 
+IMAGES = BACKWARD_90, "backward/images_sm90.cuh"
 MUTATIONS = {  # object, header, what it says and what it is to say, and the case that shows it
     "a row of a fragment": (FORWARD, "common/warp_mma.cuh", "(row + lane % 16)", "(row + (lane + 1) % 16)", "copy"),
     "a pixel of a fragment": (FORWARD, "forward/loaders.cuh", "2 * t + 8 * h)", "2 * t + 1 + 8 * h)", "rows"),
@@ -329,6 +357,15 @@ MUTATIONS = {  # object, header, what it says and what it is to say, and the cas
         "wgmma, float32",
     ),
     "how it is packed": ("forward/forward.cu", "forward/forward.cu", "value - whole", "value", "wgmma, float32"),
+    "a stage of dX overwritten": (
+        *IMAGES, "barrier_wait(&empty[state.stage], state.phase ^ 1);\n            Barrier*", "Barrier*", "dX",
+    ),
+    "a piece of pixels": (*IMAGES, "swizzled<K::LINE>(lane % 16", "(lane % 16", "dX"),
+    "pixels not fenced": (*IMAGES, "fence_copy_engine();", "", "dX"),
+    "pixels overwritten": (*IMAGES, "stores_wait<STORE_BUFFERS - 1>", "stores_wait<STORE_BUFFERS>", "dX"),
+    "a row of pixels": (*IMAGES, "row - channel * h.layout.P_h", "0", "dX"),
+    "a channel's factor": (*IMAGES, "h.centred + h.C + channel_of", "h.centred + channel_of", "dX"),
+    "the weight's order": (*IMAGES, "columns + d * 128, K::COLUMNS", "columns + d * 64, K::COLUMNS", "dX"),
     "no barrier in a step of dW": (
         BACKWARD, "backward/weight_sm80.cuh", "convert(step);\n            sync_block();", "convert(step);", "backward",
     ),

@@ -4,6 +4,7 @@
 #define VITKERNELS_MODULE _bindings
 #include "bindings.cpp"
 
+#include "backward/images_sm90.cuh"
 #include "forward/sm90.cuh"
 
 using Numbers = std::array<int64_t, 5>;
@@ -72,6 +73,17 @@ PYBIND11_MODULE(_host, m) {
     m.def("token_map", [](const py::dict& p, const py::dict& plan, uintptr_t first) {
         ForwardPlan f = forward_plan_of(plan);
         return dict_of(token_block(problem_of(p), f.block, f.group), pointer(first));
+    });
+    m.def("maps_of_images", [](const py::dict& p, const py::dict& plan, const py::object& layout, int place) {
+        Problem of = problem_of(p);
+        backward::WgmmaImagesPlan f = wgmma_images_plan_of(plan);
+        Tensor images = layout_of(layout);
+        const int64_t grid[2] = {of.G[0] * of.G[1], of.G[2]}, rows = of.T + of.rows;
+        Tensor grad{nullptr, of.compute, {rows * of.D, of.D, 1}};
+        void* somewhere = pointer(uintptr_t{1} << 20);
+        return py::make_tuple(
+            dict_of(backward::pixel_block(of, layout_of(of, images.strides), f.block, f.group, place), somewhere),
+            dict_of(backward::grad_block(of, grad, f.block, f.group, grid), somewhere));
     });
     m.def("image_map", [](const py::dict& p, const py::dict& plan, uintptr_t address, const py::object& layout,
                          int place) {

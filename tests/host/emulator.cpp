@@ -194,7 +194,7 @@ struct Sums {
 struct Mma {
     Dtype type;
     int columns;
-    bool a_in_shared, across;
+    bool a_in_shared, across, a_across;
     uint32_t a[32][4];
     const uint32_t* a_registers[32];  // where `a` came from: not to be written before the wait
     uint64_t a_descriptor, b_descriptor;
@@ -649,7 +649,7 @@ void multiply_warpgroup(int first_warp, size_t index) {  // the warps' mma `inde
                      std::to_string(lane) + " of warp " + std::to_string(first_warp + i));
         float a[16 * 16];  // [k][row]
         if (mma.a_in_shared) {
-            read_operand(mma.a_descriptor, mma.type, mma.across, 16 * i, 16, a, "A");
+            read_operand(mma.a_descriptor, mma.type, mma.a_across, 16 * i, 16, a, "A");
         } else {
             for (int lane = 0; lane < 32; ++lane)
                 for (int r = 0; r < 4; ++r) {
@@ -694,7 +694,7 @@ void finish_mmas(int first_warp, int pending) {  // of a warpgroup, but for the 
         for (size_t m = 0; same && m < w.mmas.size(); ++m) {
             const Mma &x = one.mmas[m], &y = w.mmas[m];
             same = x.type == y.type && x.columns == y.columns && x.a_in_shared == y.a_in_shared &&
-                   x.across == y.across && x.group == y.group && x.a_descriptor == y.a_descriptor &&
+                   x.across == y.across && x.a_across == y.a_across && x.group == y.group && x.a_descriptor == y.a_descriptor &&
                    x.b_descriptor == y.b_descriptor;
         }
         if (!same)
@@ -1159,19 +1159,19 @@ void warpgroup_wait(int pending) {
 }
 
 void warpgroup_multiply_add(float* c, int columns, const uint32_t* a, uint64_t a_shared, uint64_t b, Dtype type,
-                            bool across) {
+                            bool across, bool a_across) {
     struct Request {
         float* c;
         const uint32_t* a;
         uint64_t a_shared, b;
     } request{c, a, a_shared, b};
-    Operation operation{"warpgroup_multiply_add", static_cast<int>(type) * 4 + 2 * across + (a != nullptr), columns};
+    Operation operation{"warpgroup_multiply_add", static_cast<int>(type) * 8 + 4 * across + 2 * a_across + (a != nullptr), columns};
     meet(operation, &request, [&](Warp& w) {
         Mma mma{};
         mma.type = type;
         mma.columns = columns;
         mma.a_in_shared = a == nullptr;
-        mma.across = across;
+        mma.across = across, mma.a_across = a_across;
         mma.a_descriptor = a_shared;
         mma.b_descriptor = b;
         mma.group = w.groups;

@@ -73,7 +73,7 @@ void warpgroup_wait(int pending);
 // c has columns / 2 numbers; `a` is null where the descriptor `a_shared` tells where A lies. `across`: what is in
 // shared memory has k outermost.
 void warpgroup_multiply_add(float* c, int columns, const uint32_t* a, uint64_t a_shared, uint64_t b, Dtype type,
-                            bool across);
+                            bool across, bool a_across);
 
 // All blocks, one after the other; `call` runs one thread.
 void run(void (*call)(const void* kernel, const void* arguments), const void* kernel, const void* arguments,

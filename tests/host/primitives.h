@@ -216,13 +216,13 @@ inline void warpgroup_wait() {
 template <bool ACROSS = false, int COUNT, class T>
 inline void warpgroup_multiply_add(float (&c)[COUNT], const uint32_t (&a)[4], uint64_t b, T) {
     static_assert(COUNT == 32 || COUNT == 64 || COUNT == 128, "wgmma.inc has N = 64, 128 and 256");
-    host::warpgroup_multiply_add(c, 2 * COUNT, a, 0, b, host::dtype_of<T>, ACROSS);
+    host::warpgroup_multiply_add(c, 2 * COUNT, a, 0, b, host::dtype_of<T>, ACROSS, ACROSS);
 }
-template <bool ACROSS = false, int COUNT, class T>
+template <bool ACROSS = false, bool A_ACROSS = ACROSS, int COUNT, class T>
 inline void warpgroup_multiply_add(float (&c)[COUNT], uint64_t a, uint64_t b, T) {
     static_assert(sizeof(T) == 2, "wgmma.inc has TF32 with its left operand in registers alone");
     static_assert(COUNT == 32 || COUNT == 64 || COUNT == 128, "wgmma.inc has N = 64, 128 and 256");
-    host::warpgroup_multiply_add(c, 2 * COUNT, nullptr, a, b, host::dtype_of<T>, ACROSS);
+    host::warpgroup_multiply_add(c, 2 * COUNT, nullptr, a, b, host::dtype_of<T>, ACROSS, A_ACROSS);
 }
 
 }  // namespace vk

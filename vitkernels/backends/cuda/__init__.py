@@ -157,8 +157,8 @@ def backward(
     images_at, grad_at = images.data_ptr(), grad.data_ptr()
     made = d_images, d_weight, d_bias, d_pos, d_prefix
     launch, normalised, scratch_bytes = _prepared_backward(
-        p, rounds(p.compute_dtype), fallbacks.happened(BACKEND, p), images_at % 16, grad_at % 16, grad.dtype,
-        grad.stride(), *[None if g is None else g.stride() for g in made],
+        p, rounds(p.compute_dtype), fallbacks.happened(BACKEND, p), images_at % 16, grad_at % 16,
+        _address(d_images) % 16, grad.dtype, grad.stride(), *[None if g is None else g.stride() for g in made],
     )  # fmt: skip
     constants = centred(p, p.sum_dtype) if normalised else None
     scratch = empty(images, (scratch_bytes,), torch.uint8)
@@ -218,8 +218,8 @@ def _layouts(*tensors: Layout | None) -> tuple[tuple[int, ...] | None, ...]:
 
 @lru_cache(maxsize=1024)
 def _prepared_backward(
-    p: PatchProblem, rounded: bool, refused: bool, images_at: int, grad_at: int, grad_dtype: torch.dtype,
-    grad_strides: tuple[int, int, int], *made: tuple[int, ...] | None,
+    p: PatchProblem, rounded: bool, refused: bool, images_at: int, grad_at: int, d_images_at: int,
+    grad_dtype: torch.dtype, grad_strides: tuple[int, int, int], *made: tuple[int, ...] | None,
 ) -> tuple[Callable[..., None], bool, int]:  # fmt: skip
     """The same of the gradients; `made` are the strides of those that are asked for."""
     images, weight, bias, pos, prefix = made
@@ -227,6 +227,7 @@ def _prepared_backward(
     plan = backward_plan.make_plan(
         p, _gpu(p.device, refused), rounded, images_at, Grad(grad_at, grad_strides), weight=weight is not None,
         bias=bias is not None, pos=pos is not None, prefix=prefix is not None, images=d_images,
+        d_images_at=d_images_at,
     )  # fmt: skip
     module, problem = extension.load(), _problem(p, rounded)
     # Tables that are shared, as those of each image are not summed here

@@ -25,7 +25,7 @@ from ..patch_layout import (
     scaling,
 )  # fmt: skip
 from ..split_k import TABLE_BYTES
-from .forward_plan import no_copied, no_operands
+from .forward_plan import no_copied, no_operands, no_padded_rows, padded_row
 
 
 class Tile(NamedTuple):
@@ -51,6 +51,7 @@ IMAGE_TILES = {
 # are guesses.
 WGMMA_ROWS, WGMMA_PIXELS = 8, 16
 WGMMA_TILES = (Tile(256, 128, 64, 1.6), Tile(128, 128, 64, 1.3))
+WGMMA_IMAGES = 128  # patches of a tile of dX by wgmma (images_sm90.cuh)
 COPIED_TILES = {16: Tile(256, 128, 64, 1.2), 4: Tile(256, 128, 64, 0.8)}  # pixels by threads, so many bytes at a time
 
 STAGES, ROW_STEPS = 3, 4  # csrc/backward/plan.h: steps under way, steps whose patches are looked up at once
@@ -128,18 +129,33 @@ class ImagesPlan(NamedTuple):
     shared_bytes: int
 
 
+class WgmmaImagesPlan(NamedTuple):
+    """dX by wgmma (images_sm90.cuh): 128 patches × BN elements of a patch, 64 channels at a step."""
+
+    BN: int
+    tiles_k: int
+    tiles: int
+    blocks: int
+    block: Triple  # images × grid lines × grid columns of a tile
+    group: int  # patches of a line that one tensor map each brings
+    stages: int
+    shared_bytes: int
+    weight_row: int  # elements of a row of the packed weight
+
+
 class Plan(NamedTuple):
     """csrc/backward/plan.h's BackwardPlan, field by field."""
 
     weight: WeightPlan | None
     sums: SumsPlan | None
     images: ImagesPlan | None
+    wgmma_images: WgmmaImagesPlan | None  # instead
     indexed: bool  # whether kept patches are looked up by their place in the grid
     # In scratch, bytes from its beginning:
     weight_parts: int  # [splits, D, K] of sums
     table_parts: int  # [splits, table_rows, D] of sums
     bias_parts: int  # [splits·blocks, D] of sums
-    packed: int  # weight of images_kernel, of the product's type
+    packed: int  # weight of dX, of the product's type
     heads: int  # [B, N], int32
     nexts: int  # [B, rows], int32
     scratch_bytes: int
@@ -200,7 +216,6 @@ def no_wgmma(p: PatchProblem, gpu: Gpu, images_at: int, grad: Grad) -> str:
     """Why nobody can bring dY and the image's patches for wgmma; none: somebody can."""
     if gpu.arch != 90:
         return "the GPU is no sm_90"
-    b, row, channel = grad.strides
     layout = layout_of(p)
     engine, (copied, _) = not_by_engine(p, images_at), no_copied(p, layout, "half", images_at)
     reasons = (
@@ -209,11 +224,37 @@ def no_wgmma(p: PatchProblem, gpu: Gpu, images_at: int, grad: Grad) -> str:
         (engine != "" and copied != "", f"{engine}; {copied}"),
         (layout.P[2] % 2 != 0, f"patch rows of {layout.P[2]} elements, an odd number"),
         (p.P[1] < WGMMA_ROWS, f"patches of {p.P[1]} rows, of {WGMMA_ROWS} at least they must be"),
+        *_no_map(p, grad),
+    )
+    return next((text for wrong, text in reasons if wrong), "")
+
+
+def _no_map(p: PatchProblem, grad: Grad) -> tuple[tuple[bool, str], ...]:
+    """Whether no tensor map can describe dY, and why."""
+    b, row, channel = grad.strides
+    return (
         (p.out_dtype != p.compute_dtype, "dY is of another type than the product"),
         (p.D > 1 and channel != 1, f"dY's channels are {channel} apart"),
         ((grad.at + p.T * row * 2) % 16 != 0, "dY is not on 16 bytes"),
         (p.B > 1 and (b <= 0 or b % 8 != 0), "dY's images are not 16 bytes apart"),
         (row <= 0 or row % 8 != 0, "dY's rows are not 16 bytes apart"),
+    )
+
+
+def no_wgmma_images(p: PatchProblem, gpu: Gpu, strides: tuple[int, ...], images_at: int, grad: Grad) -> str:
+    """Why wgmma can't make the images' gradient, in these strides; none: it can."""
+    layout = layout_of(p, strides)
+    group = group_of(p, layout)
+    covered = tuple(g * n for g, n in zip(p.G, p.P, strict=True))
+    reasons = (
+        (gpu.arch != 90, "the GPU is no sm_90"),
+        (product_of(p, False) != "half", "the product is not of 16 bits"),
+        (no_operands(p, "half") != "", no_operands(p, "half")),
+        (p.S != p.P, f"patches of {p.P} every {p.S} pixels"),
+        *((True, text) for text in no_copy_engine(p, layout, images_at, group)),
+        (covered != (p.F, p.H, p.W), f"patches cover {covered} of {(p.F, p.H, p.W)} pixels"),
+        (no_padded_rows(p, layout) != "", no_padded_rows(p, layout)),
+        *_no_map(p, grad),
     )
     return next((text for wrong, text in reasons if wrong), "")
 
@@ -311,6 +352,26 @@ def images_plan(p: PatchProblem, tf32: bool, strides: tuple[int, ...], grad: Gra
     return ImagesPlan(tuple(classes), (t, y, x), M, tiles_m, blocks, packed, dY, shared_bytes)
 
 
+def wgmma_images_plan(p: PatchProblem, gpu: Gpu, strides: tuple[int, ...]) -> WgmmaImagesPlan:
+    """Of the two tiles the one whose waves take less."""
+    layout = layout_of(p, strides)
+    group, row = group_of(p, layout), padded_row(layout)
+    block, weight_row = blocks_of(p, WGMMA_IMAGES, group=group), p.K // layout.P[2] * row
+
+    def plan(BN: int) -> WgmmaImagesPlan:
+        stage_bytes, staging = (WGMMA_IMAGES + BN) * 128, 8 * 2 * 16 * WGMMA_PIXELS * p.image_dtype.itemsize
+        stages = min(6, (gpu.shared_bytes - staging - 1024) // stage_bytes)  # beside them: barriers
+        tiles_k = -(-weight_row // BN)
+        tiles = blocks_in(p, block) * tiles_k
+        return WgmmaImagesPlan(
+            BN, tiles_k, tiles, min(tiles, gpu.multiprocessors), block, group, stages,
+            stages * (stage_bytes + 16) + staging, weight_row,
+        )  # fmt: skip
+
+    # Half the tile takes more than half the time: its dY is read as often again.
+    return min(plan(256), plan(128), key=lambda plan: -(-plan.tiles // plan.blocks) * (plan.BN + 60))
+
+
 def _pixel_class(layout: PatchLayout, which: int, packed: int, first_block: int, tile: Tile) -> PixelClass:
     """Bit i of `which`: along axis i, the pixels that the last window did not see."""
     first, size, windows = [], [], []
@@ -330,9 +391,9 @@ def _pixel_class(layout: PatchLayout, which: int, packed: int, first_block: int,
 
 def make_plan(
     p: PatchProblem, gpu: Gpu, tf32: bool, images_at: int, grad: Grad, *,
-    weight: bool, bias: bool, pos: bool, prefix: bool, images: tuple[int, ...] | None,
+    weight: bool, bias: bool, pos: bool, prefix: bool, images: tuple[int, ...] | None, d_images_at: int = 0,
 ) -> Plan:  # fmt: skip
-    """For the gradients that are asked for; `images`: the strides of theirs."""
+    """For the gradients that are asked for; `images`: the strides of theirs, which is at `d_images_at`, modulo 16."""
     total, scratch_bytes = p.sum_dtype.itemsize, 0
 
     def take(size: int) -> int:
@@ -343,14 +404,17 @@ def make_plan(
 
     of_weight = weight_plan(p, gpu, tf32, images_at, grad) if weight else None
     sums = sums_plan(p, gpu, bias, pos, prefix) if bias or pos or prefix else None
-    of_images = images_plan(p, tf32, images, grad) if images else None
+    by_wgmma = images is not None and not no_wgmma_images(p, gpu, images, d_images_at, grad)
+    of_images = images_plan(p, tf32, images, grad) if images and not by_wgmma else None
+    wgmma_images = wgmma_images_plan(p, gpu, images) if images and by_wgmma else None
+    packed = of_images.packed if of_images else wgmma_images.weight_row * p.D if wgmma_images else 0
     indexed = p.n_keep is not None and (bias or pos or of_images is not None)
     return Plan(
-        of_weight, sums, of_images, indexed,
+        of_weight, sums, of_images, wgmma_images, indexed,
         weight_parts=take(of_weight.splits * p.D * p.K * total) if of_weight else 0,
         table_parts=take(sums.splits * sums.table_rows * p.D * total) if sums else 0,
         bias_parts=take(sums.splits * sums.blocks * p.D * total) if sums and bias else 0,
-        packed=take(of_images.packed * p.compute_dtype.itemsize) if of_images else 0,
+        packed=take(packed * p.compute_dtype.itemsize),
         heads=take(p.B * p.N * 4) if indexed else 0,
         nexts=take(p.B * p.rows * 4) if indexed else 0,
         scratch_bytes=scratch_bytes,
