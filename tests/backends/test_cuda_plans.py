@@ -364,7 +364,7 @@ def test_the_weights_gradient_by_wgmma(arch, patch, dtype, batch, taken):
 @pytest.mark.parametrize(("W", "patch", "image", "reason"), [
     (224, 14, HALF, ""),
     (336, 14, U8, ""),
-    (518, 14, HALF, "images are 1609944 bytes apart, no multiple of 16"),
+    (518, 14, HALF, "rows are 1036 bytes apart, no multiple of 16"),
     (240, 14, HALF, "17 patches in a line, no multiple of the 4 of which one begins on 16 bytes"),
     (224, 14, F32, ""),
     (272, 17, U8, "one of 16 patches begins on 16 bytes, of 8 at least it must"),

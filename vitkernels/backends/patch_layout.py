@@ -90,8 +90,8 @@ def no_copy_engine(p: PatchProblem, layout: PatchLayout, images_at: int, group: 
         (w != 1, f"pixels of a row are {w} apart"),
         (layout.C > 1 and c != p.H * h, f"channels are {c} apart, not H·row = {p.H * h}"),
         (images_at % 16 != 0, "images do not start on 16 bytes"),
-        (p.B > 1 and (b <= 0 or b * size % 16 != 0), f"images are {b * size} bytes apart, no multiple of 16"),
         (h <= 0 or h * size % 16 != 0, f"rows are {h * size} bytes apart, no multiple of 16"),
+        (p.B > 1 and (b <= 0 or b * size % 16 != 0), f"images are {b * size} bytes apart, no multiple of 16"),
         (layout.S[2] * size * group % 16 != 0, f"patches are {layout.S[2] * size} bytes apart, no multiple of 16"),
         (group > MOST_IN_GROUP, f"one of {group} patches begins on 16 bytes, of {MOST_IN_GROUP} at least it must"),
         (
