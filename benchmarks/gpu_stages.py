@@ -14,8 +14,9 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 
-from suites import CASES, HEADLINE, MODELS, RACES, SMOKE, TINY, TRAINING
+from suites import CASES, HEADLINE, MODELS, RACES, SMOKE, TARGETS, TINY, TRAINING
 
+DRY_TARGETS = [(TINY[0], "forward", 1e9, None), (TINY[0], "images", None, 1e-9)]
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 
@@ -171,6 +172,27 @@ def headline(args, out, deadline):
 def training(args, out, deadline):
     cases = TINY[:1] if args.dry_run else TRAINING
     _time(args, out, deadline, cases, ["both", "backward"], compiled=False, seconds=0.2)
+
+
+def targets(args, out, deadline):
+    """The best of our backends beside what it should take (suites.TARGETS), in graph replays where there are any."""
+    from vitkernels import dispatch
+    from vitkernels.bench.implementations import problem
+
+    for case, mode, us, products in DRY_TARGETS if args.dry_run else TARGETS:
+        p = problem(case.call(args.device))
+        ours = ["reference"] if args.dry_run else [n for n in dispatch.MODULES if not dispatch.why_not(p, n)]
+        rows = _time(args, out, deadline, [case], [mode], impls=[*ours, "gemm"], seconds=0.1)
+        rows.sort(key=lambda row: row["timing"] == "graph")
+        found = {row["impl"]: 1e3 * row["ms"]["median"] for row in rows if row["ms"]}
+        product = found.pop("gemm", None)
+        limit = products * product if products and product else us
+        if not found or limit is None:
+            continue
+        best = min(found, key=found.__getitem__)
+        note = f"{mode}: {best} {found[best]:.1f} µs of {limit:.1f}, {'reached' * (found[best] <= limit) or 'missed'}"
+        say(case.name, note)
+        out.write({"case": case.name, "note": note, "us": found, "product_us": product, "limit_us": limit})
 
 
 def host(args, out, deadline):
@@ -400,18 +422,19 @@ def _headline(args):
     return TINY[:2] if args.dry_run else HEADLINE
 
 
-def _time(args, out, deadline, cases, modes, *, impls=None, compiled=None, seconds) -> None:
+def _time(args, out, deadline, cases, modes, *, impls=None, compiled=None, seconds) -> list[dict]:
     import torch
 
     from vitkernels.bench.implementations import default_impls
     from vitkernels.bench.op import bench
     from vitkernels.bench.timing import alive, short
 
-    killers = out.killers()
+    killers, made = out.killers(), []
     for mode in modes:
         for case in cases:
             if time.time() > deadline - 5:
-                return out.write({"note": f"no time left for {case.name} {mode} and what follows"})
+                out.write({"note": f"no time left for {case.name} {mode} and what follows"})
+                return made
             if not out.once(f"{case.name} {mode} {' '.join(impls or ())}"):
                 continue
             try:
@@ -430,7 +453,8 @@ def _time(args, out, deadline, cases, modes, *, impls=None, compiled=None, secon
             for row in rows:
                 out.write(row)
                 say(line_of(row))
-    return None
+            made += rows
+    return made
 
 
 def _run(command: list[str], log: Path, deadline: float) -> str:

@@ -32,6 +32,7 @@ STAGES = {
     "races": (60, "every kernel some hundreds of times beside other work: the same bits?"),
     "headline": (60, "the headline shapes: ours, the peers, the ceilings"),
     "training": (60, "forward and backward"),
+    "targets": (100, "our best beside what it should take: suites.TARGETS"),
     "host": (40, "what a call costs the host, beside F.linear"),
     "tests": (90, "pytest tests/, the backends first"),
     "profile": (50, "where the time of the first headline shape goes: trace and ncu"),

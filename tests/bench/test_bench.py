@@ -191,7 +191,7 @@ def test_another_version_is_sampled_in_the_same_rounds_and_held_to_the_rule(mode
 
 
 def test_dry_run_of_the_gpu_suite(tmp_path):
-    stages = "build,smoke,headline,training"  # each is a process, and most of its time goes into importing torch
+    stages = "build,smoke,headline,training,targets"  # each a process, which imports torch for most of its time
     script = [sys.executable, str(ROOT / "benchmarks" / "gpu_suite.py"), "--out", str(tmp_path), "--dry-run"]
     subprocess.run([*script, "--stages", stages], check=True, timeout=240, capture_output=True)
     result = json.loads((tmp_path / "results.json").read_text())
@@ -203,7 +203,11 @@ def test_dry_run_of_the_gpu_suite(tmp_path):
         ("headline", "forward"),
         ("training", "both"),
         ("training", "backward"),
+        ("targets", "forward"),
+        ("targets", "images"),
     }
+    told = [note["note"].rpartition(", ")[2] for note in result["notes"] if note["stage"] == "targets"]
+    assert told == ["reached", "missed"]
     assert "setup.py build_ext: exit status 0" in [note.get("note") for note in result["notes"]]
     assert [note["check"] for note in result["notes"] if note.get("impl") == "reference"] == ["right"] * len(TINY)
     assert "| headline |" in (tmp_path / "summary.md").read_text()
