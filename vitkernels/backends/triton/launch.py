@@ -82,9 +82,9 @@ def _watched(jit: Any) -> bool:
     """Whether somebody has Triton call hooks, or compile in another way, from now on."""
     knobs = sys.modules["triton"].knobs
     return bool(
-        getattr(jit, "pre_run_hooks", ())  # the interpreter has none
-        or knobs.compilation.instrumentation_mode
-        or knobs.runtime.add_stages_inspection_hook
+        getattr(jit, "pre_run_hooks", ())  # the interpreter has none, as another Triton may have none of these
+        or getattr(knobs.compilation, "instrumentation_mode", "")
+        or getattr(knobs.runtime, "add_stages_inspection_hook", None)
     )
 
 
