@@ -70,20 +70,6 @@ struct PipelineState {
     }
 };
 
-// [x boxes][stage_rows][BM][BOX] pixels, as the copy engine lays them, and threads
-template <int BM, int BOX>
-struct InBoxes {
-    Divisor by_P_w;
-    int P_w, size, stage_rows;
-
-    VK_DEVICE int row(int r) const { return r * BOX * size; }
-    VK_DEVICE int k(int k) const {
-        int q = by_P_w.div(k), x = k - q * P_w;
-        return ((x / BOX * stage_rows + q) * BM * BOX + x % BOX) * size;
-    }
-    VK_DEVICE int stage(int k0) const { return by_P_w.div(k0) * BM * BOX * size; }  // it begins with a row
-};
-
 // Elements of k that lie side by side in a stage of the weight, swizzled: 128 bytes, or one step of the tensor cores
 VK_BOTH bool is_wide(int step_k, int size) { return step_k * size % 128 == 0; }
 VK_BOTH int span_of(int step_k, int size) { return (is_wide(step_k, size) ? 128 : 32) / size; }

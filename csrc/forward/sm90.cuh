@@ -32,9 +32,105 @@ VK_DEVICE void divide(uint32_t (&whole)[4], uint32_t (&rest)[4]) {
     }
 }
 
+// Where STEP elements of k, one of the first four parts of a stage, begin in its boxes of patches: bytes
+template <class K>
+VK_DEVICE int part_offset(const ForwardArguments& a, int part) {
+    constexpr int BOX = K::Loader::BOX, STEP = Kind<typename K::T>::K_STEP;
+    int across = a.layout.P_w / STEP, row = part / across, x = (part - row * across) * STEP;
+    return ((x / BOX * a.stage_rows + row) * (K::BM * BOX) + x % BOX) * int(sizeof(typename K::Loader::Stored));
+}
+// … of a later one: a stage of more than four has one row of pixels
+template <class K>
+VK_DEVICE int later_part_offset(int part) {
+    constexpr int BOX = K::Loader::BOX, STEP = Kind<typename K::T>::K_STEP;
+    return (part * STEP / BOX * (K::BM * BOX) + part * STEP % BOX) * int(sizeof(typename K::Loader::Stored));
+}
+
+// Where channels lie side by side, m and a of y = (x − m)·a for each element of a stage, which are those of every stage
+VK_DEVICE bool has_constants(const ForwardArguments& a) { return a.centred && a.layout.channels_last; }
+template <class K>
+VK_DEVICE void fill_constants(const ForwardArguments& a, float* constants) {
+    if (!has_constants(a)) return;
+    for (int k = thread_index(); k < a.step_k; k += K::THREADS) {
+        Normal<float> normal(a, k);
+        constants[2 * k] = normal.m, constants[2 * k + 1] = normal.a;
+    }
+}
+
+// Operands of 16 patches × STEP elements, put together in registers. In each part of a stage a lane's pixels lie alike, so
+// that only where the part begins is left to be found.
+template <class K>
+struct BoxedPixels {
+    using T = typename K::T;
+    using Pixel = typename K::Loader::Stored;
+    static constexpr int SIZE = sizeof(Pixel), BOX = K::Loader::BOX, STEP = Kind<T>::K_STEP, HALF = STEP / 2;
+    static constexpr int EACH = STEP / 8;  // elements of a register
+    struct alignas(EACH * 8) Normals { Normal<float> of[EACH]; };
+    const ForwardArguments& a;
+    const char* constants;  // of the lane's elements of a part
+    int first, second;      // bytes: its pixels of row g, and those half a STEP on
+    Normals normals;        // of a stage of one channel
+    bool alike;
+
+    VK_DEVICE BoxedPixels(const ForwardArguments& a, const float* constants, int row) : a(a) {
+        int e = lane_index() % 4 * EACH;
+        this->constants = reinterpret_cast<const char*>(constants + 2 * e);
+        first = ((row + lane_index() / 4) * BOX + e) * SIZE;
+        second = first + (HALF < BOX ? HALF : a.stage_rows * K::BM * BOX) * SIZE;
+    }
+    VK_DEVICE void enter(int k0) {
+        if (!a.centred || a.layout.channels_last) return;
+        int last = k0 + a.step_k < a.layout.K ? k0 + a.step_k - 1 : a.layout.K - 1;
+        alike = channel_of(a.layout, k0) == channel_of(a.layout, last);
+        look_up(k0);
+    }
+    // … from element k on, which lie from `from` on, the `part`-th of the stage
+    VK_DEVICE void operator()(uint32_t (&r)[4], const char* from, int k, int part) {
+        if (!a.centred) return put_together<false>(r, from, [&](int) { return normals; });
+        if (has_constants(a))
+            return put_together<true>(r, from, [&](int half) {
+                return *reinterpret_cast<const Normals*>(constants + (part * STEP + half * HALF) * 8);
+            });
+        if (!alike) look_up(k);  // a part is within a row of pixels, and so of one channel
+        put_together<true>(r, from, [&](int) { return normals; });
+    }
+
+  private:
+    VK_DEVICE void look_up(int k) {
+#pragma unroll
+        for (int i = 0; i < EACH; ++i) normals.of[i] = i == 0 ? Normal<float>(a, k) : normals.of[0];
+    }
+    template <bool NORMALISED, class NormalsOf>
+    VK_DEVICE void put_together(uint32_t (&r)[4], const char* from, const NormalsOf& normals_of) const {
+        struct alignas(EACH * SIZE) Pixels { Pixel x[EACH]; };
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            Normals normal = normals_of(half);
+#pragma unroll
+            for (int low = 0; low < 2; ++low) {
+                const char* at = from + (half == 0 ? first : second) + low * (8 * BOX * SIZE);
+                uint32_t& to = r[2 * half + low];
+                if constexpr (same<T, Pixel> && !NORMALISED) {
+                    to = *reinterpret_cast<const uint32_t*>(at);
+                } else {
+                    Pixels pixels = *reinterpret_cast<const Pixels*>(at);
+                    float x[EACH];
+#pragma unroll
+                    for (int i = 0; i < EACH; ++i)
+                        x[i] = NORMALISED ? normal.of[i](to_float(pixels.x[i])) : to_float(pixels.x[i]);
+                    if constexpr (EACH == 2)
+                        to = pack(x[0], x[1], T{});
+                    else
+                        to = same<T, tf32> ? to_tf32(x[0]) : bits_of(x[0]);
+                }
+            }
+        }
+    }
+};
+
 template <class K>
 VK_DEVICE void consume(const WgmmaArguments& h, const char* stages, char* staging, const float* table,
-                       const Barriers& barriers) {
+                       const Barriers& barriers, const float* constants) {
     using T = typename K::T;
     using Loader = typename K::Loader;
     using Pixel = typename Loader::Stored;
@@ -42,13 +138,10 @@ VK_DEVICE void consume(const WgmmaArguments& h, const char* stages, char* stagin
     constexpr int STEP = Kind<T>::K_STEP;  // 32 bytes of k
     int warp = warp_index() - 4, row = warp * 16;  // of the tile, the warp's 16
     bool wide = is_wide(a.step_k, sizeof(typename K::Value));
-    auto offset_of = [&](int i) {  // DIRECT: of 16 elements of k in a stage of patches
-        int across = a.layout.P_w / 16;
-        return (i % across * a.stage_rows + i / across) * (K::BM * 32);
-    };
-    int part_offset[4];
+    int offsets[4] = {};
+    if constexpr (Loader::BLOCKS)
 #pragma unroll
-    for (int i = 0; i < 4; ++i) part_offset[i] = Loader::DIRECT ? offset_of(i) : 0;
+        for (int i = 0; i < 4; ++i) offsets[i] = part_offset<K>(a, i);
     char* staged = staging + warp * K::STAGING;
     PipelineState state;
     uint32_t table_phase = 0;
@@ -70,13 +163,13 @@ VK_DEVICE void consume(const WgmmaArguments& h, const char* stages, char* stagin
             sync_warp();
             if (lane_index() == 0) barrier_arrive(&barriers.empty[slot]);
         };
-        auto place = [&] {
+        InRows place = ImageRows<Pixel>(a, nullptr, K::BM, 128).place(m0);
+        auto pixels = [&] {
             if constexpr (Loader::BLOCKS)
-                return InBoxes<K::BM, Loader::BOX>{a.layout.by_P_w, a.layout.P_w, int(sizeof(Pixel)), a.stage_rows};
+                return BoxedPixels<K>(a, constants, row);
             else
-                return ImageRows<Pixel>(a, nullptr, K::BM, 128).place(m0);
+                return Pixels<T, Pixel, InRows, 16>(a, place, row);
         }();
-        Pixels<T, Pixel, decltype(place), 16> pixels(a, place, row);
         int before = -1;  // the stage that the group under way may still read
         uint32_t operands[2][K::TERMS][4];  // two, as one is being read by the tensor cores
         for (int step = 0; step < a.steps; ++step) {
@@ -86,42 +179,51 @@ VK_DEVICE void consume(const WgmmaArguments& h, const char* stages, char* stagin
             const char* stage = stages + state.stage * a.stage_bytes;
             uint32_t patches = shared_address(stage) + row / 64 * (64 * 32), at = shared_address(stage) + a.a_bytes;
             int left = a.layout.K - step * a.step_k, parts = ((left < a.step_k ? left : a.step_k) + STEP - 1) / STEP;
-            auto weight = [&](int i, int term = 0) {  // STEP elements of k of all BN channels
-                uint32_t from = at + term * (K::BN * a.step_k * int(sizeof(typename K::Value)));
-                return wide ? matrix_descriptor<128>(from + i / 4 * (K::BN * 128) + i % 4 * 32)
-                            : matrix_descriptor<32>(from + i * (K::BN * 32));
+            uint64_t weights = wide ? matrix_descriptor<128>(at) : matrix_descriptor<32>(at);
+            uint32_t next_part = wide ? 2 : K::BN * 2, next_term = K::BN * a.step_k * sizeof(typename K::Value) / 16;
+            auto weight = [&](int first, int i) {  // of part first + i, all BN channels; `first` is a multiple of 4
+                return weights + first * (K::BN * 2) + i * next_part;
             };
             if constexpr (Loader::DIRECT) {
                 if (wide && parts == 4) {  // a group without a branch in it: else the compiler waits for each part
-                    uint64_t weights = matrix_descriptor<128>(at);
                     warpgroup_fence();
 #pragma unroll
                     for (int i = 0; i < 4; ++i)
-                        warpgroup_multiply_add(sums, matrix_descriptor<32>(patches + part_offset[i]), weights + 2 * i, T{});
+                        warpgroup_multiply_add(sums, matrix_descriptor<32>(patches + offsets[i]), weights + 2 * i, T{});
                     warpgroup_commit();
                     warpgroup_wait<1>();
                 } else {
                     warpgroup_fence();
                     for (int i = 0; i < parts; ++i)
-                        warpgroup_multiply_add(sums, matrix_descriptor<32>(patches + offset_of(i)), weight(i), T{});
+                        warpgroup_multiply_add(
+                            sums, matrix_descriptor<32>(patches + (i < 4 ? part_offset<K>(a, i) : later_part_offset<K>(i))),
+                            weight(i & -4, i & 3), T{});
                     warpgroup_commit();
                     warpgroup_wait<1>();
                 }
             } else {
-                pixels.enter(stage, step * a.step_k);
-                for (int i = 0; i < parts; i += 2)
+                if constexpr (Loader::BLOCKS)
+                    pixels.enter(step * a.step_k);
+                else
+                    pixels.enter(stage, step * a.step_k);
+                for (int first = 0; first < parts; first += 4)
 #pragma unroll
-                    for (int odd = 0; odd < 2; ++odd)
-                        if (i + odd < parts) {
-                            auto& terms = operands[odd];
-                            pixels.fragment(terms[0], row, STEP * (i + odd));
+                    for (int i = 0; i < 4; ++i)
+                        if (first + i < parts) {
+                            auto& terms = operands[i % 2];
+                            int part = first + i;
+                            if constexpr (Loader::BLOCKS)
+                                pixels(terms[0], stage + (first == 0 ? offsets[i] : later_part_offset<K>(part)),
+                                       step * a.step_k + STEP * part, part);
+                            else
+                                pixels.fragment(terms[0], row, STEP * part);
                             if constexpr (K::TERMS == 2) divide(terms[0], terms[1]);
                             warpgroup_fence();
                             if constexpr (K::TERMS == 2) {  // what is small first; rest times rest is below rounding
-                                warpgroup_multiply_add(sums, terms[1], weight(i + odd), typename K::Value{});
-                                warpgroup_multiply_add(sums, terms[0], weight(i + odd, 1), typename K::Value{});
+                                warpgroup_multiply_add(sums, terms[1], weight(first, i), typename K::Value{});
+                                warpgroup_multiply_add(sums, terms[0], weight(first, i) + next_term, typename K::Value{});
                             }
-                            warpgroup_multiply_add(sums, terms[0], weight(i + odd), typename K::Value{});
+                            warpgroup_multiply_add(sums, terms[0], weight(first, i), typename K::Value{});
                             warpgroup_commit();
                             warpgroup_wait<1>();
                         } else {
@@ -201,6 +303,8 @@ VK_KERNEL(K::THREADS, 1) wgmma_kernel(VK_GRID_CONSTANT WgmmaArguments h) {
         if (K::STORES) barrier_init(barriers.table_empty, 8);
         barrier_init_done();
     }
+    float* constants = reinterpret_cast<float*>(barriers.table_empty + 1);
+    if constexpr (K::Loader::BLOCKS && !K::Loader::DIRECT) fill_constants<K>(a, constants);
     sync_block();
     if (thread_index() < 128) {
         fewer_registers<K::PRODUCER_REGISTERS>();
@@ -212,7 +316,7 @@ VK_KERNEL(K::THREADS, 1) wgmma_kernel(VK_GRID_CONSTANT WgmmaArguments h) {
             produce<K>(h, stages, table, barriers);
     } else {
         more_registers<K::CONSUMER_REGISTERS>();
-        consume<K>(h, stages, staging, reinterpret_cast<const float*>(table), barriers);
+        consume<K>(h, stages, staging, reinterpret_cast<const float*>(table), barriers, constants);
     }
 #else
     stop_with_error();  // it is planned for sm_90 alone, and only where there is code of sm_90a

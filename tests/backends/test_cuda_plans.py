@@ -118,7 +118,9 @@ def check_forward(p, gpu, tf32: bool, f, images: int = 0, weight: int = 0) -> No
     assert f.b_pitch >= f.step_k and divide(16, f.b_pitch * value)
     if f.wgmma:
         staging = 8 * 2 * 16 * 64 if f.loader in forward_plan.STORING else 8 * 16 * (64 + 4) * 4
+        staging += 8 * f.step_k * (v.channels_last and p.normalised)
         assert f.stages * f.stage_bytes + staging + f.table_bytes + 16 * f.stages + 16 <= f.shared_bytes
+        assert f.step_k * value <= 128 or f.stage_rows == 1 or f.loader == "rows"
     else:
         staging = f.threads // 32 * 16 * (32 + 8) * p.sum_dtype.itemsize
         assert f.table_bytes + max(f.stages * f.stage_bytes, staging) <= f.shared_bytes

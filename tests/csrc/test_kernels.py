@@ -251,6 +251,10 @@ CASES = {  # architecture, and what is computed there: on one multiprocessor, so
     "rows": (80, lambda: wrong_tokens(ROWS, **arguments(2, 3, 28, 42, 14, 72))),
     "wgmma": (90, lambda: wrong_tokens(ENGINE, **arguments(33, 3, 64, 48, 16, 264))),
     "wgmma, bytes": (90, lambda: wrong_tokens(ENGINE, **arguments(33, 3, 64, 48, 16, 264, U8, mean=0.5, std=0.2))),
+    "wgmma, hwc": (
+        90, lambda: wrong_tokens(ENGINE, **arguments(
+            9, 3, 64, 48, 16, 264, U8, channels_last=True, mean=(0.2, 0.5, 0.7), std=(0.2, 0.3, 0.1))),
+    ),
     "wgmma, stored": (90, lambda: wrong_tokens(STORED, **arguments(33, 1, 64, 48, 16, 264))),
     "wgmma, float32 stored": (90, lambda: wrong_tokens(STORED, **arguments(33, 3, 64, 48, 16, 264, out_dtype=F32))),
     "wgmma, u8 stored": (90, lambda: wrong_tokens(STORED, **arguments(33, 3, 64, 48, 16, 264, U8, mean=0.5, std=0.2))),
@@ -351,7 +355,11 @@ MUTATIONS = {  # object, header, what it says and what it is to say, and the cas
         "wgmma, u8 groups",
     ),
     "the rest of a pixel": (SM90_F32, "forward/sm90.cuh", "to_tf32(x - from_bits(whole[i]))", "0", "wgmma, float32"),
-    "the rest of a weight": (SM90_F32, "forward/sm90.cuh", "weight(i + odd, 1)", "weight(i + odd)", "wgmma, float32"),
+    "the rest of a weight": (SM90_F32, "forward/sm90.cuh", "weight(first, i) + next_term", "weight(first, i)",
+                             "wgmma, float32"),
+    "a part of a stage": (SM90, "forward/sm90.cuh", "? offsets[i] :", "? offsets[0] :", "wgmma, bytes"),
+    "half of a part": (SM90, "forward/sm90.cuh", "(HALF < BOX ? HALF :", "(HALF < BOX ? 0 :", "wgmma, bytes"),
+    "constants of a part": (SM90, "forward/sm90.cuh", "part * STEP + half * HALF", "half * HALF", "wgmma, hwc"),
     "where that lies": (
         SM90_F32, "forward/producers_sm90.cuh", "static_cast<int>(h.a.weight_row) / K::TERMS * term", "0",
         "wgmma, float32",

@@ -275,7 +275,9 @@ def _plan(
     staging = 8 * 16 * (64 + 4) * total if wgmma else tile.threads // 32 * 16 * (32 + 8) * total
     if loader in STORING:
         staging = 8 * 2 * 16 * 64
-    beside = staging + s.table_bytes + 1024 if wgmma else s.table_bytes
+    if wgmma:  # and barriers; sm90.cuh's constants
+        staging += 1024 + (s.step_k * 8 if layout.channels_last and scaling(p, product)[0] else 0)
+    beside = staging + s.table_bytes if wgmma else s.table_bytes
     room, half = gpu.shared_bytes - beside, (gpu.shared_bytes + 1024) // 2 - 1024 - beside
     if not wgmma and half // stage >= 3:
         room = half  # for two blocks on a multiprocessor; 1024 bytes of each are CUDA's
