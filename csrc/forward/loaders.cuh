@@ -79,25 +79,23 @@ struct Pixels {
   private:
     template <bool NORMALISED>
     VK_DEVICE void put_together(uint32_t (&r)[4], int i, int k) const {
-        constexpr bool SINGLE = Kind<T>::K_STEP == 8;  // an element in a register, otherwise two
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-            int at = k0 + k + (SINGLE ? t + 4 * h : 2 * t + 8 * h);
+            int at = k0 + k + (same<T, tf32> ? t + 4 * h : 2 * t + 8 * h);
             const char* from = stage + place.k(at);
             Normal<float> even, odd;  // of elements k and k + 1: alike within a row of one channel
             if constexpr (NORMALISED) {
                 even = odd = normal;
                 if (!alike) even = odd = Normal<float>(a, at);
-                if (!alike && !SINGLE && (a.layout.channels_last || a.layout.P_w % 2))
+                if (!alike && !same<T, tf32> && (a.layout.channels_last || a.layout.P_w % 2))
                     odd = Normal<float>(a, at + 1);
             }
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
                 const char* pixel = from + rows[i + e];
-                if constexpr (SINGLE) {
+                if constexpr (same<T, tf32>) {
                     float x = to_float(*reinterpret_cast<const Stored*>(pixel));
-                    if (NORMALISED) x = even(x);
-                    r[2 * h + e] = same<T, tf32> ? to_tf32(x) : bits_of(x);
+                    r[2 * h + e] = to_tf32(NORMALISED ? even(x) : x);
                 } else if constexpr (same<T, Stored> && !NORMALISED) {
                     r[2 * h + e] = *reinterpret_cast<const uint32_t*>(pixel);
                 } else {

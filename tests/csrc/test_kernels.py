@@ -285,7 +285,7 @@ def test_right_as_they_are(host_extension, monkeypatch, case, seed):
 
 
 FORWARD, SM90 = (f"forward/instances/forward_{arch}_f16.cu" for arch in ("sm80", "sm90"))
-SM90_F32 = "forward/instances/forward_sm90_f32.cu"
+SM90_F32, OPERANDS = "forward/instances/forward_sm90_f32.cu", "forward/operands_sm90.cuh"
 BACKWARD, BACKWARD_90 = (f"backward/instances/backward_{arch}_f16.cu" for arch in ("sm80", "sm90"))
 
 
@@ -354,12 +354,12 @@ MUTATIONS = {  # object, header, what it says and what it is to say, and the cas
         "forward/forward.cu", "forward/forward.cu", "x < a.layout.P_w && k < a.layout.K", "k < a.layout.K",
         "wgmma, u8 groups",
     ),
-    "the rest of a pixel": (SM90_F32, "forward/sm90.cuh", "to_tf32(x - from_bits(whole[i]))", "0", "wgmma, float32"),
+    "the rest of a pixel": (SM90_F32, OPERANDS, "to_tf32(x - from_bits(whole[i]))", "0", "wgmma, float32"),
     "the rest of a weight": (SM90_F32, "forward/sm90.cuh", "weight(first, i) + next_term", "weight(first, i)",
                              "wgmma, float32"),
     "a part of a stage": (SM90, "forward/sm90.cuh", "? offsets[i] :", "? offsets[0] :", "wgmma, bytes"),
-    "half of a part": (SM90, "forward/sm90.cuh", "(HALF < BOX ? HALF :", "(HALF < BOX ? 0 :", "wgmma, bytes"),
-    "constants of a part": (SM90, "forward/sm90.cuh", "part * STEP + half * HALF", "half * HALF", "wgmma, hwc"),
+    "half of a part": (SM90, OPERANDS, "(HALF < BOX ? HALF :", "(HALF < BOX ? 0 :", "wgmma, bytes"),
+    "constants of a part": (SM90, OPERANDS, "part * STEP + half * HALF", "half * HALF", "wgmma, hwc"),
     "where that lies": (
         SM90_F32, "forward/producers_sm90.cuh", "static_cast<int>(h.a.weight_row) / K::TERMS * term", "0",
         "wgmma, float32",
