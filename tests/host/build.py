@@ -179,7 +179,7 @@ def mutated(source: str, *changes: tuple[str, str, str]) -> ModuleType:
                 raise ValueError(f"{file} has {text.count(old)} times, not once: {old}")
             (copy / file).write_text(text.replace(old, new))
         # First: of inline functions that several objects have, the linker takes the first.
-        objects = compiled("_host", [copy / source], [copy, HERE.parent])
+        objects = compiled("_host", [copy / source], [copy, HERE.parent], ("-O0",))  # compiled longer than it runs
         return linked("_host", objects + compiled("_host", others, [csrc, HERE.parent]))
 
 

@@ -404,10 +404,14 @@ def make_plan(
 
     of_weight = weight_plan(p, gpu, tf32, images_at, grad) if weight else None
     sums = sums_plan(p, gpu, bias, pos, prefix) if bias or pos or prefix else None
-    by_wgmma = images is not None and not no_wgmma_images(p, gpu, images, d_images_at, grad)
-    of_images = images_plan(p, tf32, images, grad) if images and not by_wgmma else None
-    wgmma_images = wgmma_images_plan(p, gpu, images) if images and by_wgmma else None
-    packed = of_images.packed if of_images else wgmma_images.weight_row * p.D if wgmma_images else 0
+    of_images = wgmma_images = None
+    packed = 0
+    if images and no_wgmma_images(p, gpu, images, d_images_at, grad):
+        of_images = images_plan(p, tf32, images, grad)
+        packed = of_images.packed
+    elif images:
+        wgmma_images = wgmma_images_plan(p, gpu, images)
+        packed = wgmma_images.weight_row * p.D
     indexed = p.n_keep is not None and (bias or pos or of_images is not None)
     return Plan(
         of_weight, sums, of_images, wgmma_images, indexed,
