@@ -45,7 +45,7 @@ struct Normal {
 template <class T, class Stored, class Place, int WM>
 struct Pixels {
     const ForwardArguments& a;
-    const Place& place;
+    Place place;
     int first, t;           // row of the warp's WM; lane % 4
     int rows[WM / 16 * 2];  // where its lanes' rows begin
     const char* stage;

@@ -1,5 +1,8 @@
 // What the kernel of sm90.cuh multiplies where patches do not lie as wgmma reads them: the consumers' operands, put together
-// in registers from the boxes that a stage holds of a block's patches. Letters: problem.h.
+// in registers from what a stage holds of the patches. A part is a STEP of k, 32 bytes of operands; an object of these has
+//   enter(stage, k0)      the stage that begins with element k0
+//   (r, first, i)         part first + i of it, of the warp's 16 patches; `first` is a multiple of 4, i is known
+// Letters: problem.h.
 #pragma once
 
 #include "forward/producers_sm90.cuh"
@@ -18,18 +21,12 @@ VK_DEVICE void divide(uint32_t (&whole)[4], uint32_t (&rest)[4]) {
     }
 }
 
-// Where STEP elements of k, one of the first four parts of a stage, begin in its boxes of patches: bytes
+// Where a part begins in a stage's boxes of patches: bytes
 template <class K>
 VK_DEVICE int part_offset(const ForwardArguments& a, int part) {
     constexpr int BOX = K::Loader::BOX, STEP = Kind<typename K::T>::K_STEP;
     int across = a.layout.P_w / STEP, row = part / across, x = (part - row * across) * STEP;
     return ((x / BOX * a.stage_rows + row) * (K::BM * BOX) + x % BOX) * int(sizeof(typename K::Loader::Stored));
-}
-// … of a later one: a stage of more than four has one row of pixels
-template <class K>
-VK_DEVICE int later_part_offset(int part) {
-    constexpr int BOX = K::Loader::BOX, STEP = Kind<typename K::T>::K_STEP;
-    return (part * STEP / BOX * (K::BM * BOX) + part * STEP % BOX) * int(sizeof(typename K::Loader::Stored));
 }
 
 // Where channels lie side by side, m and a of y = (x − m)·a for each element of a stage, which are those of every stage
@@ -43,8 +40,7 @@ VK_DEVICE void fill_constants(const ForwardArguments& a, float* constants) {
     }
 }
 
-// Operands of 16 patches × STEP elements, put together in registers. In each part of a stage a lane's pixels lie alike, so
-// that only where the part begins is left to be found.
+// From boxes. In each part a lane's pixels lie alike, so that only where the part begins is left to be found.
 template <class K>
 struct BoxedPixels {
     using T = typename K::T;
@@ -54,37 +50,46 @@ struct BoxedPixels {
     struct alignas(EACH * 8) Normals { Normal<float> of[EACH]; };
     const ForwardArguments& a;
     const char* constants;  // of the lane's elements of a part
-    int first, second;      // bytes: its pixels of row g, and those half a STEP on
+    int places[2];          // bytes from where a part begins: its pixels of row g, and those half a STEP on
+    int offsets[4];         // of the first parts
+    const char* stage;
+    int k0;
     Normals normals;        // of a stage of one channel
     bool alike;
 
     VK_DEVICE BoxedPixels(const ForwardArguments& a, const float* constants, int row) : a(a) {
         int e = lane_index() % 4 * EACH;
         this->constants = reinterpret_cast<const char*>(constants + 2 * e);
-        first = ((row + lane_index() / 4) * BOX + e) * SIZE;
-        second = first + (HALF < BOX ? HALF : a.stage_rows * K::BM * BOX) * SIZE;
+        places[0] = ((row + lane_index() / 4) * BOX + e) * SIZE;
+        places[1] = places[0] + (HALF < BOX ? HALF : a.stage_rows * K::BM * BOX) * SIZE;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) offsets[i] = part_offset<K>(a, i);
     }
-    VK_DEVICE void enter(int k0) {
+    VK_DEVICE void enter(const char* from, int k) {
+        stage = from, k0 = k;
         if (!a.centred || a.layout.channels_last) return;
         int last = k0 + a.step_k < a.layout.K ? k0 + a.step_k - 1 : a.layout.K - 1;
         alike = channel_of(a.layout, k0) == channel_of(a.layout, last);
         look_up(k0);
     }
-    // … from element k on, which lie from `from` on, the `part`-th of the stage
-    VK_DEVICE void operator()(uint32_t (&r)[4], const char* from, int k, int part) {
+    VK_DEVICE void operator()(uint32_t (&r)[4], int first, int i) {
+        int k = (first + i) * STEP;
+        // A stage of more than four parts has one row of pixels.
+        const char* from = stage + (first == 0 ? offsets[i] : (k / BOX * (K::BM * BOX) + k % BOX) * SIZE);
         if (!a.centred) return put_together<false>(r, from, [&](int) { return normals; });
         if (has_constants(a))
             return put_together<true>(r, from, [&](int half) {
-                return *reinterpret_cast<const Normals*>(constants + (part * STEP + half * HALF) * 8);
+                return *reinterpret_cast<const Normals*>(constants + (k + half * HALF) * 8);
             });
-        if (!alike) look_up(k);  // a part is within a row of pixels, and so of one channel
+        if (!alike) look_up(k0 + k);  // a part is within a row of pixels, and so of one channel
         put_together<true>(r, from, [&](int) { return normals; });
     }
 
   private:
     VK_DEVICE void look_up(int k) {
+        Normal<float> normal(a, k);
 #pragma unroll
-        for (int i = 0; i < EACH; ++i) normals.of[i] = i == 0 ? Normal<float>(a, k) : normals.of[0];
+        for (int i = 0; i < EACH; ++i) normals.of[i] = normal;
     }
     template <bool NORMALISED, class NormalsOf>
     VK_DEVICE void put_together(uint32_t (&r)[4], const char* from, const NormalsOf& normals_of) const {
@@ -94,7 +99,7 @@ struct BoxedPixels {
             Normals normal = normals_of(half);
 #pragma unroll
             for (int low = 0; low < 2; ++low) {
-                const char* at = from + (half == 0 ? first : second) + low * (8 * BOX * SIZE);
+                const char* at = from + places[half] + low * (8 * BOX * SIZE);
                 uint32_t& to = r[2 * half + low];
                 if constexpr (same<T, Pixel> && !NORMALISED) {
                     to = *reinterpret_cast<const uint32_t*>(at);
@@ -111,6 +116,18 @@ struct BoxedPixels {
                 }
             }
         }
+    }
+};
+
+// From rows of the image, as sm80.cuh reads them
+template <class K>
+struct RowPixels : Pixels<typename K::T, typename K::Loader::Stored, InRows, 16> {
+    using Pixel = typename K::Loader::Stored;
+
+    VK_DEVICE RowPixels(const ForwardArguments& a, int64_t m0, int row)
+        : Pixels<typename K::T, Pixel, InRows, 16>(a, ImageRows<Pixel>(a, nullptr, K::BM, 128).place(m0), row) {}
+    VK_DEVICE void operator()(uint32_t (&r)[4], int first, int i) const {
+        this->fragment(r, this->first, (first + i) * Kind<typename K::T>::K_STEP);
     }
 };
 

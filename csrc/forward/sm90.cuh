@@ -27,13 +27,12 @@ VK_DEVICE void consume(const WgmmaArguments& h, const char* stages, char* stagin
                        const Barriers& barriers, const float* constants) {
     using T = typename K::T;
     using Loader = typename K::Loader;
-    using Pixel = typename Loader::Stored;
     const ForwardArguments& a = h.a;
     constexpr int STEP = Kind<T>::K_STEP;  // 32 bytes of k
     int warp = warp_index() - 4, row = warp * 16;  // of the tile, the warp's 16
     bool wide = is_wide(a.step_k, sizeof(typename K::Value));
     int offsets[4] = {};
-    if constexpr (Loader::BLOCKS)
+    if constexpr (Loader::DIRECT)
 #pragma unroll
         for (int i = 0; i < 4; ++i) offsets[i] = part_offset<K>(a, i);
     char* staged = staging + warp * K::STAGING;
@@ -57,12 +56,13 @@ VK_DEVICE void consume(const WgmmaArguments& h, const char* stages, char* stagin
             sync_warp();
             if (lane_index() == 0) barrier_arrive(&barriers.empty[slot]);
         };
-        InRows place = ImageRows<Pixel>(a, nullptr, K::BM, 128).place(m0);
         auto pixels = [&] {
-            if constexpr (Loader::BLOCKS)
+            if constexpr (Loader::DIRECT)
+                return 0;
+            else if constexpr (Loader::BLOCKS)
                 return BoxedPixels<K>(a, constants, row);
             else
-                return Pixels<T, Pixel, InRows, 16>(a, place, row);
+                return RowPixels<K>(a, m0, row);
         }();
         int before = -1;  // the stage that the group under way may still read
         uint32_t operands[2][K::TERMS][4];  // two, as one is being read by the tensor cores
@@ -89,28 +89,19 @@ VK_DEVICE void consume(const WgmmaArguments& h, const char* stages, char* stagin
                 } else {
                     warpgroup_fence();
                     for (int i = 0; i < parts; ++i)
-                        warpgroup_multiply_add(
-                            sums, matrix_descriptor<32>(patches + (i < 4 ? part_offset<K>(a, i) : later_part_offset<K>(i))),
-                            weight(i & -4, i & 3), T{});
+                        warpgroup_multiply_add(sums, matrix_descriptor<32>(patches + part_offset<K>(a, i)),
+                                               weight(i & -4, i & 3), T{});
                     warpgroup_commit();
                     warpgroup_wait<1>();
                 }
             } else {
-                if constexpr (Loader::BLOCKS)
-                    pixels.enter(step * a.step_k);
-                else
-                    pixels.enter(stage, step * a.step_k);
+                pixels.enter(stage, step * a.step_k);
                 for (int first = 0; first < parts; first += 4)
 #pragma unroll
                     for (int i = 0; i < 4; ++i)
                         if (first + i < parts) {
                             auto& terms = operands[i % 2];
-                            int part = first + i;
-                            if constexpr (Loader::BLOCKS)
-                                pixels(terms[0], stage + (first == 0 ? offsets[i] : later_part_offset<K>(part)),
-                                       step * a.step_k + STEP * part, part);
-                            else
-                                pixels.fragment(terms[0], row, STEP * part);
+                            pixels(terms[0], first, i);
                             if constexpr (K::TERMS == 2) divide(terms[0], terms[1]);
                             warpgroup_fence();
                             if constexpr (K::TERMS == 2) {  // what is small first; rest times rest is below rounding

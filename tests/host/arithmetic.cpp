@@ -1,4 +1,4 @@
-// What the extension computes without data, for tests/csrc/test_kernels.py: offsets, tensor maps. Problems and tensors are
+// What the extension computes without data, for tests/csrc/test_arithmetic.py: offsets, tensor maps. Problems and tensors are
 // read by the extension's own bindings, so these are here a second time, under another name and never initialised.
 #undef VITKERNELS_MODULE
 #define VITKERNELS_MODULE _bindings

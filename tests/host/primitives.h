@@ -112,16 +112,8 @@ inline uint32_t pack(float low, float high, half) {
 inline uint32_t pack(float low, float high, bfloat16) {
     return host::bfloat16_from_float(low) | static_cast<uint32_t>(host::bfloat16_from_float(high)) << 16;
 }
-inline uint32_t bits_of(float x) {
-    uint32_t bits;
-    std::memcpy(&bits, &x, 4);
-    return bits;
-}
-inline float from_bits(uint32_t bits) {
-    float x;
-    std::memcpy(&x, &bits, 4);
-    return x;
-}
+inline uint32_t bits_of(float x) { return host::bits_of(x); }
+inline float from_bits(uint32_t bits) { return host::float_of(bits); }
 inline uint32_t to_tf32(float x) {
     uint32_t bits = host::bits_of(x);
     if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fffffff;
