@@ -1,4 +1,4 @@
-// images_kernel: dX = dY·W. A block has a tile of cells (backward_plan.py) × pixels of one class, each summed over the
+// images_kernel: dX = dY·W. A block has a tile of cells (images_plan.py) × pixels of one class, each summed over the
 // windows that saw it and over the channels; so every pixel is written once, and 0 where no patch saw it.
 // pack_kernel: the weight in the order in which that reads it.
 #pragma once
@@ -84,7 +84,7 @@ struct PixelColumn {
     int t, y, x;    // t < 0: no pixel
     Sum factor;
 };
-static_assert(sizeof(CellRow) <= 32 && sizeof(PixelColumn<double>) <= 32, "as backward_plan.py counts them");
+static_assert(sizeof(CellRow) <= 32 && sizeof(PixelColumn<double>) <= 32, "as images_plan.py counts them");
 
 template <class T>
 struct ImagesBlock {

@@ -72,7 +72,7 @@ struct LoadedBy {  // of an operand, what is planned
     Operand operator()(const Tensor& t) const { return {t.data, t.dtype, shift_of(t.dtype), loader, chunk}; }
 };
 
-// Plans: backward_plan.py says what their fields are.
+// Plans: backward_plan.py and images_plan.py say what their fields are.
 
 struct WeightPlan {
     bool wgmma;

@@ -13,8 +13,8 @@ from host import backend
 from problems import dense, described, drawn, drawn_patches
 
 from vitkernels.backends import cuda
-from vitkernels.backends.cuda import backward_plan, forward_plan
-from vitkernels.backends.cuda.backward_plan import Grad
+from vitkernels.backends.cuda import backward_plan, forward_plan, images_plan
+from vitkernels.backends.cuda.backward_operands import Grad
 from vitkernels.backends.cuda.forward_plan import candidates, make_plan
 from vitkernels.backends.patch_layout import blocks_of, layout_of, product_of, within_image
 from vitkernels.gpu import NOMINAL
@@ -300,7 +300,7 @@ def check_classes(p, gpu, images) -> None:
     sizes = (p.F, p.H, v.W)
     assert [c * s >= n + e for c, s, n, e in zip(images.cells, v.S, sizes, v.pad, strict=True)] == 3 * [True]
     assert images.M == p.B * math.prod(images.cells)
-    BM, BN = backward_plan.IMAGE_TILES[product_of(p, False)][:2]
+    BM, BN = images_plan.IMAGE_TILES[product_of(p, False)][:2]
     seen, packed, blocks = 0, 0, 0
     for c in images.classes:
         for axis in range(3):

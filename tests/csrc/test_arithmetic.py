@@ -11,8 +11,8 @@ from host import build
 from problems import dense, drawn, drawn_patches
 
 from vitkernels.backends import cuda
-from vitkernels.backends.cuda import backward_plan, extension, forward_plan
-from vitkernels.backends.cuda.backward_plan import Grad
+from vitkernels.backends.cuda import extension, forward_plan, images_plan
+from vitkernels.backends.cuda.backward_operands import Grad
 from vitkernels.backends.patch_layout import layout_of
 from vitkernels.gpu import NOMINAL
 
@@ -130,10 +130,10 @@ def test_maps_of_the_images_gradient(csrc, monkeypatch, image):
         p = drawn_patches(rng, image)
         p = replace(p, S=p.P, D=rng.randint(1, 40) * 8, H=p.G[1] * p.P[1], W=p.G[2] * p.P[2])
         strides = Grad(0, dense(p.B, p.T + p.rows, p.D))
-        if p.S != p.P or backward_plan.no_wgmma_images(p, NOMINAL[90], p.image_strides, 0, strides):
+        if p.S != p.P or images_plan.no_wgmma_images(p, NOMINAL[90], p.image_strides, 0, strides):
             continue
         found += 1
-        f, v = backward_plan.wgmma_images_plan(p, NOMINAL[90], p.image_strides), layout_of(p)
+        f, v = images_plan.wgmma_images_plan(p, NOMINAL[90], p.image_strides), layout_of(p)
         for place in range(f.group):
             d = of(monkeypatch, p)
             pixels, grads = csrc.maps_of_images(d, f._asdict(), (d["image"], *p.image_strides), place)

@@ -8,8 +8,8 @@ import torch
 from problems import arguments, drawn_for_the_copy_engine, on
 
 import vitkernels as vk
-from vitkernels.backends.cuda import backward_plan
-from vitkernels.backends.cuda.backward_plan import Grad
+from vitkernels.backends.cuda import backward_plan, images_plan
+from vitkernels.backends.cuda.backward_operands import Grad
 from vitkernels.gpu import NOMINAL
 from vitkernels.testing import accuracy
 
@@ -32,7 +32,7 @@ def watched(monkeypatch):
 def why_not(call: dict, images_at: int = 0) -> str:
     p = vk.explain(**call).problem
     dense = Grad(0, ((p.T + p.rows) * p.D, p.D, 1))
-    return backward_plan.no_wgmma_images(p, NOMINAL[90], p.image_strides, images_at, dense)
+    return images_plan.no_wgmma_images(p, NOMINAL[90], p.image_strides, images_at, dense)
 
 
 def drawn(seed: int, in_groups: bool) -> dict:

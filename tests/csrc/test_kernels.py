@@ -1,5 +1,5 @@
-"""Kernels as they are, on one multiprocessor; and kernels that were broken on purpose, which the emulator must not run as
-if nothing were wrong."""
+"""Kernels as they are, on one multiprocessor; and kernels that were broken on purpose, which the emulator must not run
+as if nothing were wrong."""
 
 import multiprocessing
 

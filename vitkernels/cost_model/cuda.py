@@ -9,7 +9,7 @@ from __future__ import annotations
 from math import gcd
 
 from ..backends.cuda import backward_plan
-from ..backends.cuda.backward_plan import Grad
+from ..backends.cuda.backward_operands import Grad
 from ..backends.cuda.forward_plan import BY_BLOCKS, LOADERS, PLAIN_TILES, STORING, Plan, candidates
 from ..backends.patch_layout import layout_of, product_of
 from ..gpu import Gpu

@@ -1,6 +1,6 @@
 """The CUDA C++ backend: csrc/, built as `vitkernels._cuda`. Everything is planned here
-(forward_plan.py, backward_plan.py) and allocated; C++ gets the plan, raw pointers, sizes, strides and the current
-stream, and launches."""
+(forward_plan.py, backward_plan.py, images_plan.py) and allocated; C++ gets the plan, raw pointers, sizes, strides and
+the current stream, and launches."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .. import fallbacks, reference
 from ..common import Grads, centred, empty, own_tables
 from ..patch_layout import layout_of, product_of, scaling, within_image
 from . import backward_plan, extension, forward_plan
-from .backward_plan import Grad
+from .backward_operands import OPERANDS, WGMMA_PIXELS, Grad, Operand
 from .forward_plan import LOADERS, Plan
 
 # As csrc/problem.h numbers them
@@ -94,7 +94,7 @@ def weight_kind(p: PatchProblem) -> str:
         return "half, not by wgmma"
     if backward_plan.not_by_engine(p, 0):
         return "half, copied for wgmma"
-    return "half, padded for wgmma" if layout_of(p).P[2] % backward_plan.WGMMA_PIXELS else "half"
+    return "half, padded for wgmma" if layout_of(p).P[2] % WGMMA_PIXELS else "half"
 
 
 def candidates(p: PatchProblem, images: torch.Tensor, weight: torch.Tensor) -> dict[str, Plan]:
@@ -251,8 +251,8 @@ def forget() -> None:
 
 def _fields(plan: Any) -> Any:
     """Plans within plans as dictionaries, operands as (number of the loader, chunk)."""
-    if isinstance(plan, backward_plan.Operand):
-        return backward_plan.OPERANDS.index(plan.loader), plan.chunk
+    if isinstance(plan, Operand):
+        return OPERANDS.index(plan.loader), plan.chunk
     if hasattr(plan, "_asdict"):
         return {name: _fields(value) for name, value in plan._asdict().items()}
     if isinstance(plan, tuple):

@@ -5,11 +5,7 @@ Arithmetic alone, as forward_plan.py is for the forward. M = B·rows patches.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from math import prod
 from typing import NamedTuple
-
-import torch
 
 from ...gpu import Gpu
 from ...problem import PatchProblem, Triple
@@ -25,47 +21,35 @@ from ..patch_layout import (
     scaling,
 )  # fmt: skip
 from ..split_k import TABLE_BYTES
-from .forward_plan import no_copied, no_operands, no_padded_rows, padded_row
+from .backward_operands import (
+    STAGES,
+    WGMMA_PIXELS,
+    Grad,
+    Operand,
+    Tile,
+    grad_operand,
+    largest_chunk,
+    no_map,
+    operand_of,
+)
+from .forward_plan import no_copied, no_operands
+from .images_plan import ImagesPlan, WgmmaImagesPlan, images_plan, no_wgmma_images, wgmma_images_plan
 
-
-class Tile(NamedTuple):
-    """A block's part of a product: BM×BN sums, BK of the summed index at a step."""
-
-    BM: int
-    BN: int
-    BK: int
-    rate: float = 1.0  # of multiply-adds, as in vitkernels/backends/triton/configs.py
-
-
-# As csrc instantiates them: dW by warps, large and for a weight of few tiles (weight_sm80.cuh); dX (images.cuh)
+# As csrc instantiates them: dW by warps, large and for a weight of few tiles (weight_sm80.cuh)
 WEIGHT_TILES = {
     "half": (Tile(128, 128, 32), Tile(64, 64, 32, 0.6)),
     "tf32": (Tile(128, 128, 16), Tile(64, 64, 16, 0.6)),
     "fp32": (Tile(128, 128, 16), Tile(64, 64, 16, 0.6)),
     "fp64": (Tile(64, 64, 16), Tile(32, 32, 16, 0.6)),
 }
-IMAGE_TILES = {
-    "half": Tile(128, 64, 32), "tf32": Tile(128, 64, 16), "fp32": Tile(128, 64, 16), "fp64": Tile(64, 64, 16),
-}  # fmt: skip
 # dW by wgmma (weight_sm90.cuh): 256 or 128 channels by 8 rows × 16 pixels of a patch, 64 patches at a step. The rates
 # are guesses.
-WGMMA_ROWS, WGMMA_PIXELS = 8, 16
+WGMMA_ROWS = 8
 WGMMA_TILES = (Tile(256, 128, 64, 1.6), Tile(128, 128, 64, 1.3))
-WGMMA_IMAGES = 128  # patches of a tile of dX by wgmma (images_sm90.cuh)
 COPIED_TILES = {16: Tile(256, 128, 64, 1.2), 4: Tile(256, 128, 64, 0.8)}  # pixels by threads, so many bytes at a time
 
-STAGES, ROW_STEPS = 3, 4  # csrc/backward/plan.h: steps under way, steps whose patches are looked up at once
+ROW_STEPS = 4  # csrc/backward/plan.h: steps whose patches are looked up at once
 SUMS_THREADS, FINISH_THREADS = 256, 256  # of reduce.cuh
-
-
-# How an operand comes to shared memory, eight elements to a thread at a time (csrc/backward/plan.h): copied
-# asynchronously, of the product's type already; so as it is, to be converted by the thread that copied it; one by one
-OPERANDS = ("straight", "raw", "each")
-
-
-class Operand(NamedTuple):
-    loader: str
-    chunk: int  # bytes copied at a time
 
 
 class WeightPlan(NamedTuple):
@@ -101,48 +85,6 @@ class SumsPlan(NamedTuple):
     tiles_d: int  # of lanes·8 channels
 
 
-class PixelClass(NamedTuple):
-    first: Triple  # (t, y, x): first pixel in the cell
-    size: Triple  # pixels
-    windows: Triple  # that saw them
-    columns: int  # pixels of a cell, all channels: (c, t, y, x)
-    pitch: int  # of the packed weight's rows: columns, rounded up to whole copies
-    all_windows: int
-    packed: int  # its weight begins at this element: [windows, D, pitch]
-    tiles: int  # of columns
-    first_block: int
-
-
-class ImagesPlan(NamedTuple):
-    """dX. A cell of an axis holds the pixels q·S … q·S + S − 1 of the padded image; windows q − j with 0 ≤ j < ⌈P/S⌉
-    saw its first P − (⌈P/S⌉ − 1)·S pixels, and all of those but the last saw the others. So the pixels of a cell are of
-    one or two classes along each axis, and within a class every window saw every pixel: no product is with a zero that
-    stands for a pixel unseen, which would carry what is not finite to it."""
-
-    classes: tuple[PixelClass, ...]
-    cells: Triple  # of one image
-    M: int  # B·cells
-    tiles_m: int
-    blocks: int
-    packed: int  # elements of the packed weight
-    grad: Operand
-    shared_bytes: int
-
-
-class WgmmaImagesPlan(NamedTuple):
-    """dX by wgmma (images_sm90.cuh): 128 patches × BN elements of a patch, 64 channels at a step."""
-
-    BN: int
-    tiles_k: int
-    tiles: int
-    blocks: int
-    block: Triple  # images × grid lines × grid columns of a tile
-    group: int  # patches of a line that one tensor map each brings
-    stages: int
-    shared_bytes: int
-    weight_row: int  # elements of a row of the packed weight
-
-
 class Plan(NamedTuple):
     """csrc/backward/plan.h's BackwardPlan, field by field."""
 
@@ -161,44 +103,18 @@ class Plan(NamedTuple):
     scratch_bytes: int
 
 
-class Grad(NamedTuple):
-    """dY where it lies."""
-
-    at: int  # its address, modulo 16
-    strides: Triple
-
-
-def _largest_chunk(dtype: torch.dtype, at: int, steps: Sequence[int]) -> int:
-    """The largest piece, in bytes, of which eight elements, all these numbers of elements and the address are
-    multiples; 0: none that can be copied asynchronously."""
-    size = dtype.itemsize
-    for chunk in (16, 8, 4):
-        if chunk >= size and not any(n % chunk for n in (8 * size, at, *(s * size for s in steps))):
-            return chunk
-    return 0
-
-
-def _operand(chunk: int, as_it_is: bool) -> Operand:
-    return Operand("each" if chunk == 0 else "straight" if as_it_is else "raw", chunk)
-
-
 def _pixels(p: PatchProblem, layout: PatchLayout, product: str, images_at: int) -> Operand:
     b, c, f, h, w = layout.strides
     side = layout.W if layout.pad[2] > 0 else 0  # a piece must not cross the image's edge
     across = layout.S[2] if p.G[2] > 1 else 0
     steps = (layout.P[2], across, layout.pad[2], side, b if p.B > 1 else 0, c, f, h)
-    chunk = _largest_chunk(p.image_dtype, images_at, steps) if w == 1 else 0
-    return _operand(chunk, _as_they_lie(p))
+    chunk = largest_chunk(p.image_dtype, images_at, steps) if w == 1 else 0
+    return operand_of(chunk, _as_they_lie(p))
 
 
 def _as_they_lie(p: PatchProblem) -> bool:
     """Whether pixels are the product's operands."""
     return p.image_dtype == p.compute_dtype and not scaling(p, product_of(p, False))[0]
-
-
-def _grad(p: PatchProblem, grad: Grad) -> Operand:
-    chunk = _largest_chunk(p.out_dtype, grad.at, grad.strides[:2]) if grad.strides[2] == 1 else 0
-    return _operand(chunk, p.out_dtype == p.compute_dtype)
 
 
 def not_by_engine(p: PatchProblem, images_at: int) -> str:
@@ -224,37 +140,7 @@ def no_wgmma(p: PatchProblem, gpu: Gpu, images_at: int, grad: Grad) -> str:
         (engine != "" and copied != "", f"{engine}; {copied}"),
         (layout.P[2] % 2 != 0, f"patch rows of {layout.P[2]} elements, an odd number"),
         (p.P[1] < WGMMA_ROWS, f"patches of {p.P[1]} rows, of {WGMMA_ROWS} at least they must be"),
-        *_no_map(p, grad),
-    )
-    return next((text for wrong, text in reasons if wrong), "")
-
-
-def _no_map(p: PatchProblem, grad: Grad) -> tuple[tuple[bool, str], ...]:
-    """Whether no tensor map can describe dY, and why."""
-    b, row, channel = grad.strides
-    return (
-        (p.out_dtype != p.compute_dtype, "dY is of another type than the product"),
-        (p.D > 1 and channel != 1, f"dY's channels are {channel} apart"),
-        ((grad.at + p.T * row * 2) % 16 != 0, "dY is not on 16 bytes"),
-        (p.B > 1 and (b <= 0 or b % 8 != 0), "dY's images are not 16 bytes apart"),
-        (row <= 0 or row % 8 != 0, "dY's rows are not 16 bytes apart"),
-    )
-
-
-def no_wgmma_images(p: PatchProblem, gpu: Gpu, strides: tuple[int, ...], images_at: int, grad: Grad) -> str:
-    """Why wgmma can't make the images' gradient, in these strides; none: it can."""
-    layout = layout_of(p, strides)
-    group = group_of(p, layout)
-    covered = tuple(g * n for g, n in zip(p.G, p.P, strict=True))
-    reasons = (
-        (gpu.arch != 90, "the GPU is no sm_90"),
-        (product_of(p, False) != "half", "the product is not of 16 bits"),
-        (no_operands(p, "half") != "", no_operands(p, "half")),
-        (p.S != p.P, f"patches of {p.P} every {p.S} pixels"),
-        *((True, text) for text in no_copy_engine(p, layout, images_at, group)),
-        (covered != (p.F, p.H, p.W), f"patches cover {covered} of {(p.F, p.H, p.W)} pixels"),
-        (no_padded_rows(p, layout) != "", no_padded_rows(p, layout)),
-        *_no_map(p, grad),
+        *no_map(p, grad),
     )
     return next((text for wrong, text in reasons if wrong), "")
 
@@ -288,7 +174,7 @@ def weight_plan(p: PatchProblem, gpu: Gpu, tf32: bool, images_at: int, grad: Gra
             True, *tile[:3], parts, chunk, tiles_k, tiles, pixels, dY, stages * (stage_bytes + 16), block, group,
             stages, min(parts * tiles, gpu.multiprocessors),
         )  # fmt: skip
-    pixels, dY = _pixels(p, layout, product, images_at), _grad(p, grad)
+    pixels, dY = _pixels(p, layout, product, images_at), grad_operand(p, grad)
     if _shared_bytes(p, tile, pixels, dY) > gpu.shared_bytes and dY.loader == "raw":
         dY = dY._replace(loader="each")
     if _shared_bytes(p, tile, pixels, dY) > gpu.shared_bytes and pixels.loader == "raw":
@@ -328,65 +214,6 @@ def sums_plan(p: PatchProblem, gpu: Gpu, bias: bool, pos: bool, prefix: bool) ->
     enough = -(-4 * gpu.multiprocessors // max(1, blocks * tiles_d))
     chunk = -(-p.B // min(most, enough))
     return SumsPlan(first, last, stored, rows, -(-p.B // chunk), chunk, lanes, blocks, tiles_d)
-
-
-def images_plan(p: PatchProblem, tf32: bool, strides: tuple[int, ...], grad: Grad) -> ImagesPlan:
-    product, layout = product_of(p, tf32), layout_of(p, strides)
-    tile = IMAGE_TILES[product]
-    sides = (p.F, p.H, layout.W)
-    t, y, x = (-(-(n + pad) // S) for n, pad, S in zip(sides, layout.pad, layout.S, strict=True))
-    M = p.B * t * y * x
-    tiles_m, packed, blocks, classes = -(-M // tile.BM), 0, 0, []
-    for which in range(8):
-        c = _pixel_class(layout, which, packed, blocks, tile)
-        if c.columns:
-            packed += c.all_windows * p.D * c.pitch
-            blocks += tiles_m * c.tiles
-            classes.append(c)
-    dY = _grad(p, grad)
-    if dY.loader == "raw" or p.n_keep is not None:
-        dY = dY._replace(loader="each")
-    value = p.compute_dtype.itemsize
-    operands = STAGES * (tile.BM * (tile.BK + 16 // value) + tile.BK * (tile.BN + 8)) * value
-    shared_bytes = tile.BM * 32 + tile.BN * 32 + operands  # images.cuh's Row and Column
-    return ImagesPlan(tuple(classes), (t, y, x), M, tiles_m, blocks, packed, dY, shared_bytes)
-
-
-def wgmma_images_plan(p: PatchProblem, gpu: Gpu, strides: tuple[int, ...]) -> WgmmaImagesPlan:
-    """Of the two tiles the one whose waves take less."""
-    layout = layout_of(p, strides)
-    group, row = group_of(p, layout), padded_row(layout)
-    block, weight_row = blocks_of(p, WGMMA_IMAGES, group=group), p.K // layout.P[2] * row
-
-    def plan(BN: int) -> WgmmaImagesPlan:
-        stage_bytes, staging = (WGMMA_IMAGES + BN) * 128, 8 * 2 * 16 * WGMMA_PIXELS * p.image_dtype.itemsize
-        stages = min(6, (gpu.shared_bytes - staging - 1024) // stage_bytes)  # beside them: barriers
-        tiles_k = -(-weight_row // BN)
-        tiles = blocks_in(p, block) * tiles_k
-        return WgmmaImagesPlan(
-            BN, tiles_k, tiles, min(tiles, gpu.multiprocessors), block, group, stages,
-            stages * (stage_bytes + 16) + staging, weight_row,
-        )  # fmt: skip
-
-    # Half the tile takes more than half the time: its dY is read as often again.
-    return min(plan(256), plan(128), key=lambda plan: -(-plan.tiles // plan.blocks) * (plan.BN + 60))
-
-
-def _pixel_class(layout: PatchLayout, which: int, packed: int, first_block: int, tile: Tile) -> PixelClass:
-    """Bit i of `which`: along axis i, the pixels that the last window did not see."""
-    first, size, windows = [], [], []
-    for i, (P, S) in enumerate(zip(layout.P, layout.S, strict=True)):
-        seen, others = -(-P // S), which >> i & 1
-        most = P - (seen - 1) * S
-        first.append(most * others)
-        size.append(S - most if others else most)
-        windows.append(seen - others)
-    columns = layout.C * prod(size)
-    (t, y, x), (a, b, c), (i, j, k) = first, size, windows
-    return PixelClass(
-        (t, y, x), (a, b, c), (i, j, k), columns, -(-columns // 8) * 8, i * j * k, packed, -(-columns // tile.BN),
-        first_block,
-    )  # fmt: skip
 
 
 def make_plan(
