@@ -8,6 +8,8 @@ import torch
 from problems import arguments, drawn_for_the_copy_engine, on
 
 import vitkernels as vk
+from vitkernels.backends import cuda
+from vitkernels.backends.common import canonical
 from vitkernels.backends.cuda import backward_plan, images_plan
 from vitkernels.backends.cuda.backward_operands import Grad
 from vitkernels.gpu import NOMINAL
@@ -88,9 +90,19 @@ def test_what_it_leaves_to_the_other_kernel(on_cuda_kernels, device, watched, ca
     assert not watched
 
 
-def test_an_address():
-    call = arguments(3, 3, 32, 48, 16, 40)
+def test_an_address(on_cuda_kernels, device, watched):
+    """A gradient's memory may begin anywhere: then another kernel writes it."""
+    on_cuda_kernels(90)
+    call = arguments(3, 3, 32, 48, 16, 40, device=device)
     assert why_not(call) == "" and why_not(call, images_at=8) == "images do not start on 16 bytes"
+    p = vk.explain(**call).problem
+    tensors = canonical(*(call.get(name) for name in ("images", "weight", "bias", "pos_embed", "prefix", "keep")))
+    grad = torch.randn(p.out_shape, device=device).to(torch.bfloat16)
+    made = [torch.empty(at + call["images"].numel(), dtype=torch.bfloat16, device=device)[at:] for at in (0, 4)]
+    for d_images in made:
+        cuda.backward(p, grad, *tensors, (d_images.view_as(tensors[0]), *[None] * 4))
+    assert device == "cuda" or len(watched) == 1
+    torch.testing.assert_close(*made, rtol=2**-7, atol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
