@@ -29,6 +29,7 @@ from vitkernels.cost_model import reference as reference_model
 from vitkernels.cost_model import triton as triton_model
 from vitkernels.cost_model.traffic import gathered, needed
 from vitkernels.gpu import NOMINAL
+from vitkernels.profiling import compile_triton
 
 ROOT = Path(__file__).resolve().parents[2]
 H100 = NOMINAL[90]
@@ -415,6 +416,14 @@ def test_both_is_forward_and_backward():
     one, other = forward.roads["L4"]["timm_eager"], backward.roads["L4"]["timm_eager"]
     assert both.roads["L4"]["timm_eager"].passes == one.passes + other.passes
     assert both.roads["L4"]["triton gather"].launches == 1 + backward.roads["L4"]["triton"].launches
+
+
+def test_float32_by_three_products_of_tf32():
+    """Their arithmetic bounds, which is less than that of the GPU's units for float32."""
+    p = compile_triton.problem(16, "fp32")
+    r = vk.roofline(p, gpus="H200")
+    least = 1e3 * 3 * p.flops / r.sheets["H200"].flops("tf32")
+    assert least < r.road_ms("H200", "cuda engine") < 1.02 * least < r.gpus["H200"].ms
 
 
 def test_wrong_inputs():
