@@ -40,18 +40,22 @@ def forward(
         weight = weight.movedim(1, -1)
         images = images.as_strided((p.B, 1, p.F, p.H, way.p.W), way.p.image_strides)
     p = way.p
-    W, bias, table = _operands(way, weight, bias, pos_embed)
+    own = table = None  # what is added to the prefix [(1|B,) T, D], and to the patches [(1|B,) N, D]
+    if pos_embed is not None:
+        own, table = pos_embed.split_with_sizes((p.pos_rows - p.N, p.N), -2)
+    W, bias, table = _operands(way, weight, bias, table)
     if way.is_all:
         ((b, n, x),) = pieces(way, images, keep)  # x [B·N, columns]
         out = way.linear(x, W, bias).resize_(p.out_shape)  # a view could not be changed in place where it is learnt
         if table is not None:
             out.add_(_positions(p, table, b, n, keep))
+        patches = out
     else:
         out = empty(images, p.out_shape, p.out_dtype)
+        first, patches = out.split_with_sizes((p.T, p.rows), 1)
+        is_one = len(way.images) * len(way.spans) == 1
         for b, n, x in pieces(way, images, keep):  # x [b·n or b·(T+N), columns]
-            tokens = out.narrow(1, p.T + n.start, n.stop - n.start)  # [b, n, D]
-            if b.stop - b.start < p.B:
-                tokens = tokens[b]
+            tokens = patches if is_one else patches[b, n]  # [b, n, D]
             positions = None if table is None else _positions(p, table, b, n, keep)
             if way.room or (way.in_place and tokens.is_contiguous()):
                 here = (out[b] if way.room else tokens).view(-1, p.D)
@@ -66,21 +70,20 @@ def forward(
                 tokens.squeeze(0).addmm_(x, W.t())
             else:
                 _add(way.linear(x, W, bias), positions, tokens)
-    if prefix is not None:
-        first = out.narrow(1, 0, p.T)
-        if pos_embed is None or p.pos_rows == p.N:
+    if prefix is not None and p.T:
+        if own is None or p.pos_rows == p.N:
             first.copy_(prefix)
         else:
             if prefix.dtype != p.out_dtype:
                 prefix = prefix.to(p.sum_dtype)  # the sum is rounded once
-            torch.add(prefix, pos_embed.narrow(-2, 0, p.T).expand(p.B, -1, -1), out=first)
+            torch.add(prefix, own.expand(p.B, -1, -1), out=first)
     if outside is not None:
-        out[:, p.T :].masked_fill_(outside[:, :, None], float("nan"))
+        patches.masked_fill_(outside[:, :, None], float("nan"))
     return out
 
 
-def _operands(way: Way, weight, bias, pos_embed) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """W [D, columns], bias [D], and what is added to all patches [(1|B,) N, D], as `way` multiplies and adds them."""
+def _operands(way: Way, weight, bias, table) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """W [D, columns], bias [D], and what is added to the patches [(1|B,) N, D], as `way` multiplies and adds them."""
     p, dtype = way.p, way.dtype
     W = weight.view(p.D, p.K) if weight.is_contiguous() else weight.reshape(p.D, p.K)
     if way.columns > p.K:
@@ -91,7 +94,6 @@ def _operands(way: Way, weight, bias, pos_embed) -> tuple[torch.Tensor, torch.Te
         W = W.to(dtype).contiguous()  # oneDNN reads past the strides of this and the bias
     if bias is not None and not (bias.dtype == dtype and bias.is_contiguous()):
         bias = bias.to(dtype).contiguous()
-    table = None if pos_embed is None else pos_embed.narrow(-2, p.pos_rows - p.N, p.N)
     if not way.in_place or bias is None:
         return W, bias, table
     if dtype == torch.bfloat16:
