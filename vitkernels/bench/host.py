@@ -1,9 +1,10 @@
 """What a call costs the host: Python, PyTorch's dispatcher, the allocation of the tokens, and a launch.
 
 Nobody waits for a GPU here, so there a call's time is the host's. Without one the launch is a stub that returns at
-once: what is timed is all that comes before it, for the tensors of a tiny problem. (The launch alone took csrc 10.7 µs
-and Triton 37.5 on an H200's machine, when Triton bound the arguments: benchmarks/results/nvidia-h200/host-cost.txt.)
-Beside it stand F.linear, what timm does eagerly, and an operator that does nothing but allocate the tokens.
+once: what is timed is all that comes before it, for the tensors of a tiny problem in 16 bits. (The launch alone took
+csrc 10.7 µs and Triton 37.5 on an H200's machine, when it bound the arguments: results/nvidia-h200/host-cost.txt.)
+Beside it stand F.linear, what timm does eagerly, and an operator that does nothing but allocate the tokens; these in
+float32 on a CPU, where they do multiply, and where a product in 16 bits costs the host oneDNN's preparations.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from .implementations import LEARNT, problem
 from .timing import rounded
 
 CALLS, ROUNDS = 50, 60
-TINY = Case(batch=1, image=8, patch=4, dim=16, dtype="fp32")
+TINY = Case(batch=1, image=16, patch=8, dim=16, dtype="bf16")
 MODES = ("inference", "training", "backward")  # a call that records nothing, one that does, and its backward
 KERNELS = ("cuda", "triton")
 
@@ -63,24 +64,26 @@ def host(device: torch.device | str = "cpu", case: Case = TINY, *, keep_samples:
 
 
 def _calls(call: Call, names: list[str], mode: str) -> dict[str, Callable[[], Any]]:
-    if mode != "inference":
-        call = call | {name: call[name].detach().requires_grad_() for name in LEARNT if call.get(name) is not None}
     p = problem(call)
-    x = torch.randn(p.B * p.N, p.K, device=p.device, dtype=p.compute_dtype)
-    weight = call["weight"].detach().flatten(1).clone().requires_grad_(mode != "inference")
-    kernel, bias, pos_embed, prefix = learnt = [call[name] for name in LEARNT]
+    theirs = {name: t.float() if p.on_cpu else t for name, t in call.items() if t is not None}
+    call, theirs = (
+        given | {name: given[name].detach().requires_grad_(mode != "inference") for name in LEARNT if name in given}
+        for given in (call, theirs)
+    )
+    ours, theirs_learnt = (tuple(given[name] for name in LEARNT) for given in (call, theirs))
+    kernel, bias, pos_embed, prefix = theirs_learnt
+    x = torch.randn(p.B * p.N, p.K, device=p.device, dtype=kernel.dtype)
+    weight = kernel.detach().flatten(1).clone().requires_grad_(mode != "inference")
     todo: dict[str, Callable[[], Any]] = {name: partial(patch_embed, **call, backend=name) for name in names}
-    todo["F.linear"] = partial(F.linear, x, weight, call["bias"])
-    todo["timm eagerly"] = partial(conv, call["images"], kernel, bias, pos_embed, prefix, None, None, None)
-    todo["empty operator"] = partial(torch.ops.aten.new_empty, x, p.out_shape)
-    if mode != "backward":
-        return todo
-    del todo["empty operator"]
-    of = dict.fromkeys(todo, learnt) | {"F.linear": [weight, call["bias"]]}
-    return {name: _backward(step(), of[name]) for name, step in todo.items()}
+    of = dict.fromkeys(todo, ours) | {"F.linear": (weight, bias), "timm eagerly": theirs_learnt}
+    todo["F.linear"] = partial(F.linear, x, weight, bias)
+    todo["timm eagerly"] = partial(conv, theirs["images"], kernel, bias, pos_embed, prefix, None, None, None)
+    if mode == "backward":
+        return {name: _backward(step(), of[name]) for name, step in todo.items()}
+    return todo | {"empty operator": partial(torch.ops.aten.new_empty, x, p.out_shape)}
 
 
-def _backward(out: torch.Tensor, leaves: list[torch.Tensor]) -> Callable[[], Any]:
+def _backward(out: torch.Tensor, leaves: tuple[torch.Tensor, ...]) -> Callable[[], Any]:
     return partial(torch.autograd.grad, out, leaves, torch.ones_like(out), retain_graph=True)
 
 
