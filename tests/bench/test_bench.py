@@ -4,7 +4,9 @@ import json
 import math
 import subprocess
 import sys
+import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ import torch
 
 from vitkernels import cli, cost_model, dispatch
 from vitkernels.backends import reference
-from vitkernels.bench import gate, implementations, op
+from vitkernels.bench import gate, implementations, op, timing
 from vitkernels.bench.peaks import Peaks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -76,6 +78,25 @@ def test_rows(mode):
         assert row["peak_tflops"] > 0
     assert rows[0]["ratio"]["median"] == 1
     assert json.loads(json.dumps(rows)) == rows
+
+
+def test_a_sample_leaves_out_the_call_that_wakes_the_threads():
+    ran, awake = [], True
+
+    def step(i):
+        nonlocal awake
+        ran.append(i)
+        time.sleep(0.0006 if awake else 0.05)
+        awake = True
+
+    sample = timing.sampler_of(torch.device("cpu"), [partial(step, i) for i in range(4)])
+    for _ in range(3):
+        awake = False
+        assert sample() < 10  # ms a call
+    timed = len(ran[1:]) // 3  # and one before them
+    turns = [ran[1 + i * timed : 1 + (i + 1) * timed] for i in range(3)]
+    assert [i for turn in turns for i in turn[1:]] == [i % 4 for i in range(3 * (timed - 1))]
+    assert all(turn[0] == (turn[1] - 1) % 4 for turn in turns)  # no set that is timed soon
 
 
 @pytest.mark.parametrize("peaks", [(1e9, 1e15), (1e15, 1e9)], ids=["memory bounds", "arithmetic bounds"])
