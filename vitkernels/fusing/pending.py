@@ -186,6 +186,8 @@ class Pending:
         if len(shape) != like.ndim or any(size not in (1, of) for size, of in zip(shape, like.shape, strict=True)):
             return None
         B, rows, D = source.sizes()
+        if self._is_tokens() and shape[1:] == (rows, D):
+            return table.view(shape)
         order = sorted(range(like.ndim), key=like.stride, reverse=True)  # of the tokens in memory
         table = table.reshape(shape).permute(order)
         sizes = [like.shape[axis] for axis in order]
@@ -251,7 +253,16 @@ def _is_floats(tensor: Any, source: Source) -> bool:
 
 def computed(tree: Any) -> Any:
     """With tensors in place of what is pending."""
-    if isinstance(tree, torch.Tensor):
+    kind = type(tree)
+    if kind is Pending:
+        return tree.computed()
+    if (
+        kind is tuple or kind is list
+    ):  # most are, and dicts; tree_map takes 10 µs, and more where the cache lost its code
+        return kind(map(computed, tree))
+    if kind is dict:
+        return {name: computed(leaf) for name, leaf in tree.items()}
+    if isinstance(tree, torch.Tensor | int | float | str | None):
         return tree
     return tree_map(lambda leaf: leaf.computed() if isinstance(leaf, Pending) else leaf, tree)
 
