@@ -129,6 +129,7 @@ NOTED = {
     ),
     "dropout": (lambda m, x: F.dropout(tokens(x) + m.patches, 0.5, training=False), ["p"]),
     "norm": (lambda m, x: F.layer_norm(tokens(x), (D,)) + m.patches, [""]),
+    "by name": (lambda m, x: F.layer_norm(input=tokens(x), normalized_shape=(D,)) + m.patches, [""]),
     "suffix": (lambda m, x: torch.cat((tokens(x) + m.patches, m.cls.expand(B, -1, -1)), 1), ["p"]),
     "two tables": (lambda m, x: tokens(x) + m.patches + m.cls, ["p"]),
     "for all, then in front": (lambda m, x: in_front(m, in_front(m, tokens(x)) + m.all), ["p+"]),
@@ -175,6 +176,27 @@ def test_planes_in_front_are_no_tokens_in_front():
     expected = model(images)
     vk.fuse(model)
     close(model(images), expected)
+
+
+def test_planes_of_as_many_channels_as_patches():
+    model = Embeddings(lambda m, x: x.flatten(2) + m.each[:, :, :N], nn.Conv2d(3, N, 4, 4))
+    images = torch.randn(B, 3, 8, 12)
+    expected = model(images)
+    vk.fuse(model)
+    close(model(images), expected)
+
+
+def test_results_of_every_form_are_computed():
+    model, images = (
+        Embeddings(lambda m, x: {"a": [tokens(x)], "b": (tokens(x) + m.patches, 1.5)}),
+        torch.randn(B, 3, 8, 12),
+    )
+    expected = model(images)
+    vk.fuse(model)
+    out = model(images)
+    close(out["a"][0], expected["a"][0])
+    close(out["b"][0], expected["b"][0])
+    assert out["b"][1] == 1.5 and type(out["b"]) is tuple
 
 
 WHOLE = "prefix, positions"
