@@ -305,7 +305,7 @@ def eager_dtype(weight: torch.Tensor, *added: torch.Tensor | None) -> torch.dtyp
     if torch._C._is_any_autocast_enabled() and not weight.is_meta and torch.is_autocast_enabled(weight.device.type):
         dtype = torch.get_autocast_dtype(weight.device.type)
     for tensor in added:
-        if tensor is not None:
+        if tensor is not None and tensor.dtype != dtype:
             dtype = torch.promote_types(dtype, tensor.dtype)
     return dtype
 
