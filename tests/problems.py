@@ -8,6 +8,11 @@ import torch
 from vitkernels.problem import Layout, PatchProblem
 
 
+def images_of(*shape, dtype=torch.float64, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=g, dtype=torch.float64).to(dtype)
+
+
 def arguments(
     B=3, C=3, H=32, W=48, P=(8, 16), D=40, T=1, *, pixels=torch.bfloat16, weights=torch.bfloat16, pos="T+N",
     channels_last=False, kept=None, device="cpu", **more,

@@ -149,7 +149,7 @@ NEIGHBOURS = {  # patch sizes whose rows end within a step of every kernel's, an
 @pytest.mark.parametrize("name", NEIGHBOURS)
 def test_a_broken_image_reaches_no_other(backend, name, one_patch, value, device):
     """Nor a broken patch the others of its image; in tokens, and in the images' gradient. The reference can fail here
-    on a CPU with AMX alone (test_reference.py holds its rows to be padded on every CPU)."""
+    on a CPU with AMX alone (test_reference_on_cpu.py holds its rows to be padded)."""
     arguments = make_arguments(**NEIGHBOURS[name], device=device)
     skip_where_declined(backend, arguments)
     images, P, keep = arguments["images"].clone(), arguments["weight"].shape[-1], arguments.get("keep")

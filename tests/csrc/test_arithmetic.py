@@ -22,10 +22,7 @@ ADDRESS = 1 << 20  # of tensors that have no data
 
 @pytest.fixture(scope="module")
 def csrc():
-    try:
-        return build.arithmetic()
-    except build.NoCompiler as reason:
-        pytest.skip(str(reason))
+    return build.arithmetic()
 
 
 def of(monkeypatch, p, tf32=False) -> dict:
@@ -130,7 +127,7 @@ def test_maps_of_the_images_gradient(csrc, monkeypatch, image):
         p = drawn_patches(rng, image)
         p = replace(p, S=p.P, D=rng.randint(1, 40) * 8, H=p.G[1] * p.P[1], W=p.G[2] * p.P[2])
         strides = Grad(0, dense(p.B, p.T + p.rows, p.D))
-        if p.S != p.P or images_plan.no_wgmma_images(p, NOMINAL[90], p.image_strides, 0, strides):
+        if images_plan.no_wgmma_images(p, NOMINAL[90], p.image_strides, 0, strides):
             continue
         found += 1
         f, v = images_plan.wgmma_images_plan(p, NOMINAL[90], p.image_strides), layout_of(p)

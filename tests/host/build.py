@@ -23,6 +23,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
+import pytest
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 CACHE = ROOT / "build" / "host"
@@ -34,8 +36,8 @@ EMULATOR = HERE / "emulator.cpp"
 HEADERS = (".h", ".cuh", ".inc")
 
 
-class NoCompiler(RuntimeError):
-    """No C++ compiler, or no pybind11, on this machine."""
+class NoCompiler(pytest.skip.Exception):
+    """No C++ compiler, or no pybind11, on this machine: what needs a build is skipped, and says so."""
 
 
 class BuildError(RuntimeError):

@@ -31,6 +31,7 @@ VIEWS = ("transpose", "swapaxes", "swapdims", "permute", "movedim", "view", "unf
 MAYBE_VIEWS = ("flatten", "reshape")
 CAT = ("cat", "concat", "concatenate")
 ADD = ("add", "__add__", "__radd__")
+_LEAVES = (torch.Tensor, int, float, str, type(None))
 
 
 class Elsewhere(Exception):
@@ -186,7 +187,7 @@ class Pending:
         if len(shape) != like.ndim or any(size not in (1, of) for size, of in zip(shape, like.shape, strict=True)):
             return None
         B, rows, D = source.sizes()
-        if self._is_tokens() and shape[1:] == (rows, D):
+        if self._is_tokens() and shape[1:] == (rows, D):  # as below, by one view of four
             return table.view(shape)
         order = sorted(range(like.ndim), key=like.stride, reverse=True)  # of the tokens in memory
         table = table.reshape(shape).permute(order)
@@ -256,14 +257,12 @@ def computed(tree: Any) -> Any:
     kind = type(tree)
     if kind is Pending:
         return tree.computed()
-    if (
-        kind is tuple or kind is list
-    ):  # most are, and dicts; tree_map takes 10 µs, and more where the cache lost its code
+    if isinstance(tree, _LEAVES):
+        return tree
+    if kind in (tuple, list):  # as most are; tree_map takes 10 µs, and more where its code has left the cache
         return kind(map(computed, tree))
     if kind is dict:
         return {name: computed(leaf) for name, leaf in tree.items()}
-    if isinstance(tree, torch.Tensor | int | float | str | None):
-        return tree
     return tree_map(lambda leaf: leaf.computed() if isinstance(leaf, Pending) else leaf, tree)
 
 

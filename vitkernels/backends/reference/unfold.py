@@ -139,7 +139,7 @@ def _way_of(p: PatchProblem, summed: torch.dtype | None, threads: int, *_) -> Wa
     has_bias_column = in_place and p.has_bias and dtype == torch.bfloat16
     columns = -(-(p.K + 1) // 32) * 32 if has_bias_column else padded(p.K, p.on_cpu, dtype)
     images, spans = _cut(p, dtype, _piece_rows(p, dtype, threads, in_place, summed is not None), threads)
-    staged = is_staged(p, dtype, spans, summed is not None)
+    staged = any(p.pad) or (len(spans) == 1 and _gains_by_staging(p, dtype, summed is not None))
     as_they_are = columns == p.K and not staged and is_matrix(p, dtype)
     several = len(images) > 0 and images[0].stop > 1
     # Another pass over the tokens counts where rows are few; in bf16 oneDNN would multiply at a fraction of its speed.
@@ -179,14 +179,10 @@ def side_by_side(p: PatchProblem) -> PatchProblem | None:
     return replace(p, C=1, W=p.W * p.C, tensors=(layout, *p.tensors[1:]), **wider)
 
 
-def is_staged(p: PatchProblem, dtype: torch.dtype, spans: list[slice], summed: bool) -> bool:
-    """Whether images are copied first, in memory's order, and normalised; a CPU's patches then come from the cache. On
-    Intel's that gains only where they are converted; and for tokens in float32 on Zen 5, where B = 8, D = 192 is one
-    piece without: 0.89 to 0.95 × the time."""
-    return any(p.pad) or (len(spans) == 1 and _gains_by_staging(p, dtype, summed))
-
-
 def _gains_by_staging(p: PatchProblem, dtype: torch.dtype, summed: bool) -> bool:
+    """Whether it gains to copy images first, in memory's order, and normalise: patches then come from a CPU's cache.
+    On Intel's that gains only where they are converted; and for tokens in float32 on Zen 5, where B = 8, D = 192 is one
+    piece without: 0.89 to 0.95 × the time."""
     whole = p.on_cpu and p.B > 1 and p.n_keep is None and p.image_strides[-1] == 1 and not _lies_in_rows(p)
     if whole and (cpu.is_intel() or (mkl_is_slow(dtype) and not summed)):
         wide = _normalised_dtype(p, dtype)
