@@ -123,8 +123,8 @@ static backward::BackwardPlan backward_plan_of(const py::dict& from) {
     if ((to.has_images = !from["images"].is_none())) to.images = images_plan_of(from["images"]);
     if ((to.has_wgmma_images = !from["wgmma_images"].is_none()))
         to.wgmma_images = wgmma_images_plan_of(from["wgmma_images"]);
-    VK_READ(indexed), VK_READ(weight_parts), VK_READ(table_parts), VK_READ(bias_parts), VK_READ(packed);
-    VK_READ(heads), VK_READ(nexts);
+    VK_READ(indexed), VK_READ(piece), VK_READ(copy_row), VK_READ(weight_parts), VK_READ(table_parts);
+    VK_READ(bias_parts), VK_READ(copies), VK_READ(packed), VK_READ(heads), VK_READ(nexts);
     return to;
 }
 

@@ -92,7 +92,10 @@ def test_the_switch_of_tf32_is_looked_at_in_each_call(monkeypatch):
     "kind",
     [
         "half",
-        *(f"half, {how}" for how in ("padded for wgmma", "copied for wgmma", "not by wgmma")),
+        *(
+            f"half, {how}"
+            for how in ("padded for wgmma", "copied for wgmma", "tokens copied for wgmma", "not by wgmma")
+        ),
         "tf32",
         "fp32",
         "fp64",
@@ -188,6 +191,7 @@ SHAPES = {  # the case whose figures a row quotes first
     ("weight", "half"): ("B256-224-P16-D768-bf16", "backward"),
     ("weight", "half, padded for wgmma"): ("B256-224-P14-D1024-bf16", "backward"),
     ("weight", "half, copied for wgmma"): ("B256-224-P16-D768-bf16-keep0.25", "backward"),
+    ("weight", "half, tokens copied for wgmma"): ("B256-224-P14-D1024-bf16", "backward"),
     ("weight", "half, not by wgmma"): ("B256-224-P14-D1024-bf16", "backward"),
     ("forward", "fp32"): ("B256-224-P16-D768-fp32", "both"),
     ("weight", "fp32"): ("B256-224-P16-D768-fp32", "backward"),

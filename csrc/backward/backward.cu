@@ -25,11 +25,12 @@ VK_PRODUCTS(extern, double)
 
 namespace {
 
-struct Call {  // one call
+struct Call {  // one call, or the images of it from `first` on, which p and t have
     const Problem& p;
     const BackwardPlan& plan;
     const BackwardTensors& t;
     Stream stream;
+    int64_t first = 0;
 
     template <class T>
     T* scratch(int64_t at) const {
@@ -57,7 +58,10 @@ struct Call {  // one call
     Gradient grad() const {
         Gradient g{t.grad.data, t.grad.dtype, t.grad.strides[0], t.grad.strides[1], t.grad.strides[2],
                    p.T, p.N, p.rows, nullptr, nullptr};
-        if (plan.indexed) g.heads = scratch<int32_t>(plan.heads), g.nexts = scratch<int32_t>(plan.nexts);
+        if (plan.indexed) {
+            g.heads = scratch<int32_t>(plan.heads) + first * p.N;
+            g.nexts = scratch<int32_t>(plan.nexts) + first * p.rows;
+        }
         return g;
     }
 
@@ -69,8 +73,10 @@ struct Call {  // one call
     void weight() const {
         if (plan.weight.wgmma) {
             auto launch_it = p.compute == Dtype::f16 ? weight_sm90_f16 : weight_sm90_bf16;
-            return launch_it({p, plan.weight, t.images, t.grad, t.keep, static_cast<const float*>(centred()),
-                              scratch<float>(plan.weight_parts), stream});
+            Tensor copies{scratch<void>(plan.copies), p.compute, {p.rows * plan.copy_row, plan.copy_row, 1}};
+            bool copied = plan.copy_row > 0;
+            return launch_it({p, plan.weight, t.images, copied ? copies : t.grad, copied ? 0 : p.T, t.keep,
+                              static_cast<const float*>(centred()), scratch<float>(plan.weight_parts), first > 0, stream});
         }
         WeightArguments a{};
         a.layout = layout_of(p, p.strides);
@@ -88,11 +94,14 @@ struct Call {  // one call
     void sums() const {
         const SumsPlan& s = plan.sums;
         SumsArguments a{grad(), p.B, p.D, s.first, s.last, s.stored, s.table_rows, s.chunk, s.blocks, s.tiles_d,
-                        s.lanes, nullptr, nullptr};
+                        s.lanes, nullptr, nullptr, first > 0, scratch<void>(plan.copies), plan.copy_row};
         if (s.table_rows > 0) a.table_parts = scratch<void>(plan.table_parts);
         if (t.d_bias.data) a.bias_parts = scratch<void>(plan.bias_parts);
         int shared = t.d_bias.data ? SUMS_THREADS * 8 * sum_bytes(p) : 0;
-        launch_for(sums_kernel<float>, sums_kernel<double>, s.splits * s.blocks * s.tiles_d, SUMS_THREADS, shared, a,
+        auto of_float = plan.copy_row == 0         ? sums_kernel<float>
+                        : p.compute == Dtype::f16 ? sums_kernel<float, half>
+                                                  : sums_kernel<float, bfloat16>;
+        launch_for(of_float, sums_kernel<double>, s.splits * s.blocks * s.tiles_d, SUMS_THREADS, shared, a,
                    "the sums over images");
     }
 
@@ -155,10 +164,24 @@ struct Call {  // one call
 }  // namespace
 }  // namespace backward
 
-static void launch_all(backward::Call run, const backward::BackwardPlan& plan) {
+// The parts of sums and of dW, of `piece` images after the other
+static void launch_parts(const backward::Call& all) {
+    const backward::BackwardPlan& plan = all.plan;
+    for (int64_t b = 0; b < all.p.B; b += plan.piece) {
+        Problem p = all.p;
+        BackwardTensors t = all.t;
+        p.B = std::min(plan.piece, all.p.B - b);
+        for (Tensor* each : {&t.grad, &t.images, &t.keep})
+            if (each->data) each->data = static_cast<char*>(each->data) + b * each->strides[0] * size_of(each->dtype);
+        backward::Call piece{p, plan, t, all.stream, b};
+        if (plan.has_sums) piece.sums();
+        if (plan.has_weight) piece.weight();
+    }
+}
+
+static void launch_all(const backward::Call& run, const backward::BackwardPlan& plan) {
     if (plan.indexed) run.index();
-    if (plan.has_weight) run.weight();
-    if (plan.has_sums) run.sums();
+    if (plan.has_weight || plan.has_sums) launch_parts(run);
     if (plan.has_weight || plan.has_sums) run.finish();
     if (plan.has_images && plan.images.packed > 0) run.pack();
     if (plan.has_images) run.images();

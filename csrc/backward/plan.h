@@ -108,11 +108,12 @@ struct WgmmaImagesPlan {
 
 struct BackwardPlan {
     bool indexed, has_weight, has_sums, has_images, has_wgmma_images;
+    int64_t piece, copy_row;
     WeightPlan weight;
     SumsPlan sums;
     ImagesPlan images;
     WgmmaImagesPlan wgmma_images;
-    int64_t weight_parts, table_parts, bias_parts, packed, heads, nexts;  // where they begin in scratch
+    int64_t weight_parts, table_parts, bias_parts, copies, packed, heads, nexts;  // where they begin in scratch
 };
 
 // weight_sm90.cuh: sums of 128 elements of a patch, as rows of pixels, by BM channels; a step's patches

@@ -48,6 +48,23 @@ struct SumsArguments {
     int lanes;
     void* table_parts;   // [splits, table_rows, D] of sums: token rows from `first` on; null: none wanted
     void* bias_parts;    // [splits·blocks, D] of sums; null: not wanted
+    bool more;           // they are added to those that are there, of the images before
+    void* copies;        // [B, rows, copy_row]: what is summed of patches, in the kernel's type of copies
+    int64_t copy_row;
+};
+
+// What the sums leave a copy of: nothing; or rows of patches, in the type of wgmma's operands. `d` is a multiple of 8,
+// and so are rows.
+template <class To>
+struct Copies {
+    void* data;
+    int64_t rows, row, d;
+
+    template <class Sum>
+    VK_DEVICE void operator()(int64_t b, int64_t i, const Sum (&values)[8]) const {
+        if constexpr (!same<To, void>)
+            if (i >= 0) put(static_cast<To*>(data) + (b * rows + i) * row + d, values);
+    }
 };
 
 // How many images' rows a thread has under way
@@ -68,47 +85,55 @@ using Octet = Side<From, 8>;
 template <class From>
 VK_DEVICE Octet<From> octet_at(const From* row) { return *reinterpret_cast<const Octet<From>*>(row); }
 
-template <class From, class Sum>
-VK_DEVICE void add(Sum (&total)[8], const Octet<From>& octet) {
+template <class From, class Sum, class To>
+VK_DEVICE void add(Sum (&total)[8], const Octet<From>& octet, int64_t b, int64_t i, const Copies<To>& copy) {
+    Sum values[8];
 #pragma unroll
-    for (int i = 0; i < 8; ++i) total[i] += to<Sum>(octet.values[i]);
+    for (int j = 0; j < 8; ++j) values[j] = to<Sum>(octet.values[j]);
+    add(total, values);
+    copy(b, i, values);
 }
 
-template <class From, class Sum>
-inline constexpr int OCTETS_AHEAD = sizeof(From) == 2 ? 2 * AHEAD<Sum> : AHEAD<Sum>;
+// Fewer where they are copied, for registers.
+template <class From, class Sum, class To>
+inline constexpr int OCTETS_AHEAD = sizeof(From) == 2 && same<To, void> ? 2 * AHEAD<Sum> : AHEAD<Sum>;
 
-template <class From, class Sum>
-VK_DEVICE void add_aligned_rows(Sum (&total)[8], const From* row, int64_t step, int64_t count) {
-    constexpr int ROWS = OCTETS_AHEAD<From, Sum>;
+template <class From, class Sum, class To>
+VK_DEVICE void add_aligned_rows(Sum (&total)[8], const From* row, int64_t step, int64_t count, int64_t b1, int64_t i,
+                                const Copies<To>& copy) {
+    constexpr int ROWS = OCTETS_AHEAD<From, Sum, To>;
     for (; count >= ROWS; count -= ROWS) {
         Octet<From> octets[ROWS];
 #pragma unroll
-        for (int i = 0; i < ROWS; ++i, row += step) octets[i] = octet_at(row);
+        for (int j = 0; j < ROWS; ++j, row += step) octets[j] = octet_at(row);
 #pragma unroll
-        for (int i = 0; i < ROWS; ++i) add(total, octets[i]);
+        for (int j = 0; j < ROWS; ++j) add(total, octets[j], b1 - count + j, i, copy);
     }
-    for (; count > 0; --count, row += step) add(total, octet_at(row));
+    for (; count > 0; --count, row += step) add(total, octet_at(row), b1 - count, i, copy);
 }
 
 // Σ_b dY[b, r, d … d + 7] for images b0 ≤ b < b1, in order
-template <class From, class Sum>
-VK_DEVICE void add_rows(Sum (&total)[8], const Gradient& g, int64_t b0, int64_t b1, int64_t r, int64_t d, int count) {
+template <class From, class Sum, class To>
+VK_DEVICE void add_rows(Sum (&total)[8], const Gradient& g, int64_t b0, int64_t b1, int64_t r, int64_t d, int count,
+                        const Copies<To>& copy) {
     const From* row = static_cast<const From*>(g.data) + r * g.n + d * g.d + b0 * g.b;
-    if (are_aligned(row, g, count)) return add_aligned_rows(total, row, g.b, b1 - b0);
+    if (are_aligned(row, g, count)) return add_aligned_rows(total, row, g.b, b1 - b0, b1, r - g.T, copy);
     for (int64_t b = b0; b < b1; ++b, row += g.b) {
         Sum values[8];
         clear(values);
         load_eight(values, row, g.d, count);
         add(total, values);
+        copy(b, r - g.T, values);
     }
 }
 
 // The same of the rows that keep patch n
-template <class From, class Sum>
-VK_DEVICE void add_kept(Sum (&total)[8], const Gradient& g, int64_t b0, int64_t b1, int64_t n, int64_t d, int count) {
+template <class From, class Sum, class To>
+VK_DEVICE void add_kept(Sum (&total)[8], const Gradient& g, int64_t b0, int64_t b1, int64_t n, int64_t d, int count,
+                        const Copies<To>& copy) {
     const From* row = static_cast<const From*>(g.data) + g.T * g.n + d * g.d;
     bool aligned = are_aligned(row, g, count) && g.n * int(sizeof(From)) % 16 == 0;
-    constexpr int ROWS = OCTETS_AHEAD<From, Sum>;
+    constexpr int ROWS = OCTETS_AHEAD<From, Sum, To>;
     for (int64_t b = b0; b < b1; b += ROWS) {
         int32_t at[ROWS];
 #pragma unroll
@@ -119,7 +144,7 @@ VK_DEVICE void add_kept(Sum (&total)[8], const Gradient& g, int64_t b0, int64_t 
             for (int i = 0; i < ROWS; ++i)
                 octets[i] = at[i] >= 0 ? octet_at(row + (b + i) * g.b + at[i] * g.n) : Octet<From>{};
 #pragma unroll
-            for (int i = 0; i < ROWS; ++i) add(total, octets[i]);
+            for (int i = 0; i < ROWS; ++i) add(total, octets[i], b + i, at[i], copy);
 #pragma unroll
             for (int i = 0; i < ROWS; ++i)
                 if (at[i] >= 0) at[i] = g.nexts[(b + i) * g.rows + at[i]];
@@ -131,30 +156,33 @@ VK_DEVICE void add_kept(Sum (&total)[8], const Gradient& g, int64_t b0, int64_t 
                 clear(values);
                 load_eight(values, row + (b + i) * g.b + at[i] * g.n, g.d, count);
                 add(total, values);
+                copy(b + i, at[i], values);
             }
     }
 }
 
-template <class From, class Sum>
-VK_DEVICE void add_tokens(Sum (&total)[8], const Gradient& g, int64_t b0, int64_t b1, int64_t r, int64_t d, int count) {
+template <class From, class Sum, class To>
+VK_DEVICE void add_tokens(Sum (&total)[8], const Gradient& g, int64_t b0, int64_t b1, int64_t r, int64_t d, int count,
+                          const Copies<To>& copy) {
     if (g.heads && r >= g.T)
-        add_kept<From>(total, g, b0, b1, r - g.T, d, count);
+        add_kept<From>(total, g, b0, b1, r - g.T, d, count, copy);
     else
-        add_rows<From>(total, g, b0, b1, r, d, count);
+        add_rows<From>(total, g, b0, b1, r, d, count, copy);
 }
-template <class Sum>
+template <class Sum, class To>
 VK_DEVICE void add_tokens(Sum (&total)[8], const Gradient& g, Dtype dtype, int64_t b0, int64_t b1, int64_t r, int64_t d,
-                          int count) {
+                          int count, const Copies<To>& copy) {
     switch (dtype) {
-        case Dtype::f16: return add_tokens<half>(total, g, b0, b1, r, d, count);
-        case Dtype::bf16: return add_tokens<bfloat16>(total, g, b0, b1, r, d, count);
-        case Dtype::f32: return add_tokens<float>(total, g, b0, b1, r, d, count);
-        default: return add_tokens<double>(total, g, b0, b1, r, d, count);
+        case Dtype::f16: return add_tokens<half>(total, g, b0, b1, r, d, count, copy);
+        case Dtype::bf16: return add_tokens<bfloat16>(total, g, b0, b1, r, d, count, copy);
+        case Dtype::f32: return add_tokens<float>(total, g, b0, b1, r, d, count, copy);
+        default: return add_tokens<double>(total, g, b0, b1, r, d, count, copy);
     }
 }
 
-// A block has SUMS_THREADS / lanes token rows × lanes·8 channels, over one part of the images.
-template <class Sum>
+// A block has SUMS_THREADS / lanes token rows × lanes·8 channels, over one part of the images. To: of the copies; void:
+// there are none.
+template <class Sum, class To = void>
 VK_KERNEL(SUMS_THREADS, 2) sums_kernel(VK_GRID_CONSTANT SumsArguments a) {
     int64_t tiles = a.blocks * a.tiles_d, split = block_index() / tiles, tile = block_index() - split * tiles;
     int64_t block = tile / a.tiles_d, d0 = (tile - block * a.tiles_d) * a.lanes * 8;
@@ -164,9 +192,15 @@ VK_KERNEL(SUMS_THREADS, 2) sums_kernel(VK_GRID_CONSTANT SumsArguments a) {
     int count = r < a.last ? clamp_eight(a.D - d) : 0;
     Sum total[8];
     clear(total);
-    if (count > 0) add_tokens(total, a.grad, a.grad.dtype, b0, b1, r, d, count);
-    if (a.table_parts && count > 0 && r < a.stored)
-        store_eight(static_cast<Sum*>(a.table_parts) + (split * a.table_rows + r - a.first) * a.D + d, total, count);
+    Copies<To> copy{a.copies, a.grad.rows, a.copy_row, d};
+    if (count > 0) add_tokens(total, a.grad, a.grad.dtype, b0, b1, r, d, count, copy);
+    if (a.table_parts && count > 0 && r < a.stored) {
+        Sum *part = static_cast<Sum*>(a.table_parts) + (split * a.table_rows + r - a.first) * a.D + d, sums[8];
+        clear(sums);
+        if (a.more) load_eight(sums, part, 1, count);
+        add(sums, total);
+        store_eight(part, sums, count);
+    }
     if (!a.bias_parts) return;
     Sum* rows = reinterpret_cast<Sum*>(shared_memory());  // [height, lanes·8]
 #pragma unroll
@@ -175,7 +209,9 @@ VK_KERNEL(SUMS_THREADS, 2) sums_kernel(VK_GRID_CONSTANT SumsArguments a) {
     for (int i = thread_index(); i < a.lanes * 8; i += SUMS_THREADS) {
         Sum sum = 0;
         for (int j = 0; j < height; ++j) sum += rows[j * a.lanes * 8 + i];
-        if (d0 + i < a.D) static_cast<Sum*>(a.bias_parts)[(split * a.blocks + block) * a.D + d0 + i] = sum;
+        if (d0 + i >= a.D) continue;
+        Sum& part = static_cast<Sum*>(a.bias_parts)[(split * a.blocks + block) * a.D + d0 + i];
+        part = a.more ? part + sum : sum;
     }
 }
 

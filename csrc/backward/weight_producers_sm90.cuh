@@ -13,6 +13,7 @@ struct WgmmaWeightArguments {
     PatchLayout layout;
     const float* centred;  // [2, C]: m and a of y = (x − m)·a; null: pixels as they are
     float* parts;          // [splits, D, K]
+    bool more;             // they are added to those that are there, of the images before
     int64_t D, K, C;
     TileBlock block;       // of a step's patches in the grid
     int copied;            // of them, those that one map brings

@@ -87,7 +87,7 @@ struct Elements16 {
 template <class K>
 VK_DEVICE void write_part(const WgmmaWeightArguments& h, const WorkTile& work, int k, const float (&c)[K::BN / 2]) {
     int g = lane_index() / 4, t = lane_index() % 4, d0 = work.d0 * K::BN + 2 * t, pixels = h.layout.P_w - work.x;
-    bool first = (K::DIRECT ? g : 2 * g) < pixels, second = g + 8 < pixels;
+    bool first = (K::DIRECT ? g : 2 * g) < pixels, second = g + 8 < pixels, more = h.more;
     float* part = h.parts + (work.split * h.D + d0) * h.K + k;
 #pragma unroll
     for (int j = 0; j < K::BN / 8; ++j, part += 8 * h.K)
@@ -96,10 +96,12 @@ VK_DEVICE void write_part(const WgmmaWeightArguments& h, const WorkTile& work, i
             if (d0 + 8 * j + e >= h.D) continue;
             float* to = part + e * h.K;
             if constexpr (K::DIRECT) {
-                if (first) to[g] = c[4 * j + e];
-                if (second) to[g + 8] = c[4 * j + 2 + e];
+                if (first) to[g] = c[4 * j + e] + (more ? to[g] : 0);
+                if (second) to[g + 8] = c[4 * j + 2 + e] + (more ? to[g + 8] : 0);
             } else if (first) {
-                *reinterpret_cast<Two*>(to + 2 * g) = {c[4 * j + e], c[4 * j + 2 + e]};
+                Two* two = reinterpret_cast<Two*>(to + 2 * g);
+                Two before = more ? *two : Two{};
+                *two = {c[4 * j + e] + before.value[0], c[4 * j + 2 + e] + before.value[1]};
             }
         }
 }
@@ -221,11 +223,11 @@ void launch_wgmma_weight(const WgmmaWeightLaunch& l) {
         h.image[place] = make_tensor_map(
             image_block(p, h.layout, plan.block, WGMMA_ROWS, WGMMA_PIXELS, swizzle, plan.group, place), l.images.data);
     h.grid[0] = p.keep ? 1 : p.G[0] * p.G[1], h.grid[1] = p.keep ? p.rows : p.G[2];
-    const char* patches = static_cast<const char*>(l.grad.data) + p.T * l.grad.strides[1] * 2;
+    const char* patches = static_cast<const char*>(l.grad.data) + l.T * l.grad.strides[1] * 2;
     h.grad = make_tensor_map(grad_block(p, l.grad, plan.block, plan.group, h.grid), patches);
-    h.centred = l.centred, h.parts = l.parts;
+    h.centred = l.centred, h.parts = l.parts, h.more = l.more;
     h.D = p.D, h.K = p.K, h.C = p.C, h.copied = WGMMA_STEP / plan.group;
-    h.images = l.images, h.grads = l.grad, h.B = p.B, h.T = p.T, h.N = p.N, h.bytes = plan.pixels.chunk;
+    h.images = l.images, h.grads = l.grad, h.B = p.B, h.T = l.T, h.N = p.N, h.bytes = plan.pixels.chunk;
     if (p.keep) h.keep = l.keep;
     h.by_P_t = Divisor(p.P[0]);
     h.block = tile_block(plan.block, plan.group, h.grid);

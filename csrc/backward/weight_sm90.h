@@ -10,9 +10,11 @@ struct WgmmaWeightLaunch {
     const WeightPlan& plan;
     const Tensor& images;  // [B, C, F, H, W]
     const Tensor& grad;    // [B, T + rows, D]
+    int64_t T;             // 0 of copies, which are of patches alone
     const Tensor& keep;    // [B, rows]
     const float* centred;  // [2, C]; null: pixels as they are
     float* parts;          // [splits, D, K]
+    bool more;             // they are added to those that are there
     Stream stream;
 };
 

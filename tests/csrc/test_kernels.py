@@ -2,6 +2,7 @@
 as if nothing were wrong."""
 
 import multiprocessing
+from unittest import mock
 
 import problems
 import pytest
@@ -11,6 +12,7 @@ from host import backend, build
 import vitkernels as vk
 from vitkernels.backends import cuda
 from vitkernels.backends.common import canonical
+from vitkernels.backends.cuda import backward_plan
 from vitkernels.gpu import NOMINAL
 from vitkernels.testing import accuracy, oracle
 
@@ -67,6 +69,16 @@ def alone(act):
         process.join()
 
 
+def by_pieces(**call) -> list:
+    """wrong_gradients, by wgmma from copies of dY in float32, of at most 16 images at a time."""
+    call["out_dtype"] = F32
+    p = vk.explain(**call).problem
+    few = 16 * p.rows * p.D * 2
+    with mock.patch.multiple(backward_plan, SCRATCH_BYTES=few, COPY_COST=0.0, _part_bytes=lambda *_: 0):
+        backend.forget()
+        return wrong_gradients(**call)
+
+
 COPY, ROWS, ENGINE = "pixels copied asynchronously", "image rows copied whole", "patches cut by the copy engine"
 STORED, COPIED = "patches cut and tokens stored by the copy engine", "patches copied for wgmma"
 BY_16 = " (16 bytes at a time)"
@@ -94,6 +106,8 @@ CASES = {  # architecture, and what is computed there: on one multiprocessor, so
     "backward, bytes": (80, lambda: wrong_gradients(**arguments(40, 3, 32, 48, 16, 72, U8, mean=0.5, std=0.2))),
     "backward, wgmma": (90, lambda: wrong_gradients(**arguments(40, 3, 32, 48, 16, 72))),
     "backward, by threads": (90, lambda: wrong_gradients(**arguments(40, 3, 32, 48, 16, 256, kept=7))),
+    "backward, copies": (90, lambda: by_pieces(**arguments(40, 3, 32, 48, 16, 72, T=1, pos="T+N"))),
+    "backward, kept copies": (90, lambda: by_pieces(**arguments(40, 3, 32, 48, 16, 72, kept=7, pos="N"))),
     "dX": (90, lambda: wrong_gradients(**arguments(9, 3, 32, 96, 16, 264, mean=0.5, std=0.2))),
     "backward, in groups": (90, lambda: wrong_gradients(**arguments(40, 3, 28, 56, 14, 72))),
 }  # fmt: skip
@@ -225,6 +239,28 @@ MUTATIONS = {  # object, header, what it says and what it is to say, and the cas
     ),
     "dY of a group": (
         BACKWARD_90, "backward/weight_sm90.cuh", "line, image, row}", "line, image, line}", "backward, in groups",
+    ),
+    "parts of dW of the images before": (
+        BACKWARD_90, "backward/weight_sm90.cuh", "h.more = l.more", "h.more = false", "backward, copies",
+    ),
+    "sums of the images before": (
+        "backward/backward.cu", "backward/reduce.cuh", "a.more ? part + sum : sum", "sum", "backward, copies",
+    ),
+    "rows of the table of the images before": (
+        "backward/backward.cu", "backward/reduce.cuh", "if (a.more) load_eight", "if (false) load_eight",
+        "backward, copies",
+    ),
+    "where a piece's images begin": (
+        "backward/backward.cu", "backward/backward.cu", "&t.grad, &t.images, &t.keep", "&t.grad, &t.keep",
+        "backward, copies",
+    ),
+    "whose rows are kept": (
+        "backward/backward.cu", "backward/backward.cu", "(plan.heads) + first * p.N", "(plan.heads)",
+        "backward, kept copies",
+    ),
+    "a copied row": (
+        "backward/backward.cu", "backward/reduce.cuh", "(b * rows + i) * row", "(b * rows + i + 1) * row",
+        "backward, copies",
     ),
     "a row of dY": (BACKWARD, "backward/weight_sm80.cuh", "+ row) * LEFT", "+ (row ^ 1)) * LEFT", "backward"),
 }  # fmt: skip

@@ -25,14 +25,15 @@ def watched(on_cuda_kernels, device, monkeypatch):
     on_cuda_kernels(90)
     if device == "cuda" and torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("the GPU is no sm_90")
-    plans, true = [], backward_plan.weight_plan
+    plans, true = [], backward_plan.make_plan
 
-    def kept(*arguments):
-        plans.append(true(*arguments))
+    def kept(*arguments, **more):
+        plans.append(true(*arguments, **more))
         return plans[-1]
 
-    monkeypatch.setattr(backward_plan, "weight_plan", kept)
+    monkeypatch.setattr(backward_plan, "make_plan", kept)
     if device != "cuda":
+        monkeypatch.setattr(backward_plan, "COPY_COST", 0.0)
         free = tuple(tile._replace(rate=1e6) for tile in backward_plan.WGMMA_TILES)
         monkeypatch.setattr(backward_plan, "WGMMA_TILES", free)
         copied = {n: tile._replace(rate=1e6) for n, tile in backward_plan.COPIED_TILES.items()}
@@ -55,7 +56,26 @@ def test_random_problem(watched, device, seed, in_groups):
     plans = watched(random.Random(seed).choice((1, 2, 5, 132)))
     rows = accuracy.compare(call, "cuda", gradients=True)
     assert [r for r in rows if not r["ok"]] == []
-    assert device == "cuda" or (plans and all(plan.wgmma for plan in plans))
+    assert device == "cuda" or (plans and all(plan.weight.wgmma and not plan.copy_row for plan in plans))
+
+
+@pytest.mark.parametrize("draw", [drawn_for_the_copy_engine, drawn_for_threads])
+@pytest.mark.parametrize("seed", range(40))
+def test_copies_of_the_gradient_of_tokens(watched, device, monkeypatch, seed, draw):
+    """Tokens in float32, as autocast keeps them: of all images at once, and of a few after the other."""
+    call = draw(seed)
+    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    p = vk.explain(**call).problem
+    rows = (p.N, p.T + p.N)[seed % 2]
+    call |= {"out_dtype": torch.float32, "pos_embed": torch.randn(rows, p.D, generator=generator)}
+    plans = watched(rng.choice((1, 2, 5, 132)))
+    at_once = rng.choice((2, 2, 3, 6, 100))
+    monkeypatch.setattr(backward_plan, "_part_bytes", lambda *_: 0)
+    monkeypatch.setattr(backward_plan, "SCRATCH_BYTES", at_once * p.rows * -(-p.D // 8) * 8 * 2)
+    rows = accuracy.compare(on(device, call), "cuda", gradients=True)
+    assert [r for r in rows if not r["ok"]] == []
+    assert plans and all(plan.copy_row >= p.D for plan in plans)
+    assert all(min(2, p.B) <= plan.piece <= at_once for plan in plans)
 
 
 @pytest.mark.parametrize("seed", range(90))
@@ -64,18 +84,18 @@ def test_pixels_copied_by_threads(watched, device, seed):
     plans = watched(random.Random(seed).choice((1, 2, 5, 132)))
     rows = accuracy.compare(call, "cuda", gradients=True)
     assert [r for r in rows if not r["ok"]] == []
-    assert device == "cuda" or (plans and all(plan.wgmma and plan.pixels.chunk for plan in plans))
+    assert device == "cuda" or (plans and all(p.weight.wgmma and p.weight.pixels.chunk for p in plans))
 
 
-@pytest.mark.parametrize("pixels", [torch.uint8, BF16])
+@pytest.mark.parametrize(("pixels", "tokens"), [(torch.uint8, BF16), (BF16, BF16), (BF16, torch.float32)])
 @pytest.mark.parametrize("D", [72, 264])
-def test_an_index_that_is_none(watched, device, pixels, D):
+def test_an_index_that_is_none(watched, device, pixels, tokens, D):
     """Its row is left out of all gradients, not-a-number though it be. (On a CPU the public call would refuse it.)"""
     watched(2)
-    call = arguments(9, 3, 48, 32, 16, D, T=2, pixels=pixels, kept=5, device=device)
+    call = arguments(9, 3, 48, 32, 16, D, T=2, pixels=pixels, kept=5, device=device, out_dtype=tokens)
     p = vk.explain(**call).problem
     tensors = canonical(*(call.get(name) for name in ("images", "weight", "bias", "pos_embed", "prefix", "keep")))
-    keep, grad = tensors[5], torch.randn(p.out_shape, device=device).to(BF16)
+    keep, grad = tensors[5], torch.randn(p.out_shape, device=device).to(tokens)
     none = torch.zeros_like(keep, dtype=torch.bool)
     none[1, 2] = none[3, 0] = none[8, 4] = True
 
@@ -105,8 +125,8 @@ def test_splits(watched, device, count):
         plans = watched(count)
         weight = start.clone().requires_grad_()
         vk.patch_embed(images, weight, backend="cuda").backward(grad)
-        assert device == "cuda" or plans[0].wgmma
-        return weight.grad, plans[0].splits
+        assert device == "cuda" or plans[0].weight.wgmma
+        return weight.grad, plans[0].weight.splits
 
     once, splits = gradient(count)
     assert torch.equal(once, gradient(count)[0])
@@ -115,7 +135,8 @@ def test_splits(watched, device, count):
     torch.testing.assert_close(once, whole, rtol=2**-7, atol=0.05)
 
 
-LAYOUTS = {  # of the tokens' gradient [B, N, D]: what is made of a contiguous one, and whether the kernel takes it
+# Of the tokens' gradient [B, N, D]: what is made of a contiguous one, and whether the kernel takes it as it lies
+LAYOUTS = {
     "contiguous": (lambda g: g, True),
     "batch inside": (lambda g: g.transpose(0, 1).contiguous().transpose(0, 1), True),
     "rows cut out": (lambda g: torch.nn.functional.pad(g, (0, 8))[..., :-8], True),
@@ -131,7 +152,7 @@ LAYOUTS = {  # of the tokens' gradient [B, N, D]: what is made of a contiguous o
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("D", [33, 72])
 def test_gradients_of_tokens_in_any_strides(watched, device, layout, D):
-    """The same bits as from a contiguous copy on the kernel that takes it, near them where another does."""
+    """Near what comes of a contiguous one, whether it is read as it lies or copied first."""
     laid_out, taken = LAYOUTS[layout]
     generator = torch.Generator().manual_seed(D)
     images = torch.rand(5, 3, 48, 32, generator=generator).to(BF16).to(device)
@@ -141,9 +162,10 @@ def test_gradients_of_tokens_in_any_strides(watched, device, layout, D):
     def gradient(grad):
         plans = watched(2)
         (found,) = torch.autograd.grad(vk.patch_embed(images, weight, backend="cuda"), weight, grad)
-        return found, plans[0].wgmma
+        return found, plans[0]
 
-    strided, by_wgmma = gradient(grad)
+    strided, plan = gradient(grad)
     copied, _ = gradient(grad.contiguous())
     torch.testing.assert_close(strided, copied, rtol=2**-7, atol=0.02)
-    assert device == "cuda" or taken is None or by_wgmma == (taken and D % 8 == 0)
+    assert device == "cuda" or plan.weight.wgmma
+    assert device == "cuda" or taken is None or (plan.copy_row == 0) == (taken and D % 8 == 0)

@@ -21,7 +21,8 @@ PRODUCTS = {  # kinds of dispatch.MEASURED
     "half": "16-bit products",
     "half, padded for wgmma": "16-bit products for which `cuda` would pad patches (P = 14)",
     "half, copied for wgmma": "16-bit products of pixels that threads of `cuda` copy (keep lists, videos, …)",
-    "half, not by wgmma": "16-bit products where `cuda` would not use wgmma (float32 tokens, odd widths, …)",
+    "half, tokens copied for wgmma": "16-bit products for which `cuda` would copy the tokens' gradients (float32, …)",
+    "half, not by wgmma": "16-bit products where `cuda` would not use wgmma (small patches, odd rows, …)",
     "fp32": "float32",
     "tf32": "float32 as TF32",
 }

@@ -114,13 +114,18 @@ def backward(p: PatchProblem, gpu: Gpu, tf32: bool) -> Algorithm:
     if p.pos_per_image:
         one = p.B * p.rows * p.D * p.out_dtype.itemsize
         passes.append(Pass("position gradients, one by one", one, sizes.position))
-    passes.append(Pass("parts of dW", sizes.images + sizes.tokens + sizes.keep, weight_parts, p.flops))
+    # Of each piece's images but the first's, the parts are read and written once more.
+    pieces, copies = -(-p.B // plan.piece), p.B * p.rows * plan.copy_row * p.compute_dtype.itemsize
     if sums:
         table_parts = (sums.splits * sums.table_rows + sums.splits * sums.blocks * p.has_bias) * p.D * total
-        passes.append(Pass("sums over images", sizes.tokens + index, table_parts))
+        read, written = sizes.tokens + index + (pieces - 1) * table_parts, pieces * table_parts + copies
+        passes.append(Pass("sums over images" + " and copies of dY" * (copies > 0), read, written, 0, pieces))
+    read = sizes.images + (copies or sizes.tokens) + sizes.keep + (pieces - 1) * weight_parts
+    passes.append(Pass("parts of dW", read, pieces * weight_parts, p.flops, pieces))
     w = p.weight_dtype.itemsize
     written = sizes.weight + sizes.bias + (p.pos_rows * pos + p.T) * p.D * w
     passes.append(Pass("sum of the parts", weight_parts + table_parts, written))
     by_warps = "tensor cores by warp" if product_of(p, tf32) in ("half", "tf32") else "multiply-adds"
     unit = "wgmma" if weight.wgmma else by_warps
-    return Algorithm(tuple(passes), 0, f"{unit}, {weight.tiles} tiles of dW in {weight.splits} parts")
+    note = f"{unit}, {weight.tiles} tiles of dW in {weight.splits} parts"
+    return Algorithm(tuple(passes), 0, note + f", {plan.piece} images at a time" * (pieces > 1))

@@ -91,7 +91,8 @@ def weight_kind(p: PatchProblem) -> str:
     """Of dispatch.kind_of: how wgmma multiplies for the weight's gradient in 16 bits, where that of the tokens is
     dense."""
     if backward_plan.no_wgmma(p, _gpu(p.device), 0, Grad(0, ((p.T + p.rows) * p.D, p.D, 1))):
-        return "half, not by wgmma"
+        copied = backward_plan.copied_plan(p, _gpu(p.device), False, 0, bias=True, pos=True, prefix=True)
+        return "half, tokens copied for wgmma" if copied else "half, not by wgmma"
     if backward_plan.not_by_engine(p, 0):
         return "half, copied for wgmma"
     return "half, padded for wgmma" if layout_of(p).P[2] % WGMMA_PIXELS else "half"

@@ -5,6 +5,7 @@ Arithmetic alone, as forward_plan.py is for the forward. M = B·rows patches.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 from ...gpu import Gpu
@@ -43,13 +44,20 @@ WEIGHT_TILES = {
     "fp64": (Tile(64, 64, 16), Tile(32, 32, 16, 0.6)),
 }
 # dW by wgmma (weight_sm90.cuh): 256 or 128 channels by 8 rows × 16 pixels of a patch, 64 patches at a step. The rates
-# are guesses.
+# are guesses, but for that of warps beside them: on an H200 a backward took 280 µs by warps with a quarter of the patches
+# (keep 25 %), and 176 by wgmma with all (ViT-B/16, B = 256; results/nvidia-h200), 1.6 × 176 / 4 / 280.
 WGMMA_ROWS = 8
+WARPS_ON_HOPPER = 0.25  # of their rate in WEIGHT_TILES
 WGMMA_TILES = (Tile(256, 128, 64, 1.6), Tile(128, 128, 64, 1.3))
 COPIED_TILES = {16: Tile(256, 128, 64, 1.2), 4: Tile(256, 128, 64, 0.8)}  # pixels by threads, so many bytes at a time
 
 ROW_STEPS = 4  # csrc/backward/plan.h: steps whose patches are looked up at once
 SUMS_THREADS, FINISH_THREADS = 256, 256  # of reduce.cuh
+
+# Where no tensor map can describe dY (autocast's is in float32), the sums leave a copy of it in the product's type for
+# wgmma, of as many images at a time as leave a call within so many bytes, the table's parts among them.
+SCRATCH_BYTES, COPIES_TABLE_BYTES = 31 * 10**6, 24 * 10**5
+COPY_COST = 2.5  # multiply-adds that writing an element of dY in 16 bits and reading it take; as split_k.PART_COST
 
 
 class WeightPlan(NamedTuple):
@@ -68,6 +76,7 @@ class WeightPlan(NamedTuple):
     group: int  # wgmma: patches of a line that one tensor map each brings
     stages: int  # wgmma
     blocks: int  # of the launch
+    cost: float  # in multiply-adds of one multiprocessor
 
 
 class SumsPlan(NamedTuple):
@@ -93,10 +102,13 @@ class Plan(NamedTuple):
     images: ImagesPlan | None
     wgmma_images: WgmmaImagesPlan | None  # instead
     indexed: bool  # whether kept patches are looked up by their place in the grid
+    piece: int  # images whose parts of dW and sums are taken at a time, and added to those of the images before
+    copy_row: int  # elements from row to row of the copies of dY that dW is made of; 0: of dY as it lies
     # In scratch, bytes from its beginning:
     weight_parts: int  # [splits, D, K] of sums
     table_parts: int  # [splits, table_rows, D] of sums
     bias_parts: int  # [splits·blocks, D] of sums
+    copies: int  # [piece, rows, copy_row], of the product's type
     packed: int  # weight of dX, of the product's type
     heads: int  # [B, N], int32
     nexts: int  # [B, rows], int32
@@ -149,7 +161,9 @@ def weight_plan(p: PatchProblem, gpu: Gpu, tf32: bool, images_at: int, grad: Gra
     """The tile and the number of parts that cost least."""
     product, layout = product_of(p, tf32), layout_of(p)
     group, block, copied = group_of(p, layout), (0, 0, 0), 0
-    offers = [(tile, -(-p.K // tile.BN), -(-p.B * p.rows // tile.BK), 4) for tile in WEIGHT_TILES[product]]
+    by_warps = WARPS_ON_HOPPER if gpu.arch == 90 and product == "half" else 1.0
+    tiles_of_warps = [tile._replace(rate=tile.rate * by_warps) for tile in WEIGHT_TILES[product]]
+    offers = [(tile, -(-p.K // tile.BN), -(-p.B * p.rows // tile.BK), 4) for tile in tiles_of_warps]
     if not no_wgmma(p, gpu, images_at, grad):
         if not_by_engine(p, images_at):
             group, copied = 1, no_copied(p, layout, "half", images_at)[1]
@@ -165,14 +179,14 @@ def weight_plan(p: PatchProblem, gpu: Gpu, tf32: bool, images_at: int, grad: Gra
         return split_k.cheapest(p, gpu, -(-p.D // tile.BM) * tiles_k, steps, multiply_adds, begin)
 
     best = min(offers, key=lambda offer: split(offer).cost)
-    (tile, tiles_k, *_), (_, parts, steps) = best, split(best)
+    (tile, tiles_k, *_), (cost, parts, steps) = best, split(best)
     chunk, tiles = steps * tile.BK, -(-p.D // tile.BM) * tiles_k
     if tile.BK == WGMMA_TILES[0].BK:
         stages, stage_bytes = _wgmma_stages(p, gpu, tile)
         pixels, dY = Operand("straight", copied), Operand("straight", 0)
         return WeightPlan(
             True, *tile[:3], parts, chunk, tiles_k, tiles, pixels, dY, stages * (stage_bytes + 16), block, group,
-            stages, min(parts * tiles, gpu.multiprocessors),
+            stages, min(parts * tiles, gpu.multiprocessors), cost,
         )  # fmt: skip
     pixels, dY = _pixels(p, layout, product, images_at), grad_operand(p, grad)
     if _shared_bytes(p, tile, pixels, dY) > gpu.shared_bytes and dY.loader == "raw":
@@ -181,8 +195,41 @@ def weight_plan(p: PatchProblem, gpu: Gpu, tf32: bool, images_at: int, grad: Gra
         pixels = pixels._replace(loader="each")
     shared_bytes = _shared_bytes(p, tile, pixels, dY)
     return WeightPlan(
-        False, *tile[:3], parts, chunk, tiles_k, tiles, pixels, dY, shared_bytes, block, 0, 0, parts * tiles
+        False, *tile[:3], parts, chunk, tiles_k, tiles, pixels, dY, shared_bytes, block, 0, 0, parts * tiles, cost
     )
+
+
+class Copied(NamedTuple):
+    weight: WeightPlan  # of a piece
+    sums: SumsPlan
+    piece: int
+    row: int
+
+
+def copied_plan(
+    p: PatchProblem, gpu: Gpu, tf32: bool, images_at: int, bias: bool, pos: bool, prefix: bool
+) -> Copied | None:
+    """dW by wgmma from copies of dY, and the sums that leave them, of as many images at a time as there is room for;
+    None where wgmma can't, or where there is none for two: one of several may lie where no tensor map begins."""
+    row = -(-p.D // 8) * 8
+    of_copies, grad = replace(p, T=0, out_dtype=p.compute_dtype), Grad(0, (p.rows * row, row, 1))
+    image_bytes = p.rows * row * p.compute_dtype.itemsize
+    most = 0 if no_wgmma(of_copies, gpu, images_at, grad) else min(p.B, SCRATCH_BYTES // image_bytes)
+    while most >= min(p.B, 2):
+        piece = -(-p.B // -(-p.B // most))  # all of them alike
+        weight = weight_plan(replace(of_copies, B=piece), gpu, tf32, images_at, grad)
+        sums = sums_plan(replace(p, B=piece), gpu, bias, pos, prefix, copies=True)
+        if not weight.wgmma:
+            return None
+        if _part_bytes(p, weight, sums, bias) + piece * image_bytes <= SCRATCH_BYTES:
+            return Copied(weight, sums, piece, row)
+        most = piece * 7 // 8
+    return None
+
+
+def _part_bytes(p: PatchProblem, weight: WeightPlan, sums: SumsPlan, bias: bool) -> int:
+    table = sums.table_rows + sums.blocks * bias
+    return (weight.splits * p.K + sums.splits * table) * p.D * p.sum_dtype.itemsize
 
 
 def _wgmma_stages(p: PatchProblem, gpu: Gpu, tile: Tile) -> tuple[int, int]:
@@ -202,15 +249,16 @@ def _shared_bytes(p: PatchProblem, tile: Tile, pixels: Operand, grad: Operand) -
     return tables + operands + STAGES * tile.BK * raw
 
 
-def sums_plan(p: PatchProblem, gpu: Gpu, bias: bool, pos: bool, prefix: bool) -> SumsPlan:
+def sums_plan(p: PatchProblem, gpu: Gpu, bias: bool, pos: bool, prefix: bool, copies: bool = False) -> SumsPlan:
     first = 0 if prefix or (pos and p.pos_rows > p.N) else p.T
-    last = p.T + p.N if bias or pos else p.T
+    last = p.T + p.N if bias or pos or copies else p.T
     stored = p.T + p.N if pos else p.T
     rows, octets = stored - first, -(-p.D // 8)
     lanes = next(n for n in (1, 2, 4, 8, 16, 32) if n == 32 or n >= octets)
     tiles_d = -(-octets // lanes)
     blocks = -(-(last - first) // (SUMS_THREADS // lanes))
-    most = max(1, min(-(-p.B // 4), TABLE_BYTES // max(1, rows * p.D * p.sum_dtype.itemsize)))
+    part_bytes = max(1, rows * p.D * p.sum_dtype.itemsize)
+    most = max(1, min(-(-p.B // 4), (COPIES_TABLE_BYTES if copies else TABLE_BYTES) // part_bytes))
     enough = -(-4 * gpu.multiprocessors // max(1, blocks * tiles_d))
     chunk = -(-p.B // min(most, enough))
     return SumsPlan(first, last, stored, rows, -(-p.B // chunk), chunk, lanes, blocks, tiles_d)
@@ -231,6 +279,11 @@ def make_plan(
 
     of_weight = weight_plan(p, gpu, tf32, images_at, grad) if weight else None
     sums = sums_plan(p, gpu, bias, pos, prefix) if bias or pos or prefix else None
+    piece, copy_row = p.B, 0
+    if of_weight and not of_weight.wgmma and (copied := copied_plan(p, gpu, tf32, images_at, bias, pos, prefix)):
+        cost = -(-p.B // copied.piece) * copied.weight.cost + COPY_COST * p.B * p.rows * p.D
+        if cost < of_weight.cost:
+            of_weight, sums, piece, copy_row = copied
     of_images = wgmma_images = None
     packed = 0
     if images and no_wgmma_images(p, gpu, images, d_images_at, grad):
@@ -239,12 +292,13 @@ def make_plan(
     elif images:
         wgmma_images = wgmma_images_plan(p, gpu, images)
         packed = wgmma_images.weight_row * p.D
-    indexed = p.n_keep is not None and (bias or pos or of_images is not None)
+    indexed = p.n_keep is not None and (bias or pos or copy_row > 0 or of_images is not None)
     return Plan(
-        of_weight, sums, of_images, wgmma_images, indexed,
+        of_weight, sums, of_images, wgmma_images, indexed, piece, copy_row,
         weight_parts=take(of_weight.splits * p.D * p.K * total) if of_weight else 0,
         table_parts=take(sums.splits * sums.table_rows * p.D * total) if sums else 0,
         bias_parts=take(sums.splits * sums.blocks * p.D * total) if sums and bias else 0,
+        copies=take(piece * p.rows * copy_row * p.compute_dtype.itemsize),
         packed=take(packed * p.compute_dtype.itemsize),
         heads=take(p.B * p.N * 4) if indexed else 0,
         nexts=take(p.B * p.rows * 4) if indexed else 0,
