@@ -12,7 +12,10 @@ HEADLINE = [
     Case(batch=1),
 ]
 
-TRAINING = [Case(), Case(patch=14, dim=1024), Case(pixels="uint8"), Case(keep=0.25), Case(dtype="fp32")]
+TRAINING = [
+    Case(), Case(patch=14, dim=1024), Case(pixels="uint8"), Case(keep=0.25), Case(dtype="fp32"),
+    Case(autocast=True),
+]  # fmt: skip
 
 CASES = [
     *HEADLINE,
@@ -80,6 +83,7 @@ TARGETS = [
     Target(Case(batch=8), "forward", products=1.3),
     Target(Case(batch=32), "forward", products=1.3),
     Target(Case(pixels="uint8"), "backward", 130),
+    Target(Case(autocast=True), "backward", 156),
     Target(Case(), "images", 150),
     Target(Case(dtype="fp32"), "forward", 600),
     Target(Case(dtype="fp32"), "backward", 1000),
@@ -122,6 +126,7 @@ RACES = [
     Case(batch=64, keep=0.25),
     Case(batch=33, pixels="uint8", channels_last=True, dim=384),
     Case(batch=32, pixels="fp32"),
+    Case(batch=64, autocast=True),
     Case(batch=32, dtype="tf32"),
     Case(batch=32, patch=14, dim=384, pixels="uint8"),
     Case(batch=16, dtype="fp32"),
@@ -134,6 +139,7 @@ CPU = [
     *(Case(batch=batch, dtype="fp32") for batch in (1, 8, 32)),
     *(Case(batch=batch, dtype="fp32", pixels="uint8") for batch in (1, 8, 32)),
     *(Case(batch=batch, dtype="bf16") for batch in (1, 8, 32)),
+    *(Case(batch=batch, autocast=True) for batch in (1, 8, 32)),
     Case(batch=8, dtype="fp32", dim=192),
     Case(batch=32, dtype="fp32", dim=384),
     Case(batch=8, dtype="fp32", patch=14, dim=1024),
@@ -143,7 +149,10 @@ CPU = [
     Case(batch=2, dtype="fp32", frames=16),
     Case(batch=64, dtype="fp32", image=32, patch=4, dim=192),
 ]
-CPU_TRAINING = [Case(batch=8, dtype="fp32"), Case(batch=8, dtype="bf16"), Case(batch=8, dtype="fp32", keep=0.25)]
+CPU_TRAINING = [
+    Case(batch=8, dtype="fp32"), Case(batch=8, dtype="bf16"), Case(batch=8, dtype="fp32", keep=0.25),
+    Case(batch=8, autocast=True),
+]  # fmt: skip
 
 # One of each kind, small enough for a dry run.
 TINY = [
@@ -152,4 +161,5 @@ TINY = [
     Case(batch=2, image=28, patch=14, dim=40, dtype="fp32", keep=0.5, prefix=0),
     Case(batch=2, image=32, dim=48, dtype="fp32", frames=4, pixels="uint8"),
     Case(batch=1, image=(32, 48), patch=(8, 16), dim=32, dtype="fp16", chans=4, prefix=5),
+    Case(batch=2, image=32, dim=48, autocast=True),
 ]

@@ -226,6 +226,16 @@ def test_autocast(backend, dtype, out_dtype, pixels, device):
     assert [r for r in rows if not r["ok"]] == []
 
 
+def test_positions_that_autocast_leaves_in_float32_are_added_in_it(backend, device):
+    arguments = hard(device, bias=None, out_dtype=torch.float32)
+    arguments["images"] = torch.zeros_like(arguments["images"], dtype=torch.float32)
+    skip_where_declined(backend, arguments)
+    with torch.autocast(device, torch.bfloat16):
+        tokens = vk.patch_embed(**arguments, backend=backend)
+    N = arguments["pos_embed"].shape[-2] - arguments["prefix"].shape[-2]
+    assert (tokens[:, -N:] == arguments["pos_embed"][..., -N:, :]).all()
+
+
 def test_gradients_know_nothing_of_autocast(backend, device):
     arguments = hard(device)
     skip_where_declined(backend, arguments)

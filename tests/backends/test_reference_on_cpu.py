@@ -125,6 +125,20 @@ PLACES = {  # images, patch, rows of the table, pieces of so many patches
 }
 
 
+@pytest.mark.parametrize(("weights", "tokens", "multiplied"), [
+    (torch.bfloat16, None, torch.bfloat16),
+    (torch.bfloat16, torch.float32, torch.float32),  # more than a rounded product was asked for
+    (torch.float32, None, torch.bfloat16),
+    (torch.float32, torch.float32, torch.bfloat16),  # by autocast: with its rounding, and its speed
+])  # fmt: skip
+def test_what_a_cpu_with_instructions_for_bf16_multiplies_in(weights, tokens, multiplied, monkeypatch):
+    monkeypatch.setattr(products, "_has_bf16", lambda: True)
+    images, weight = images_of(2, 3, 32, 32), torch.zeros(8, 3, 16, 16, dtype=weights)
+    with torch.autocast("cpu", torch.bfloat16, enabled=weights == torch.float32):
+        p = vk.explain(images, weight, out_dtype=tokens).problem
+    assert products.product_dtype(p) == multiplied
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("T", [0, 2])
 @pytest.mark.parametrize("bias", [None, "in the table", "in the product"])

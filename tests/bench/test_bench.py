@@ -43,7 +43,8 @@ def test_every_listed_case_is_a_right_problem_with_a_name_of_its_own():
     assert len({case.name for case in listed}) == len(set(listed))
     assert CASES[: len(HEADLINE)] == HEADLINE
     for case in {replace(case, batch=1): case for case in listed if case.image != 518 and case.patch != 8}:
-        p = implementations.problem(case.call("cpu"))
+        with op.settings(case):
+            p = implementations.problem(case.call("cpu"))
         assert (p.B, p.D, p.T) == (1, case.dim, case.prefix)
         assert cost_model.work(p, "both") == (2 * p.flops, 2 * p.bytes)
 
@@ -56,7 +57,8 @@ def test_all_implementations_are_the_same_function(case, impl, mode):
         with pytest.raises(ValueError, match="uint8 have no gradient"):
             op.bench(case, mode=mode, impls=[impl])
         return
-    assert gate.gate(impl, case.call("cpu"), mode) is None
+    with op.settings(case):
+        assert gate.gate(impl, case.call("cpu"), mode) is None
 
 
 def test_a_compiled_peer_is_the_same_function_too():
@@ -164,6 +166,17 @@ def test_settings_come_back():
         assert torch.backends.cudnn.allow_tf32
     after = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark
     assert before == after
+
+
+def test_autocast():
+    case = op.Case(batch=2, image=32, dim=48, autocast=True)
+    for mode in ("forward", "both"):
+        rows = op.bench(case, mode=mode, impls=("auto", *EAGER_PEERS), seconds=0.01)
+        assert [row["ms"] is None for row in rows] == [False] * 4, rows
+    with op.settings(case):
+        p = implementations.problem(case.call("cpu"))
+    assert (p.compute_dtype, p.out_dtype, p.image_dtype) == (torch.bfloat16, torch.float32, torch.float32)
+    assert not torch.is_autocast_enabled("cpu")
 
 
 def test_command_line_prints_one_json_object(capsys):

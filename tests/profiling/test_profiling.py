@@ -386,5 +386,11 @@ def test_options_and_words_agree():
     again = parser.parse_args(options.words_of(args, "cpu", "bf16"))
     assert options.case_of(again, "cpu") == options.case_of(args, "cpu") and again.mode == "backward"
     assert options.case_of(args, "cpu").name == "B3-8f64x96-P4x8-D48-bf16-uint8-C4-T0-keep0.25-hwc"
+    args = parser.parse_args(["--autocast"])
+    dtype = options.dtype_of(args, "cpu")
+    again = parser.parse_args(options.words_of(args, "cpu", dtype))
+    assert dtype == "bf16" and options.case_of(again, "cpu") == options.case_of(args, "cpu") and again.autocast
+    with pytest.raises(ValueError, match="to bf16 or fp16, not to fp32"):
+        options.case_of(parser.parse_args(["--autocast", "--dtype", "fp32"]), "cpu")
     assert options.case_of(parser.parse_args([]), "cpu").dtype == "fp32"
     assert options.case_of(parser.parse_args([]), "cuda").dtype == "bf16"

@@ -120,6 +120,7 @@ def test_old_and_new_rows_say_the_same(tmp_path):
         ("B8-224-P16-D768-bf16", "ViT-B/16 · 224 · B 8 · bf16"),
         ("B256-518-P14-D1024-bf16-uint8-T5-keep0.25-hwc",
          "ViT-L/14 · 518 · B 256 · uint8 → bf16 · T 5 · keep 25 % · channels-last"),
+        ("B8-224-P16-D768-bf16-autocast", "ViT-B/16 · 224 · B 8 · bf16 · autocast"),
         ("B2-16f224-P2x16-D384-fp16", "ViT-S/16 · 16 frames of 224 · B 2 · fp16"),
         ("B1-32x48-P8x16-D33-fp16-C4", "D 33 /8×16 · 32×48 · B 1 · fp16 · 4 channels"),
         ("something else", "something else · fp32"),

@@ -81,6 +81,7 @@ def test_every_direction_and_kind_is_timed_and_then_taken():
     assert set(rows) == {
         ("weight", "half, padded for wgmma"),
         ("weight", "half, copied for wgmma"),
+        ("weight", "half, tokens copied for wgmma"),
         *((direction, kind) for direction in dispatch.DIRECTIONS for kind in ("half", "fp32", "tf32")),
     }
     assert len(set(clock.asked)) == len(clock.asked) == 3 * (3 * len(backends.CASES) - 1)  # bytes have no gradient
@@ -255,7 +256,7 @@ def test_the_command(monkeypatch, capsys):
     assert "parameters' gradients, half, copied for wgmma" in shown
     assert "auto takes triton, then cuda, then reference" in shown
     assert cli.main(["tune", "--backends", "--json"]) == 0
-    assert len(json.loads(capsys.readouterr().out)["rows"]) == 11
+    assert len(json.loads(capsys.readouterr().out)["rows"]) == 12
     assert cli.main(["tune", "--list", "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)["entries"]
     assert {(e["gpu"], e["stale"]) for e in listed} == {("H100", False)}

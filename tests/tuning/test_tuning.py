@@ -526,7 +526,7 @@ class OnCpu:
         from vitkernels.cli import options
 
         self.case = options.case_of(args, "cpu", batch)
-        self.dtype = self.case.dtype
+        self.dtype, self.autocast = self.case.dtype, self.case.autocast
 
     def call(self, device):
         return self.case.call("cpu")

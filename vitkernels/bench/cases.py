@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,7 +25,8 @@ class Case:
     patch: int | tuple[int, int] = 16
     dim: int = 768
     dtype: str = "bf16"  # of the weights and tokens; "tf32" is fp32 with products allowed in TF32
-    pixels: str | None = None  # default: as dtype. uint8 pixels are normalised with ImageNet's mean and std
+    autocast: bool = False  # to dtype: weights, positions, prefix, pixels and tokens are in fp32, products in dtype
+    pixels: str | None = None  # default: as weights. uint8 pixels are normalised with ImageNet's mean and std
     prefix: int = 1
     keep: float | None = None  # share of the patches that are embedded
     frames: int | None = None  # video, in tubelets of `tubelet` frames
@@ -40,6 +43,7 @@ class Case:
             parts[2] = f"P{self.tubelet}x{patch}"
         if self.pixels not in (None, self.dtype):
             parts.append(str(self.pixels))
+        parts += ["autocast"] * self.autocast
         if self.chans != 3:
             parts.append(f"C{self.chans}")
         if self.prefix != 1:
@@ -57,14 +61,14 @@ class Case:
         N, K = 1, self.chans
         for s, P in zip(size, patch, strict=True):
             N, K = N * (s // P), K * P
-        dtype = DTYPES[self.dtype]
+        dtype = torch.float32 if self.autocast else DTYPES[self.dtype]
         random = partial(torch.randn, generator=g, device=device)
 
         shape = (self.batch, self.chans, *size)
         if self.pixels == "uint8":
             images = torch.randint(256, shape, dtype=torch.uint8, generator=g, device=device)
         else:
-            images = random(shape).to(PIXELS[self.pixels or self.dtype])
+            images = random(shape).to(PIXELS[self.pixels] if self.pixels else dtype)
         if self.channels_last:
             images = images.contiguous(memory_format=torch.channels_last_3d if video else torch.channels_last)
         call: Call = {
@@ -74,12 +78,23 @@ class Case:
             "pos_embed": (random(self.prefix + N, self.dim) / 10).to(dtype),
             "prefix": (random(self.prefix, self.dim) / 10).to(dtype) if self.prefix else None,
         }
+        if self.autocast:  # as timm's models leave them, whose positions are in fp32
+            call["out_dtype"] = dtype
         if self.pixels == "uint8":
             call |= IMAGENET if self.chans == 3 else {"mean": 0.5, "std": 0.25}
         if self.keep is not None:
             order = torch.rand(self.batch, N, generator=g, device=device).argsort(1)
             call["keep"] = order[:, : max(1, round(N * self.keep))]
         return call
+
+
+@contextmanager
+def autocast(case: Case) -> Iterator[None]:
+    """Wherever the case is run. Weights are cast at each call: kept, they would be of the first call's graph."""
+    with ExitStack() as stack:
+        for device in ("cpu", *(("cuda",) if torch.cuda.is_available() else ())) if case.autocast else ():
+            stack.enter_context(torch.autocast(device, DTYPES[case.dtype], cache_enabled=False))
+        yield
 
 
 def _pair(value: int | tuple[int, int]) -> tuple[int, int]:

@@ -19,7 +19,7 @@ from .. import cost_model
 from ..functional import explain
 from ..problem import PatchProblem
 from .baselines import PEERS
-from .cases import Call, Case
+from .cases import Call, Case, autocast
 from .gate import gate, judged, probe
 from .implementations import CEILINGS, OURS, ceiling_steps, default_impls, gradients_of, problem, steps
 from .memory import peak_bytes
@@ -35,13 +35,15 @@ def _cache_bytes(device: torch.device) -> int:
 
 @contextmanager
 def settings(case: Case):
-    """TF32 as the case says, cuDNN free to search, as a careful user has it; what was set before comes back."""
+    """TF32 and autocast as the case says, cuDNN free to search, as a careful user has it; what was set before comes
+    back."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark
     try:
         matmul.allow_tf32 = cudnn.allow_tf32 = case.dtype == "tf32"
         cudnn.benchmark = True
-        yield
+        with autocast(case):
+            yield
     finally:
         matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = before
 

@@ -32,7 +32,7 @@ def peaks(device: torch.device, dtype: torch.dtype, tf32: bool = False) -> Peaks
 
 @lru_cache(maxsize=16)
 def _peaks(device: torch.device, dtype: torch.dtype, tf32: bool) -> Peaks:
-    with torch.cuda.device_of(torch.empty(0, device=device)):
+    with torch.cuda.device_of(torch.empty(0, device=device)), torch.autocast(device.type, enabled=False):
         return _measured(device, dtype, tf32)
 
 

@@ -125,7 +125,7 @@ def main(folder: str, work: dict[str, Any]) -> None:
     case = cases.Case(**{k: tuple(v) if isinstance(v, list) else v for k, v in work["case"].items()})
     torch.backends.cuda.matmul.allow_tf32 = case.dtype == "tf32"
     todo = []
-    with torch.set_grad_enabled(mode != "forward"):
+    with cases.autocast(case), torch.set_grad_enabled(mode != "forward"):
         for seed in range(work["sets"]):
             call = case.call(device, seed)
             leaves = [call[name].requires_grad_() for name in work["gradients"]]

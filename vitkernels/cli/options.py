@@ -33,6 +33,7 @@ def shape_arguments(
     add("--keep", type=_share, metavar="SHARE", help="embed this share of the patches only, as MAE does")
     add("--dtype", choices=("bf16", "fp16", "fp32", "tf32"), help="of weights and tokens (fp32; bf16 on a GPU)")
     add("--pixels", choices=("uint8", "bf16", "fp16", "fp32"), help="of the images (as --dtype)")
+    add("--autocast", action="store_true", help="to --dtype (bf16): weights, tables, pixels and tokens are fp32")
     add("--channels-last", action="store_true", help="images lie in memory as [B,H,W,C]")
     add("--mode", choices=modes, default="forward", help="(forward)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1")
@@ -55,17 +56,19 @@ def device_of(args: argparse.Namespace) -> str:
 
 
 def dtype_of(args: argparse.Namespace, device: str) -> str:
-    return args.dtype or ("fp32" if device.startswith("cpu") else "bf16")
+    return args.dtype or ("fp32" if device.startswith("cpu") and not args.autocast else "bf16")
 
 
 def case_of(args: argparse.Namespace, device: str, batch: int | None = None) -> Case:
     """The case that the options describe; `batch` picks one of a list."""
     from ..bench.cases import Case
 
+    if args.autocast and args.dtype in ("fp32", "tf32"):
+        raise ValueError(f"--autocast is to bf16 or fp16, not to {args.dtype}")
     return Case(
         batch=args.batch if batch is None else batch, image=args.image, patch=args.patch, dim=args.dim,
-        dtype=dtype_of(args, device), pixels=args.pixels, prefix=args.prefix, keep=args.keep, frames=args.frames,
-        tubelet=args.tubelet, chans=args.chans, channels_last=args.channels_last,
+        dtype=dtype_of(args, device), autocast=args.autocast, pixels=args.pixels, prefix=args.prefix, keep=args.keep,
+        frames=args.frames, tubelet=args.tubelet, chans=args.chans, channels_last=args.channels_last,
     )  # fmt: skip
 
 
@@ -76,7 +79,7 @@ def words_of(args: argparse.Namespace, device: str, dtype: str) -> list[str]:
         value: Any = getattr(args, name)
         if value is not None:
             words += [f"--{name}", "x".join(map(str, value)) if isinstance(value, tuple) else str(value)]
-    return words + ["--channels-last"] * args.channels_last
+    return words + ["--channels-last"] * args.channels_last + ["--autocast"] * args.autocast
 
 
 def _size(text: str) -> int | tuple[int, int]:

@@ -43,7 +43,7 @@ def parts(case: str) -> dict[str, Any]:
     """The name of a `bench.Case`, taken apart; {} of anything else."""
     found = re.fullmatch(
         r"B(?P<batch>\d+)-((?P<frames>\d+)f)?(?P<image>\d+(x\d+)*)-P(?P<patch>\d+(x\d+)*)-D(?P<dim>\d+)-(?P<dtype>\w+)"
-        r"(-(?P<pixels>uint8|bf16|fp16|fp32|tf32))?(-C(?P<chans>\d+))?(-T(?P<prefix>\d+))?"
+        r"(-(?P<pixels>uint8|bf16|fp16|fp32|tf32))?(?P<autocast>-autocast)?(-C(?P<chans>\d+))?(-T(?P<prefix>\d+))?"
         r"(-keep(?P<keep>\d+(\.\d+)?))?(?P<hwc>-hwc)?",
         case,
     )
@@ -68,7 +68,13 @@ def case_words(case: str, dtype: str = "", batch: float | None = None) -> str:
     width, size = SIZES.get(known["dim"]), "×".join(patch)
     words = [f"ViT-{width}/{size}" if width else f"D {known['dim']} /{size}"]
     words += [image, f"B {known['batch']}", dtype_words(known)]
-    extra = {"chans": "{} channels", "prefix": "T {}", "keep": "keep {} %", "hwc": "channels-last"}
+    extra = {
+        "autocast": "autocast",
+        "chans": "{} channels",
+        "prefix": "T {}",
+        "keep": "keep {} %",
+        "hwc": "channels-last",
+    }
     known |= {"keep": f"{100 * float(known['keep']):g}"} if "keep" in known else {}
     return " · ".join([*words, *(text.format(known[name]) for name, text in extra.items() if name in known)])
 

@@ -21,9 +21,10 @@ from ..functional import explain
 from ..gpu import Gpu, gpu_of, not_nvidia
 from .search import INF, TIE, Journal, Progress, journal
 
-# What people run: patches of 14, 16 and 32 pixels, small and large batches, a keep list, 8-bit pixels.
+# What people run: patches of 14, 16 and 32 pixels, small and large batches, a keep list, 8-bit pixels, and autocast.
 CASES = (
     Case(batch=8), Case(), Case(pixels="uint8"), Case(patch=14, dim=1024), Case(patch=32), Case(keep=0.25),
+    Case(autocast=True),
     *(Case(batch=batch, patch=patch, dim=dim, dtype=dtype)
       for dtype in ("fp32", "tf32") for batch, patch, dim in ((8, 16, 768), (64, 16, 768), (64, 14, 1024))),
 )  # fmt: skip

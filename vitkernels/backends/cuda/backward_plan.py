@@ -44,8 +44,8 @@ WEIGHT_TILES = {
     "fp64": (Tile(64, 64, 16), Tile(32, 32, 16, 0.6)),
 }
 # dW by wgmma (weight_sm90.cuh): 256 or 128 channels by 8 rows × 16 pixels of a patch, 64 patches at a step. The rates
-# are guesses, but for that of warps beside them: on an H200 a backward took 280 µs by warps with a quarter of the patches
-# (keep 25 %), and 176 by wgmma with all (ViT-B/16, B = 256; results/nvidia-h200), 1.6 × 176 / 4 / 280.
+# are guesses, but for that of warps beside them: on an H200 a backward took 280 µs by warps with a quarter of the
+# patches (keep 25 %), and 176 by wgmma with all (ViT-B/16, B = 256; results/nvidia-h200), 1.6 × 176 / 4 / 280.
 WGMMA_ROWS = 8
 WARPS_ON_HOPPER = 0.25  # of their rate in WEIGHT_TILES
 WGMMA_TILES = (Tile(256, 128, 64, 1.6), Tile(128, 128, 64, 1.3))

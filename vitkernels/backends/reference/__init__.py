@@ -94,6 +94,8 @@ def _operands(way: Way, weight, bias, table) -> tuple[torch.Tensor, torch.Tensor
         W = W.to(dtype).contiguous()  # oneDNN reads past the strides of this and the bias
     if bias is not None and not (bias.dtype == dtype and bias.is_contiguous()):
         bias = bias.to(dtype).contiguous()
+    if p.on_cpu and table is not None and table.dtype != dtype == p.out_dtype:  # a sum of two dtypes takes 25 × as long
+        table = table.to(dtype)
     if not way.in_place or bias is None:
         return W, bias, table
     if dtype == torch.bfloat16:
@@ -111,6 +113,8 @@ def _add(products: torch.Tensor, positions: torch.Tensor | None, tokens: torch.T
         tokens.copy_(products)
     elif products.dtype == tokens.dtype:
         torch.add(products, positions, out=tokens)
+    elif products.dtype.itemsize < tokens.dtype.itemsize:
+        tokens.copy_(products).add_(positions)
     else:  # into another dtype, it would make the sum aside first
         tokens.copy_(products.add_(positions))
 

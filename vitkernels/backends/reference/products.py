@@ -20,8 +20,10 @@ TABLE_BYTES = 5 << 18  # of a table of positions with the bias in them, at most
 
 
 def product_dtype(p: PatchProblem) -> torch.dtype:
-    """The operands' dtype: a CPU without instructions for bf16 (any, for fp16) multiplies halves faster as fp32."""
-    native = p.compute_dtype == torch.bfloat16 and p.out_dtype.itemsize == 2 and _has_bf16()
+    """The operands' dtype: a CPU without instructions for bf16 (any, for fp16) multiplies halves faster as fp32. One
+    with them rounds products to bf16, as autocast does; who asks for more of weights in bf16 gets more."""
+    rounded = p.out_dtype.itemsize == 2 or p.weight_dtype != p.compute_dtype
+    native = p.compute_dtype == torch.bfloat16 and rounded and _has_bf16()
     if p.on_cpu and not native:
         return p.sum_dtype
     return p.compute_dtype
