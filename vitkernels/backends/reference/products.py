@@ -81,11 +81,24 @@ def _is_built_with_onednn() -> bool:
 
 
 def add_product(total: torch.Tensor, dy: torch.Tensor, x: torch.Tensor) -> None:
-    """total [D, columns] += dyᵀ·x, of dy [n, D] and x [n, columns] on a CPU."""
-    if mkl_is_slow(total.dtype):
+    """total [D, columns] += dyᵀ·x, of contiguous dy [n, D] and x [n, columns] on a CPU."""
+    (D, columns), n = total.shape, len(x)
+    if not mkl_is_slow(total.dtype) or n * total.numel() < 10_000_000:
+        total.addmm_(dy.t(), x)
+    elif n < 2 * max(D, columns):
         total.add_(_onednn(dy.t(), x.t()))
     else:
-        total.addmm_(dy.t(), x)
+        total.add_(_of_convolution(dy, x))
+
+
+def _of_convolution(dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """dyᵀ·x as the gradient of a convolution's weight, of one image of n pixels, channels side by side: oneDNN reads
+    both where they lie. Its product has them transposed first, which took half of 256 µs (2,048 rows, D = 192, K = 48)
+    and with twice as many rows as channels still a tenth."""
+    grad, pixels = (t.as_strided((1, c, n, 1), (n * c, 1, c, c)) for t in (dy, x) for n, c in (t.shape,))
+    weight = x.new_empty((dy.shape[1], x.shape[1], 1, 1))  # of which nothing is read but its sizes
+    more = None, (1, 1), (0, 0), (1, 1), False, (0, 0), 1, (False, True, False)
+    return torch.ops.aten.convolution_backward(grad, pixels, weight, *more)[1][..., 0, 0]
 
 
 def product(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
