@@ -10,7 +10,7 @@ import vitkernels as vk
 ROOT = Path(vk.__file__).parent
 # From the ground up: a module imports from its own floor's folder and from the floors below.
 FLOORS = (
-    ("problem", "cpu", "gpu"),
+    ("problem", "cpu", "gpu", "eager"),
     ("backends", "calls"),
     ("dispatch",),
     ("ops", "cost_model"),

@@ -97,13 +97,6 @@ def test_flops_and_profiles_name_the_operation():
     assert {"vitkernels::patch_embed", "vitkernels::patch_embed_backward"} <= names
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_a_trace_fails_rather_than_hold_constants():
-    """torch.jit.trace can't record the operation (a fused model runs its own code there), and must not miss it."""
-    with pytest.raises(RuntimeError):
-        torch.jit.trace(lambda x: vk.patch_embed(**call(images=x)), call()["images"], check_trace=False)
-
-
 def negative(t):
     """The same values, held as their negatives behind a bit that kernels do not see."""
     return torch.complex(torch.zeros_like(t), -t).conj().imag

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import dispatch
 from .calls import Call, are_plain, in_forward_mode, known_call
+from .eager import eager
 from .problem import Arguments, PatchProblem, check_keep, problem_of
 
 _TENSORS = "Tensor images, Tensor weight, Tensor? bias, Tensor? pos_embed, Tensor? prefix, Tensor? keep"
@@ -325,8 +326,22 @@ torch.library.register_vmap("vitkernels::patch_embed", _vmap, lib=library)
 torch.library.register_vmap("vitkernels::patch_embed_backward", _vmap_backward, lib=library)
 
 
+def _spelled_out(tensors: tuple[torch.Tensor | None, ...], call: Call) -> torch.Tensor:
+    """For torch.jit and ONNX, whose graphs are to run without this package."""
+    images, weight, bias, pos_embed, prefix, keep = tensors
+    if call.problem is None:
+        problem_of(images, weight, bias, pos_embed, prefix, keep, call.arguments)
+    stride, padding, mean, std, scale, _, out_dtype = call.arguments
+    return eager(
+        images, weight, bias, pos_embed=pos_embed, prefix=prefix, stride=stride, padding=padding, mean=mean, std=std,
+        scale=scale, keep=keep, out_dtype=out_dtype,
+    )  # fmt: skip
+
+
 def patch_embed(tensors: tuple[torch.Tensor | None, ...], call: Call, backend: str) -> torch.Tensor:
     if not call.plain:
+        if torch.jit.is_tracing() or (torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()):
+            return _spelled_out(tensors, call)
         return _call(tensors, call.arguments, backend)
     if call.learns and torch.is_grad_enabled():
         return _PatchEmbed.apply(*tensors, call, backend)

@@ -3,6 +3,7 @@ traced and scripted. What is not understood is the library's own to run, or to r
 
 import copy
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
@@ -235,7 +236,14 @@ def test_flops_by_module(library):
     assert counted(plain) == expected
 
 
+def onnx(model, images):
+    """What torch.onnx.export makes its nodes of."""
+    with mock.patch.object(torch.onnx, "is_in_onnx_export", return_value=True):
+        return torch.export.export(model, (images,), strict=False).module()
+
+
 WAYS = {
+    "onnx": onnx,
     "jit.trace": lambda model, images: torch.jit.trace(model, images, strict=False),
     "jit.script": lambda model, _: torch.jit.script(model),
     "fx": lambda model, _: torch.fx.symbolic_trace(model),

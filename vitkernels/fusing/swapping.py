@@ -58,9 +58,9 @@ class Tokens(NamedTuple):
 def at_each_call(why_not: Callable[[Any], str | None]) -> Callable[[Reader[Read]], Reader[Read]]:
     """Decorates what reads a fused module and its input before a front end is run as one operation.
 
-    None, and then the library's own code runs, where that or `why_not` says so; where torch.jit or torch.fx traces,
-    whose graphs are to run without this package; where a hook on all modules (profilers, FLOP counters) wants to see
-    every call; and where something can't be read, as of an older release's model or a part that was replaced: an
+    None, and then the library's own code runs, where that or `why_not` says so; where torch.jit, torch.fx or torch.onnx
+    trace, whose graphs are to run without this package; where a hook on all modules (profilers, FLOP counters) wants to
+    see every call; and where something can't be read, as of an older release's model or a part that was replaced: an
     error, if it is one, is the library's.
     """
 
@@ -87,7 +87,9 @@ def at_each_call(why_not: Callable[[Any], str | None]) -> Callable[[Reader[Read]
 def unreadable(images: Any) -> str | None:
     if _has_any_global_hook():
         return "hooks on all modules"
-    return None if isinstance(images, torch.Tensor) and not torch.jit.is_tracing() else "tracing"
+    if not isinstance(images, torch.Tensor) or torch.jit.is_tracing():
+        return "tracing"
+    return "export to ONNX" if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export() else None
 
 
 ONE_CALL = "one call"

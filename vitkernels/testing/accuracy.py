@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
+from ..eager import compute_dtype, eager, normalise
 from ..functional import patch_embed
-from .oracle import LEARNT, Arguments, compute_dtype, eager, normalise, oracle
+from .oracle import LEARNT, Arguments, oracle
 
 
 def floor_of(
