@@ -72,5 +72,5 @@ def test_without_onnx_the_operation_is_exported():
 
 @pytest.mark.parametrize("way", [torch.jit.trace, onnx])
 def test_wrong_inputs_are_still_wrong(way):
-    with pytest.raises(ValueError, match="images have 4 channels, weight .* takes 3"):
+    with pytest.raises(ValueError, match=r"images have 4 channels, weight .* takes 3"):
         way(MODELS["call"]()[0], torch.rand(2, 4, 32, 48))

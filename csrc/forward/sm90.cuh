@@ -282,15 +282,22 @@ void launch_wgmma_tile(const ForwardLaunch& l) {
     constexpr bool FLOAT32 = same<T, tf32x3>;  // whose sums take twice the registers
     switch (l.plan.loader) {
         case LoaderKind::engine:
-            if constexpr (!FLOAT32)
+            if constexpr (!FLOAT32) {
                 if (l.plan.BN == 256) return launch_wgmma<T, Engine, 256, true>(l);
+                if (l.plan.BN == 192) return launch_wgmma<T, Engine, 192, true>(l);
+            }
             if (l.plan.BN == 128) return launch_wgmma<T, Engine, 128, true>(l);
             break;
         case LoaderKind::patches:
             if (l.plan.BN == 128) return launch_wgmma<T, Engine, 128, false>(l);
             break;
         case LoaderKind::stored:
-            if (l.plan.BN == (FLOAT32 ? 128 : 256)) return launch_wgmma<T, Threads, FLOAT32 ? 128 : 256, true>(l);
+            if constexpr (FLOAT32) {
+                if (l.plan.BN == 128) return launch_wgmma<T, Threads, 128, true>(l);
+            } else {
+                if (l.plan.BN == 256) return launch_wgmma<T, Threads, 256, true>(l);
+                if (l.plan.BN == 192) return launch_wgmma<T, Threads, 192, true>(l);
+            }
             break;
         case LoaderKind::copied:
             if (l.plan.BN == 128) return launch_wgmma<T, Threads, 128, false>(l);

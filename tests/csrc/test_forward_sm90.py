@@ -58,10 +58,11 @@ def test_random_problem(on_cuda_kernels, device, seed, in_groups):
         assert in_groups and re.search(r"padded to \d+, no multiple of [34] channels", reason)
         arguments |= {"mean": None, "std": None}
     bound, tokens, exact = tokens_of_all(arguments)
-    assert tokens.keys() - {"stored 256", "copied 128"} == {"engine 256", "engine 128", "patches 128"}
+    by_engine = {"engine 256", "engine 192", "engine 128"}
+    assert tokens.keys() - {"stored 256", "stored 192", "copied 128"} == by_engine | {"patches 128"}
     for how, found in tokens.items():
         assert accuracy.error_of(found, exact) <= bound, how
-    assert torch.equal(tokens["engine 256"], tokens["engine 128"])
+    assert all(torch.equal(tokens["engine 256"], tokens[how]) for how in by_engine)
 
 
 @pytest.mark.parametrize("seed", range(90))
@@ -75,7 +76,7 @@ def test_pixels_copied_by_threads(on_cuda_kernels, device, seed):
         arguments |= {"mean": None, "std": None}  # as above
     bound, tokens, exact = tokens_of_all(arguments)
     why = forward_plan.candidates(p, NOMINAL[90], False)[1].get("stored", "")
-    assert tokens.keys() == ({"copied 128"} if why else {"copied 128", "stored 256"})
+    assert tokens.keys() - {"stored 256"} == ({"copied 128"} if why else {"copied 128", "stored 192"})
     assert ("a keep list" in why) == ("keep" in arguments) and (not why or "keep" in why or "no two stages" in why)
     for how, found in tokens.items():
         assert accuracy.error_of(found, exact) <= bound, how

@@ -205,15 +205,18 @@ inline void warpgroup_wait() {
     host::warpgroup_wait(PENDING);
 }
 
+template <int COUNT>
+inline constexpr bool has_sums = COUNT == 32 || COUNT == 64 || COUNT == 96 || COUNT == 128;
+
 template <bool ACROSS = false, int COUNT, class T>
 inline void warpgroup_multiply_add(float (&c)[COUNT], const uint32_t (&a)[4], uint64_t b, T) {
-    static_assert(COUNT == 32 || COUNT == 64 || COUNT == 128, "wgmma.inc has N = 64, 128 and 256");
+    static_assert(has_sums<COUNT>, "wgmma.inc has N = 64, 128, 192 and 256");
     host::warpgroup_multiply_add(c, 2 * COUNT, a, 0, b, host::dtype_of<T>, ACROSS, ACROSS);
 }
 template <bool ACROSS = false, bool A_ACROSS = ACROSS, int COUNT, class T>
 inline void warpgroup_multiply_add(float (&c)[COUNT], uint64_t a, uint64_t b, T) {
     static_assert(sizeof(T) == 2, "wgmma.inc has TF32 with its left operand in registers alone");
-    static_assert(COUNT == 32 || COUNT == 64 || COUNT == 128, "wgmma.inc has N = 64, 128 and 256");
+    static_assert(has_sums<COUNT>, "wgmma.inc has N = 64, 128, 192 and 256");
     host::warpgroup_multiply_add(c, 2 * COUNT, nullptr, a, b, host::dtype_of<T>, ACROSS, A_ACROSS);
 }
 
