@@ -355,6 +355,7 @@ def test_figures_are_those_of_stored_results():
     for files in (
         [amd / "operation.json", amd / "without-bf16-instructions.json"],
         *([other / "operation.json"] for other in others),
+        [others[0] / "autocast.json"],
     ):
         assert summary.markdown(results.load(files)) in page
 
