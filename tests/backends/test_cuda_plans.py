@@ -12,6 +12,7 @@ import torch
 from host import backend
 from problems import dense, described, drawn, drawn_patches
 
+import vitkernels as vk
 from vitkernels.backends import cuda
 from vitkernels.backends.cuda import backward_plan, forward_plan, images_plan
 from vitkernels.backends.cuda.backward_operands import Grad
@@ -350,6 +351,27 @@ def test_backward_plans_of_random_problems(large):
 @pytest.mark.parametrize("arch", ARCHS)
 def test_memory_of_the_backward(arch, dtype):
     assert plan_of(compile_triton.problem(16, dtype, B=256), NOMINAL[arch], False).scratch_bytes < 32 * 10**6
+
+
+@pytest.mark.parametrize(
+    ("B", "side", "keep", "piece"),
+    [
+        (256, 224, None, 43),
+        (2048, 224, None, 46),
+        (1, 224, None, 1),
+        (0, 224, None, None),
+        (2, 224, 0, None),
+        (2, 1792, None, None),  # 19 MB of copies of each, and 39 of positions
+        (1, 896, None, 1),
+    ],
+)
+def test_images_whose_gradient_of_tokens_is_copied_at_a_time(B, side, keep, piece):
+    images = torch.empty(B, 3, side, side, dtype=HALF, device="meta")
+    weight = torch.empty(768, 3, 16, 16, dtype=HALF, device="meta")
+    kept = None if keep is None else torch.empty(B, keep, dtype=torch.int64, device="meta")
+    p = vk.explain(images, weight, keep=kept, out_dtype=F32).problem
+    found = backward_plan.copied_plan(p, NOMINAL[90], False, 0, bias=True, pos=True, prefix=False)
+    assert (found and found.piece) == piece
 
 
 @pytest.mark.parametrize(("patch", "dtype", "batch", "taken"), [

@@ -213,8 +213,10 @@ def copied_plan(
     None where wgmma can't, or where there is none for two: one of several may lie where no tensor map begins."""
     row = -(-p.D // 8) * 8
     of_copies, grad = replace(p, T=0, out_dtype=p.compute_dtype), Grad(0, (p.rows * row, row, 1))
+    if p.B * p.rows == 0 or no_wgmma(of_copies, gpu, images_at, grad):
+        return None
     image_bytes = p.rows * row * p.compute_dtype.itemsize
-    most = 0 if no_wgmma(of_copies, gpu, images_at, grad) else min(p.B, SCRATCH_BYTES // image_bytes)
+    most = min(p.B, SCRATCH_BYTES // image_bytes)
     while most >= min(p.B, 2):
         piece = -(-p.B // -(-p.B // most))  # all of them alike
         weight = weight_plan(replace(of_copies, B=piece), gpu, tf32, images_at, grad)
