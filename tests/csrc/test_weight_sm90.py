@@ -78,6 +78,19 @@ def test_copies_of_the_gradient_of_tokens(watched, device, monkeypatch, seed, dr
     assert all(min(2, p.B) <= plan.piece <= at_once for plan in plans)
 
 
+@pytest.mark.parametrize("kept", [None, 5])
+def test_copies_where_nothing_is_summed(watched, device, kept):
+    call = arguments(9, 3, 48, 32, 16, 72, T=2, kept=kept, out_dtype=torch.float32, device=device)
+    weight = call["weight"].requires_grad_()
+    plans = watched(2)
+    tokens = [vk.patch_embed(**call, backend=backend) for backend in ("cuda", "reference")]
+    grad = torch.randn(tokens[0].shape, generator=torch.Generator().manual_seed(0)).to(tokens[0])
+    found, expected = (torch.autograd.grad(t, weight, grad)[0] for t in tokens)
+    torch.testing.assert_close(found, expected, rtol=2**-7, atol=0.1)  # of a dY that is rounded, and of one that is not
+    (plan,) = plans
+    assert plan.copy_row == 72 and plan.sums.table_rows == 0 and plan.indexed == (kept is not None)
+
+
 @pytest.mark.parametrize("seed", range(90))
 def test_pixels_copied_by_threads(watched, device, seed):
     call = on(device, drawn_for_threads(seed))
