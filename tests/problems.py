@@ -2,6 +2,7 @@
 
 import random
 from math import prod
+from unittest import mock
 
 import torch
 
@@ -214,3 +215,9 @@ def drawn_for_threads(seed: int) -> dict:
         kept = rng.randint(1, N + 2)
         arguments["keep"] = torch.randint(N, (B, kept), generator=drawn.generator).to(one((torch.int64, torch.int32)))
     return arguments
+
+
+def onnx(model, images, **options):
+    """The graph of what torch.onnx.export makes its nodes of."""
+    with mock.patch.object(torch.onnx, "is_in_onnx_export", return_value=True):
+        return torch.export.export(model, (images,), strict=False, **options).module()

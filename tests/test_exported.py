@@ -1,11 +1,10 @@
 """Graphs that are to run where this package is not: torch.jit's and ONNX's, of calls, layers and models."""
 
 import re
-from unittest import mock
 
 import pytest
 import torch
-from problems import arguments
+from problems import arguments, onnx
 
 import vitkernels as vk
 
@@ -40,12 +39,6 @@ MODELS = {
         torch.rand(2, 3, 32, 32),
     ),
 }
-
-
-def onnx(model, images, **options):
-    """What torch.onnx.export makes its nodes of."""
-    with mock.patch.object(torch.onnx, "is_in_onnx_export", return_value=True):
-        return torch.export.export(model, (images,), strict=False, **options).module()
 
 
 @pytest.mark.parametrize("way", [torch.jit.trace, onnx])

@@ -7,6 +7,11 @@ import torch
 import torch.nn.functional as F
 
 
+def is_traced() -> bool:
+    """Whether torch.jit or ONNX make a graph, which is to run without this package."""
+    return torch.jit.is_tracing() or (torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export())
+
+
 def eager(
     images, weight, bias=None, *, pos_embed=None, prefix=None, stride=None, padding=0, mean=None, std=None, scale=None,
     keep=None, out_dtype=None,

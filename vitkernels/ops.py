@@ -18,7 +18,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import dispatch
 from .calls import Call, are_plain, in_forward_mode, known_call
-from .eager import eager
+from .eager import eager, is_traced
 from .problem import Arguments, PatchProblem, check_keep, problem_of
 
 _TENSORS = "Tensor images, Tensor weight, Tensor? bias, Tensor? pos_embed, Tensor? prefix, Tensor? keep"
@@ -327,7 +327,6 @@ torch.library.register_vmap("vitkernels::patch_embed_backward", _vmap_backward, 
 
 
 def _spelled_out(tensors: tuple[torch.Tensor | None, ...], call: Call) -> torch.Tensor:
-    """For torch.jit and ONNX, whose graphs are to run without this package."""
     images, weight, bias, pos_embed, prefix, keep = tensors
     if call.problem is None:
         problem_of(images, weight, bias, pos_embed, prefix, keep, call.arguments)
@@ -340,7 +339,7 @@ def _spelled_out(tensors: tuple[torch.Tensor | None, ...], call: Call) -> torch.
 
 def patch_embed(tensors: tuple[torch.Tensor | None, ...], call: Call, backend: str) -> torch.Tensor:
     if not call.plain:
-        if torch.jit.is_tracing() or (torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()):
+        if is_traced():
             return _spelled_out(tensors, call)
         return _call(tensors, call.arguments, backend)
     if call.learns and torch.is_grad_enabled():

@@ -179,7 +179,8 @@ static void launch_parts(const backward::Call& all) {
     }
 }
 
-static void launch_all(const backward::Call& run, const backward::BackwardPlan& plan) {
+static void launch_all(const backward::Call& run) {
+    const backward::BackwardPlan& plan = run.plan;
     if (plan.indexed) run.index();
     if (plan.has_weight || plan.has_sums) launch_parts(run);
     if (plan.has_weight || plan.has_sums) run.finish();
@@ -190,7 +191,7 @@ static void launch_all(const backward::Call& run, const backward::BackwardPlan& 
 
 void run_backward(const Problem& p, const backward::BackwardPlan& plan, const BackwardTensors& t, Stream stream) {
     OnDevice guard(p.device);
-    locate_errors([&] { launch_all({p, plan, t, stream}, plan); }, [&] { return "the gradients of " + p.text; });
+    locate_errors([&] { launch_all({p, plan, t, stream}); }, [&] { return "the gradients of " + p.text; });
 }
 
 }  // namespace vk

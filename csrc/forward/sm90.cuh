@@ -274,7 +274,7 @@ void launch_wgmma(const ForwardLaunch& l) {
     launch(wgmma_kernel<K>, l.plan.blocks, K::THREADS, l.plan.shared_bytes, l.stream, h, "the forward");
 }
 
-// Of forward_plan.py's WGMMA_TILES those that it offers
+// Of forward_plan.py's tiles those that it offers
 template <class T, class Pixel, bool DIRECT>
 void launch_wgmma_tile(const ForwardLaunch& l) {
     using Engine = PatchesOf<Pixel, DIRECT, false>;

@@ -312,5 +312,5 @@ def test_divisor(probe):
 
 def test_build_without_a_compiler(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(build.NoCompiler, match="no-such-compiler"):
+    with pytest.raises(pytest.skip.Exception, match="no-such-compiler"):
         build.load.__wrapped__()

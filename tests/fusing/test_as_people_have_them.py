@@ -3,11 +3,11 @@ traced and scripted. What is not understood is the library's own to run, or to r
 
 import copy
 from functools import partial
-from unittest import mock
 
 import pytest
 import torch
 from models import CASES, LIBRARIES, build, close, result, same
+from problems import onnx
 from torch import nn
 from torch.nn.modules import module as hooks
 from torch.utils.flop_counter import FlopCounterMode
@@ -234,12 +234,6 @@ def test_flops_by_module(library):
     expected = counted(plain)
     vk.fuse(plain)
     assert counted(plain) == expected
-
-
-def onnx(model, images):
-    """What torch.onnx.export makes its nodes of."""
-    with mock.patch.object(torch.onnx, "is_in_onnx_export", return_value=True):
-        return torch.export.export(model, (images,), strict=False).module()
 
 
 WAYS = {

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from ..eager import is_traced
 from ..functional import patch_embed
 from ..layers import eager_dtype
 
@@ -87,9 +88,7 @@ def at_each_call(why_not: Callable[[Any], str | None]) -> Callable[[Reader[Read]
 def unreadable(images: Any) -> str | None:
     if _has_any_global_hook():
         return "hooks on all modules"
-    if not isinstance(images, torch.Tensor) or torch.jit.is_tracing():
-        return "tracing"
-    return "export to ONNX" if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export() else None
+    return None if isinstance(images, torch.Tensor) and not is_traced() else "tracing"
 
 
 ONE_CALL = "one call"

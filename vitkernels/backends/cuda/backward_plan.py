@@ -223,15 +223,24 @@ def copied_plan(
         sums = sums_plan(replace(p, B=piece), gpu, bias, pos, prefix, copies=True)
         if not weight.wgmma:
             return None
-        if _part_bytes(p, weight, sums, bias) + piece * image_bytes <= SCRATCH_BYTES:
+        if _fits(_part_sizes(p, weight, sums, bias), piece * image_bytes):
             return Copied(weight, sums, piece, row)
         most = piece * 7 // 8
     return None
 
 
-def _part_bytes(p: PatchProblem, weight: WeightPlan, sums: SumsPlan, bias: bool) -> int:
-    table = sums.table_rows + sums.blocks * bias
-    return (weight.splits * p.K + sums.splits * table) * p.D * p.sum_dtype.itemsize
+def _fits(parts: dict[str, int], copies: int) -> bool:
+    return sum(parts.values()) + copies <= SCRATCH_BYTES
+
+
+def _part_sizes(p: PatchProblem, weight: WeightPlan | None, sums: SumsPlan | None, bias: bool) -> dict[str, int]:
+    """Bytes of what Plan says of the same names."""
+    row = p.D * p.sum_dtype.itemsize
+    return {
+        "weight_parts": weight.splits * p.K * row if weight else 0,
+        "table_parts": sums.splits * sums.table_rows * row if sums else 0,
+        "bias_parts": sums.splits * sums.blocks * row if sums and bias else 0,
+    }
 
 
 def _wgmma_stages(p: PatchProblem, gpu: Gpu, tile: Tile) -> tuple[int, int]:
@@ -271,7 +280,7 @@ def make_plan(
     weight: bool, bias: bool, pos: bool, prefix: bool, images: tuple[int, ...] | None, d_images_at: int = 0,
 ) -> Plan:  # fmt: skip
     """For the gradients that are asked for; `images`: the strides of theirs, which is at `d_images_at`, modulo 16."""
-    total, scratch_bytes = p.sum_dtype.itemsize, 0
+    scratch_bytes = 0
 
     def take(size: int) -> int:
         nonlocal scratch_bytes
@@ -297,9 +306,7 @@ def make_plan(
     indexed = p.n_keep is not None and (bias or pos or copy_row > 0 or of_images is not None)
     return Plan(
         of_weight, sums, of_images, wgmma_images, indexed, piece, copy_row,
-        weight_parts=take(of_weight.splits * p.D * p.K * total) if of_weight else 0,
-        table_parts=take(sums.splits * sums.table_rows * p.D * total) if sums else 0,
-        bias_parts=take(sums.splits * sums.blocks * p.D * total) if sums and bias else 0,
+        **{name: take(size) for name, size in _part_sizes(p, of_weight, sums, bias).items()},
         copies=take(piece * p.rows * copy_row * p.compute_dtype.itemsize),
         packed=take(packed * p.compute_dtype.itemsize),
         heads=take(p.B * p.N * 4) if indexed else 0,

@@ -46,7 +46,7 @@ PRODUCTS = {("half", True): 1.0, ("half", False): 1.0, ("tf32", True): 0.5, ("tf
 # As csrc instantiates them, large to small: mma.sync, multiply-adds (sm80.cuh), wgmma (sm90.cuh)
 MMA_TILES = (Tile(128, 128, 256, 1.0), Tile(32, 64, 128, 0.55))
 PLAIN_TILES = (Tile(64, 64, 128, 1.0),)
-WGMMA_TILES = (Tile(128, 256, 384, 1.0), Tile(128, 192, 384, 0.9), Tile(128, 128, 384, 0.7))
+WIDEST, WIDE, NARROW = Tile(128, 256, 384, 1.0), Tile(128, 192, 384, 0.9), Tile(128, 128, 384, 0.7)
 
 # How patches come into shared memory (csrc/forward/loaders.cuh)
 LOADERS = {
@@ -337,14 +337,13 @@ def candidates(
     copied, stores = copied or no_padded_rows(p, layout), no_stores(p)
     # By wgmma from 8 bits to 16 alone: other pixels that begin at even ones are copied.
     bytes_to_half = product == "half" and p.image_dtype == torch.uint8
-    narrow = WGMMA_TILES[2:]
-    storing = narrow if product == "fp32" else WGMMA_TILES  # whose sums take twice the registers
-    rows_tiles = WGMMA_TILES[::2] if wgmma and row_chunk >= 4 and bytes_to_half else ()
+    wide = () if product == "fp32" else (WIDEST, WIDE)  # whose sums take twice the registers
+    rows_tiles = (WIDEST, NARROW) if wgmma and row_chunk >= 4 and bytes_to_half else ()
     offers: list[tuple[str, bool, tuple[Tile, ...], int, str]] = [
-        ("engine", True, storing, 16, patches or stores),
-        ("patches", True, narrow, 16, patches),  # with the other tile its epilogue took three times as long
-        ("stored", True, storing[:2], copied_chunk, copied or stores),
-        ("copied", True, narrow, copied_chunk, copied),
+        ("engine", True, (*wide, NARROW), 16, patches or stores),
+        ("patches", True, (NARROW,), 16, patches),  # with the other tile its epilogue took three times as long
+        ("stored", True, wide or (NARROW,), copied_chunk, copied or stores),
+        ("copied", True, (NARROW,), copied_chunk, copied),
         ("rows", True, rows_tiles, row_chunk, rows),
         ("copy", False, MMA_TILES if product_step(product) else PLAIN_TILES, copy_chunk, copy),
         ("rows", False, MMA_TILES, row_chunk, rows),
