@@ -12,7 +12,7 @@ ROOT = Path(vk.__file__).parent
 FLOORS = (
     ("problem", "cpu", "gpu", "eager"),
     ("backends", "calls"),
-    ("dispatch",),
+    ("dispatch", "sharded"),
     ("ops", "cost_model"),
     ("functional",),
     ("layers", "testing"),

@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Replicate, Shard, distribute_module, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -58,6 +59,24 @@ def rearranged():
     cut = pytest.importorskip("einops.layers.torch").Rearrange("b c (h p1) (w p2) -> b (h w) (p1 p2 c)", p1=8, p2=8)
     front_end = torch.nn.Sequential(cut, torch.nn.Linear(192, 32))
     return torch.nn.Sequential(front_end, torch.nn.GELU(), torch.nn.Flatten(), torch.nn.Linear(16 * 32, 5))
+
+
+class OfEachImage(torch.nn.Module):
+    """A call with all that it may have, of tables of each image."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 32, 8, 8)
+        self.table, self.prefix = (torch.nn.Parameter(torch.empty(8, n, 32)) for n in (17, 1))
+        self.head = torch.nn.Linear(4 * 32, 5)
+
+    def forward(self, images):
+        keep = images[:, 0, 0, :16].argsort(1)[:, :3]
+        tokens = vk.patch_embed(
+            images, self.conv.weight, self.conv.bias, pos_embed=self.table, prefix=self.prefix, keep=keep,
+            mean=(0.1, 0.2, 0.3), std=0.5,
+        )  # fmt: skip
+        return self.head(tokens.flatten(1))
 
 
 def model(build=vit):
@@ -152,6 +171,28 @@ def fsdp(rank, build, when, reshard, policy):
     return {n: t.clone() for n, t in full.items()}
 
 
+def dtensor(rank, build, when, placement):
+    mesh = dist.init_device_mesh("cpu", (WORLD,))
+    vit = model(build)
+    if when == "before":
+        fuse(vit)
+
+    def whole(module, y, mesh):
+        assert y.placements == (placement,)
+        return y.full_tensor()
+
+    distribute_module(
+        vit, mesh, input_fn=lambda _, images, mesh: (distribute_tensor(*images, mesh, [placement]),), output_fn=whole
+    )
+    if when == "after":
+        fuse(vit)
+    calls = Calls()
+    with calls:
+        steps(vit)
+    assert calls.count == STEPS
+    return {n: t.full_tensor() for n, t in vit.state_dict().items()}
+
+
 # name -> what runs in both processes, its arguments, the model first, and how near it comes to one process
 BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 DDP = {
@@ -185,6 +226,21 @@ RUNS = {
             ("FSDP2, fused after", fsdp, "after", (True, MixedPrecisionPolicy())),
         )
         for build in (eva, embedding, projection, rearranged)
+    },
+    **{
+        f"DTensor, {placement}, {'' if when is None else f'fused {when}, '}{build.__name__}": (
+            dtensor,
+            (build, when, placement),
+            1e-3,
+        )
+        for placement in (Replicate(), Shard(0))
+        for build, times in (
+            (embedding, ("before", "after")),
+            (projection, ("before",)),
+            (rearranged, ("before",)),
+            (OfEachImage, (None,)),
+        )
+        for when in times
     },
 }
 

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .dispatch import check_name
 from .functional import patch_embed
+from .sharded import are_dtensors
 
 if TYPE_CHECKING:
     from .functional import Channels
@@ -321,10 +323,20 @@ def resized_weight(weight: torch.Tensor, patch_size: Pair) -> torch.Tensor:
 
 def touched(name: str, module: nn.Module) -> str | None:
     """What hangs on `module` that only a call of it would run."""
+    if reason := quantised(name, module):
+        return reason
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return f"{name} has hooks"
     if "forward" in module.__dict__:
         return f"{name}.forward was replaced on the instance"
+    return None
+
+
+def quantised(name: str, module: nn.Module) -> str | None:
+    """Whether its weight is a tensor with a product of its own, as torchao's."""
+    weight = module._parameters.get("weight")
+    if is_traceable_wrapper_subclass(weight) and not are_dtensors(weight):
+        return f"{name}'s weight is a {type(weight).__name__}"
     return None
 
 

@@ -20,6 +20,7 @@ from . import dispatch
 from .calls import Call, are_plain, in_forward_mode, known_call
 from .eager import eager, is_traced
 from .problem import Arguments, PatchProblem, check_keep, problem_of
+from .sharded import are_dtensors, by_image
 
 _TENSORS = "Tensor images, Tensor weight, Tensor? bias, Tensor? pos_embed, Tensor? prefix, Tensor? keep"
 _ARGUMENTS = (
@@ -341,6 +342,8 @@ def patch_embed(tensors: tuple[torch.Tensor | None, ...], call: Call, backend: s
     if not call.plain:
         if is_traced():
             return _spelled_out(tensors, call)
+        if are_dtensors(*tensors):
+            return by_image(tensors, lambda own: _call(own, call.arguments, backend))
         return _call(tensors, call.arguments, backend)
     if call.learns and torch.is_grad_enabled():
         return _PatchEmbed.apply(*tensors, call, backend)

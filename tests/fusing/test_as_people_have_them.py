@@ -166,6 +166,53 @@ def test_a_method_replaced_after_fusing_is_used(library, path, name):
     same(outcome(fused, images, call), outcome(plain, images, call))
 
 
+class Quantised(torch.Tensor):
+    """A weight that knows products and nothing else, as torchao's do."""
+
+    PRODUCTS = (torch.nn.functional.linear, torch.nn.functional.conv2d, torch.nn.functional.conv3d)
+
+    @staticmethod
+    def __new__(cls, values):
+        return torch.Tensor._make_wrapper_subclass(cls, values.shape, dtype=values.dtype)
+
+    def __init__(self, values):
+        self.values_ = values
+
+    def __tensor_flatten__(self):
+        return ["values_"], None
+
+    @classmethod
+    def __tensor_unflatten__(cls, inner, context, size, stride):
+        return cls(inner["values_"])
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func in cls.PRODUCTS:
+            return func(*(a.values_ if isinstance(a, cls) else a for a in args), **(kwargs or {}))
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten.detach.default, torch.ops.aten.clone.default):
+            return cls(args[0].values_.clone())
+        raise NotImplementedError(f"{func} of a quantised weight")
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_a_quantised_projection(library):
+    """It has a product of its own; so has what it is part of, whether it was fused before or is now."""
+    model, images, call = build(library)
+    fused = copy.deepcopy(model)
+    vk.fuse(fused)
+    expected = outcome(model, images, call)
+    for each in (model, fused):
+        projection = next(m for m in each.modules() if isinstance(m, nn.Linear | nn.Conv2d | nn.Conv3d))
+        projection.weight = nn.Parameter(Quantised(projection.weight.detach()), requires_grad=False)
+    same(outcome(fused, images, call), expected)
+    vk.fuse(model)
+    same(outcome(model, images, call), expected)
+
+
 SHAPES = [(1, 32, 4, 32), (1, 1, 2, 17, 32), (1, 2, 17, 32), (2, 17, 32), (1, 32, 4, 4)]
 
 

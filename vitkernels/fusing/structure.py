@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..functional import patch_embed
-from ..layers import eager_dtype, touched
+from ..layers import eager_dtype, quantised, touched
 from .pending import Pending, noting
 from .swapping import Fused, at_each_call
 
@@ -61,7 +61,7 @@ def why_not(conv: Any) -> str | None:
             f"the projection has groups {conv.groups}, dilation {conv.dilation}, padding {conv.padding!r} of mode "
             f"{conv.padding_mode!r}; 1, 1 and zeros are what is fused"
         )
-    return None if isinstance(conv, Fused) else touched("the projection", conv)  # a call of a fused one runs them
+    return (quantised if isinstance(conv, Fused) else touched)("the projection", conv)  # a call runs what hangs on it
 
 
 def embedding_around(model: nn.Module, path: str) -> str | None:
