@@ -39,13 +39,24 @@ def backward(
         _weight(p, grad[:, p.T :], images, index, d_weight)
     shared = grad  # what tables of all images are summed from: where no patch moves, the sum over images, made once
     if index is None and any(g is not None for g in (d_pos, d_prefix, d_bias)):
-        shared = grad.sum(0, keepdim=True, dtype=p.sum_dtype)
+        shared = _sum_of_images(p, grad)
     if d_pos is not None:
         position(p, grad if p.pos_per_image else shared, index, d_pos)
     if d_prefix is not None:
         each_or_sum(p, (grad if d_prefix.shape[0] > 1 else shared)[:, : p.T], d_prefix)
     if d_bias is not None:
         d_bias.copy_(shared[:, p.T :].sum(0, dtype=p.sum_dtype).sum(0))
+
+
+def _sum_of_images(p, grad) -> torch.Tensor:  # [1, T+N, D]
+    """On a CPU PyTorch converts what it sums before it does: some images at a time, that the caches hold."""
+    each = max(1, 1_200_000 // max(1, grad[:1].numel()))
+    if not p.on_cpu or grad.dtype == p.sum_dtype or p.B <= each:
+        return grad.sum(0, keepdim=True, dtype=p.sum_dtype)
+    total = grad.new_zeros((1, *grad.shape[1:]), dtype=p.sum_dtype)
+    for some in grad.split(each):
+        total += some.sum(0, keepdim=True, dtype=p.sum_dtype)
+    return total
 
 
 def _weight(p, d_tokens, images, keep, out) -> None:
@@ -91,10 +102,11 @@ def _weight_on_cpu(p, d_tokens, images, keep, out) -> None:
         total = images.new_zeros((columns, p.D), dtype=dtype).t()
     for b, n, x in pieces(way, images, keep):  # x [b·n, columns]
         dy = d_tokens[b, n]
-        if buffer is None:  # the first piece is the largest
-            buffer = x.new_empty(dy.numel())
-        dy = buffer[: dy.numel()].view(dy.shape).copy_(dy).view(-1, p.D)
-        add_product(total, dy, x)
+        if dy.dtype != dtype or not dy.is_contiguous():
+            if buffer is None:  # the first piece is the largest
+                buffer = x.new_empty(dy.numel())
+            dy = buffer[: dy.numel()].view(dy.shape).copy_(dy)
+        add_product(total, dy.view(-1, p.D), x)
     if not in_place:
         out.copy_(total[:, : p.K].reshape(out.shape))
 
