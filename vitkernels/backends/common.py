@@ -89,10 +89,13 @@ def masked(p: PatchProblem, grad: torch.Tensor, keep: torch.Tensor | None) -> tu
 
 def position(p: PatchProblem, grad: torch.Tensor, keep: torch.Tensor | None, out: torch.Tensor) -> None:
     """The position table's gradient, [1|B, N|T+N, D]; `keep` holds no index out of range."""
+    first = p.pos_rows - p.N
+    if keep is None and first == p.T:
+        each_or_sum(p, grad, out)
+        return
     d_tokens = grad[:, p.T :]
     if keep is not None:
         d_tokens = scattered(p, d_tokens, keep, per_image=p.pos_per_image)
-    first = p.pos_rows - p.N
     each_or_sum(p, d_tokens, out[:, first:])
     each_or_sum(p, grad[:, :first], out[:, :first])
 

@@ -45,7 +45,7 @@ def backward(
     if d_prefix is not None:
         each_or_sum(p, (grad if d_prefix.shape[0] > 1 else shared)[:, : p.T], d_prefix)
     if d_bias is not None:
-        d_bias.copy_(shared[:, p.T :].sum(0, dtype=p.sum_dtype).sum(0))
+        d_bias.copy_((shared if index is None else _sum_of_images(p, grad))[0, p.T :].sum(0))
 
 
 def _sum_of_images(p, grad) -> torch.Tensor:  # [1, T+N, D]
