@@ -171,19 +171,26 @@ def fsdp(rank, build, when, reshard, policy):
     return {n: t.clone() for n, t in full.items()}
 
 
-def dtensor(rank, build, when, placement):
+def dtensor(rank, build, when, placement, cut):
+    """Of images placed so; with `cut` the front end's parameters are cut along their last dimension."""
     mesh = dist.init_device_mesh("cpu", (WORLD,))
     vit = model(build)
     if when == "before":
         fuse(vit)
+
+    def place(name, module, mesh):
+        for name, p in module.named_parameters(recurse=False):
+            where = Replicate() if isinstance(module, torch.nn.Linear) else Shard(p.ndim - 1)
+            module.register_parameter(name, torch.nn.Parameter(distribute_tensor(p, mesh, [where])))
 
     def whole(module, y, mesh):
         assert y.placements == (placement,)
         return y.full_tensor()
 
     distribute_module(
-        vit, mesh, input_fn=lambda _, images, mesh: (distribute_tensor(*images, mesh, [placement]),), output_fn=whole
-    )
+        vit, mesh, place if cut else None, output_fn=whole,
+        input_fn=lambda _, images, mesh: (distribute_tensor(*images, mesh, [placement]),),
+    )  # fmt: skip
     if when == "after":
         fuse(vit)
     calls = Calls()
@@ -228,19 +235,21 @@ RUNS = {
         for build in (eva, embedding, projection, rearranged)
     },
     **{
-        f"DTensor, {placement}, {'' if when is None else f'fused {when}, '}{build.__name__}": (
+        f"DTensor, {placement}{', cut' * cut}, fused {when}, {build.__name__}": (
             dtensor,
-            (build, when, placement),
+            (build, when, placement, cut),
             1e-3,
         )
         for placement in (Replicate(), Shard(0))
-        for build, times in (
-            (embedding, ("before", "after")),
-            (projection, ("before",)),
-            (rearranged, ("before",)),
-            (OfEachImage, (None,)),
+        for build, when, cut in (
+            (embedding, "before", False),
+            (embedding, "after", False),
+            (embedding, "after", True),
+            (projection, "before", True),
+            (rearranged, "before", False),
+            (OfEachImage, "never", False),
+            (OfEachImage, "never", True),
         )
-        for when in times
     },
 }
 
