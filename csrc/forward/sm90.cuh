@@ -22,6 +22,14 @@ namespace vk {
 
 #if VK_SM90A
 
+template <bool FIRST, class A, class B>
+VK_DEVICE auto& pick(A& first, B& second) {
+    if constexpr (FIRST)
+        return first;
+    else
+        return second;
+}
+
 template <class K>
 VK_DEVICE void consume(const WgmmaArguments& h, const char* stages, char* staging, const float* table,
                        const Barriers& barriers, const float* constants) {
@@ -44,12 +52,7 @@ VK_DEVICE void consume(const WgmmaArguments& h, const char* stages, char* stagin
         // Tensor cores cut off what a sum can't hold, which adds up in one direction (Ootomo and Yokota 2022, "Recovering
         // single precision accuracy from Tensor Cores"): in float32 they add up no more than a stage.
         float c[K::BN / 2], of_stage[K::TERMS == 2 ? K::BN / 2 : 1];
-        auto& sums = [&]() -> auto& {
-            if constexpr (K::TERMS == 2)
-                return of_stage;
-            else
-                return c;
-        }();
+        auto& sums = pick<K::TERMS == 2>(of_stage, c);
 #pragma unroll
         for (int i = 0; i < K::BN / 2; ++i) c[i] = sums[i] = 0;
         auto release = [&](int slot) {
