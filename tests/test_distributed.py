@@ -178,7 +178,7 @@ def dtensor(rank, build, when, placement, cut):
     if when == "before":
         fuse(vit)
 
-    def place(name, module, mesh):
+    def place(_, module, mesh):
         for name, p in module.named_parameters(recurse=False):
             where = Replicate() if isinstance(module, torch.nn.Linear) else Shard(p.ndim - 1)
             module.register_parameter(name, torch.nn.Parameter(distribute_tensor(p, mesh, [where])))

@@ -61,7 +61,9 @@ def why_not(conv: Any) -> str | None:
             f"the projection has groups {conv.groups}, dilation {conv.dilation}, padding {conv.padding!r} of mode "
             f"{conv.padding_mode!r}; 1, 1 and zeros are what is fused"
         )
-    return (quantised if isinstance(conv, Fused) else touched)("the projection", conv)  # a call runs what hangs on it
+    return (quantised if isinstance(conv, Fused) else touched)(
+        "the projection", conv
+    )  # a call of a fused one runs hooks
 
 
 def embedding_around(model: nn.Module, path: str) -> str | None:

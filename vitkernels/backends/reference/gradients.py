@@ -16,6 +16,7 @@ from ..common import Grads, canonical, centred, each_or_sum, empty, masked, posi
 from .products import add_product, mkl_is_slow, padded, product, product_dtype
 from .unfold import copy_lines, images_at_once, pieces, way_of, windows
 
+SUMMED_AT_ONCE = 1_200_000  # elements of tokens' gradients
 AT_ONCE_BYTES = 256 << 20  # of patches and tokens' gradient in bfloat16, at most, whose product is not cut in pieces
 
 
@@ -49,8 +50,9 @@ def backward(
 
 
 def _sum_of_images(p, grad) -> torch.Tensor:  # [1, T+N, D]
-    """On a CPU PyTorch converts what it sums before it does: some images at a time, that the caches hold."""
-    each = max(1, 1_200_000 // max(1, grad[:1].numel()))
+    """On a CPU PyTorch converts what it sums before it does: some images at a time, that the caches hold. 32 of
+    ViT-B/16 in bfloat16 take 1,110 µs together and 620 by eights (2 cores of an AMD EPYC, Zen 5)."""
+    each = max(1, SUMMED_AT_ONCE // max(1, grad[:1].numel()))
     if not p.on_cpu or grad.dtype == p.sum_dtype or p.B <= each:
         return grad.sum(0, keepdim=True, dtype=p.sum_dtype)
     total = grad.new_zeros((1, *grad.shape[1:]), dtype=p.sum_dtype)
