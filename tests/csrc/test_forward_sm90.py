@@ -124,6 +124,19 @@ def test_float32(on_cuda_kernels, device, monkeypatch, seed):
         assert accuracy.error_of(found, exact) <= bound, how
 
 
+def test_a_sum_of_tf32_is_cut_off(on_cuda_kernels, device, monkeypatch):
+    """One, and in each step of eight elements three quarters of what float32 holds next to it."""
+    if device == "cuda":
+        pytest.skip("how many bits a GPU keeps in between is its own affair")
+    on_cuda_kernels(90)
+    monkeypatch.setattr(cuda, "tf32", lambda: True)
+    weight = torch.full((8, 1, 16, 16), 0.75 * 2**-23 / 8)
+    weight[:, 0, 0, 0] = 1
+    _, tokens, exact = tokens_of_all({"images": torch.ones(1, 1, 16, 16), "weight": weight})
+    assert len(tokens) > 1 and exact.gt(1 + 2**-19).all()
+    assert all(found.eq(1).all() for found in tokens.values()), tokens
+
+
 def test_the_terms_of_float32(on_cuda_kernels, device):
     """Integers of 24 bits, which TF32 holds none of: each product has to be there, and the terms be the right ones."""
     on_cuda_kernels(90)
