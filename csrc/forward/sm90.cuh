@@ -290,6 +290,7 @@ void launch_wgmma_tile(const ForwardLaunch& l) {
                 if (l.plan.BN == 192) return launch_wgmma<T, Engine, 192, true>(l);
             }
             if (l.plan.BN == 128) return launch_wgmma<T, Engine, 128, true>(l);
+            if (l.plan.BN == 64) return launch_wgmma<T, Engine, 64, true>(l);
             break;
         case LoaderKind::patches:
             if (l.plan.BN == 128) return launch_wgmma<T, Engine, 128, false>(l);

@@ -268,7 +268,7 @@ def test_every_loader_is_drawn(on_cuda_kernels):
         p = vk.explain(**arguments).problem
         plans = cuda.candidates(p, *canonical(arguments["images"], arguments["weight"], *[None] * 4)[:2])
         counts.update((q.loader, next(u for u in units if u in how), q.BM, q.BN) for how, q in plans.items())
-    assert len(counts) == 20, counts
+    assert len(counts) == 22, counts
     assert min(n for (_, unit, *_), n in counts.items() if unit in units[1:3]) >= 6, counts
 
 
@@ -284,7 +284,8 @@ ENGINE = "patches cut and tokens stored by the copy engine"
     (90, 32, "autocast", 256, ENGINE, "wgmma in tiles of 128×192, the weight packed first"),
     (90, 14, "bf16", 256, ENGINE, "wgmma in tiles of 128×256, the weight packed first"),
     (90, 14, "uint8->bf16", 256, ENGINE, "wgmma in tiles of 128×256, the weight packed first"),
-    (90, 16, "bf16", 1, ENGINE, "wgmma in tiles of 128×128"),
+    (90, 16, "bf16", 1, ENGINE, "wgmma in tiles of 128×64"),
+    (90, 16, "bf16", 8, ENGINE, "wgmma in tiles of 128×128"),
     (80, 16, "bf16", 256, COPY, "mma.sync in tiles of 128×128"),
     (80, 14, "bf16", 256, COPY_BY_4, "mma.sync in tiles of 128×128, the weight packed first"),
     (80, 14, "bf16", 1, COPY_BY_4, "mma.sync in tiles of 32×64"),

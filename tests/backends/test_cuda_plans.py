@@ -143,7 +143,7 @@ def check_forward(p, gpu, tf32: bool, f, images: int = 0, weight: int = 0) -> No
             assert not any(p.pad) or (not p.normalised and divide(f.chunk, v.pad[2] * image, v.W * image))
         if f.loader in forward_plan.STORING:
             positions = f.block[1] * f.block[2]
-            assert positions <= 16 and positions * (f.BN + 8) * 4 <= f.table_bytes
+            assert positions * f.BN <= 4096 and positions * (f.BN + 8) * 4 <= f.table_bytes
             assert p.out_dtype in (p.compute_dtype, F32) and p.D % 8 == 0 and not p.pos_per_image
     elif f.loader == "rows":
         assert not any(p.pad) and p.n_keep is None

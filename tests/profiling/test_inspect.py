@@ -240,11 +240,11 @@ def test_csrc_as_it_ships(tmp_path, monkeypatch, stems, arch):
     assert [r for r in rows if r["stack_bytes"] or r["spills"] or r["hazards"]] == [] and code == 0 and result["ok"]
     assert {r["arch"] for r in rows} == {{"8.0+PTX": "sm_80", "9.0": "sm_90a", "10.0": "sm_100"}[arch]}
     by_wgmma = [r for r in rows if "wgmma_" in r["kernel"]]
-    assert len(by_wgmma) >= 54 * (arch == "9.0") and all(r["wgmma"] and r["tma_loads"] for r in by_wgmma)
+    assert len(by_wgmma) >= 60 * (arch == "9.0") and all(r["wgmma"] and r["tma_loads"] for r in by_wgmma)
     # Small, as the general epilogue once did not fit the instruction cache: unrolled there were up to 13,120.
     assert all(r["instructions"] < 5700 for r in by_wgmma)
     stores = [r for r in by_wgmma if r["tma_stores"]]
-    assert len(stores) == 28 * (arch == "9.0") and all(r["instructions"] < 4900 for r in stores)
+    assert len(stores) == 34 * (arch == "9.0") and all(r["instructions"] < 4900 for r in stores)
     halves = [r for r in rows if r not in by_wgmma and ("half" in r["kernel"] or "bfloat16" in r["kernel"])]
     assert len(halves) >= 15 * (arch != "9.0") and all(r["mma"] for r in halves if "sums" not in r["kernel"])
 

@@ -34,8 +34,10 @@ class Tile(NamedTuple):
     BM: int  # patches
     BN: int  # channels
     threads: int
-    rate: float  # of the largest tile's; on an H200 (_rate) the smallest of wgmma had 0.62 to 0.86 of it, that between
-    # them, for D = 192 and 384, came later and is a guess
+    rate: (
+        float  # of the largest tile's; on an H200 (_rate) wgmma's of 128 channels had 0.62 to 0.86 of it. Those of 192,
+    )
+    # for D = 192 and 384, and of 64, for few patches, came later: guesses, by the bytes that a multiply-add needs
 
 
 # Of the rate at which tensor cores multiply 16 bits, as H100's data sheet has it; float32 takes three products of TF32,
@@ -46,7 +48,9 @@ PRODUCTS = {("half", True): 1.0, ("half", False): 1.0, ("tf32", True): 0.5, ("tf
 # As csrc instantiates them, large to small: mma.sync, multiply-adds (sm80.cuh), wgmma (sm90.cuh)
 MMA_TILES = (Tile(128, 128, 256, 1.0), Tile(32, 64, 128, 0.55))
 PLAIN_TILES = (Tile(64, 64, 128, 1.0),)
-WIDEST, WIDE, NARROW = Tile(128, 256, 384, 1.0), Tile(128, 192, 384, 0.9), Tile(128, 128, 384, 0.7)
+WIDEST, WIDE, NARROW, NARROWEST = (
+    Tile(128, 256, 384, 1.0), Tile(128, 192, 384, 0.9), Tile(128, 128, 384, 0.7), Tile(128, 64, 384, 0.45),
+)  # fmt: skip
 
 # How patches come into shared memory (csrc/forward/loaders.cuh)
 LOADERS = {
@@ -62,7 +66,7 @@ LOADERS = {
     "engine": "patches cut and tokens stored by the copy engine",
 }
 BY_BLOCKS, BY_ENGINE, STORING = ("copied", "stored", "patches", "engine"), ("patches", "engine"), ("stored", "engine")
-POSITIONS = 16  # in a tile, of the table that STORING loaders add from
+TABLE = 16 * 256  # positions × channels of a tile, at most, in the table that STORING loaders add from
 
 
 class Plan(NamedTuple):
@@ -247,7 +251,7 @@ def _stage(p: PatchProblem, layout: PatchLayout, product: str, loader: str, tile
 
 
 def _block(p: PatchProblem, loader: str, tile: Tile) -> Triple:
-    return blocks_of(p, tile.BM, POSITIONS if loader in STORING else tile.BM, _group(p, loader))
+    return blocks_of(p, tile.BM, TABLE // tile.BN if loader in STORING else tile.BM, _group(p, loader))
 
 
 def _group(p: PatchProblem, loader: str) -> int:
@@ -340,7 +344,7 @@ def candidates(
     wide = () if product == "fp32" else (WIDEST, WIDE)  # whose sums take twice the registers
     rows_tiles = (WIDEST, NARROW) if wgmma and row_chunk >= 4 and bytes_to_half else ()
     offers: list[tuple[str, bool, tuple[Tile, ...], int, str]] = [
-        ("engine", True, (*wide, NARROW), 16, patches or stores),
+        ("engine", True, (*wide, NARROW, NARROWEST), 16, patches or stores),
         ("patches", True, (NARROW,), 16, patches),  # with the other tile its epilogue took three times as long
         ("stored", True, wide or (NARROW,), copied_chunk, copied or stores),
         ("copied", True, (NARROW,), copied_chunk, copied),
