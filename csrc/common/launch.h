@@ -9,6 +9,7 @@
 #include <string>
 #include <utility>
 
+#include "common/errors.h"
 #include "common/problem.h"
 
 #if defined(__CUDACC__)
@@ -17,11 +18,11 @@
 
 namespace vk {
 
-inline void check(cudaError_t code, const std::string& what) {
+template <class Error = std::runtime_error>
+void check(cudaError_t code, const std::string& what) {
     if (code == cudaSuccess) return;
     cudaGetLastError();  // so that it is not reported again, to somebody else
-    throw std::runtime_error("CUDA: " + std::string(cudaGetErrorName(code)) + ", " + cudaGetErrorString(code) + ": " +
-                             what);
+    throw Error("CUDA: " + std::string(cudaGetErrorName(code)) + ", " + cudaGetErrorString(code) + ": " + what);
 }
 
 // Makes a device the current one while it lives; -1: the current one stays.
@@ -58,15 +59,27 @@ inline void allow_shared_memory(const void* kernel) {
     allowed.insert({kernel, device});
 }
 
-// One launch; `what` is for the message of an error. A block may have more than 48 KB of shared memory.
+// One launch; `what` is for the message of an error. A block may have more than 48 KB of shared memory. Where blocks are
+// to run by `cluster`, there may be no room for one, as on a slice of a GPU: then another kernel can still be taken.
 template <class Arguments>
 void launch(void (*kernel)(Arguments), int64_t blocks, int threads, int shared_bytes, Stream stream,
-            const Arguments& arguments, const std::string& what) {
+            const Arguments& arguments, const std::string& what, int cluster = 1) {
     if (shared_bytes > 48 * 1024) allow_shared_memory(reinterpret_cast<const void*>(kernel));
-    kernel<<<dim3(static_cast<unsigned>(blocks)), threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments);
-    if (cudaError_t code = cudaGetLastError())
-        check(code, what + ", " + std::to_string(blocks) + " blocks of " + std::to_string(threads) + " threads, " +
-                        std::to_string(shared_bytes) + " bytes of shared memory");
+    cudaLaunchAttribute by_cluster{};
+    by_cluster.id = cudaLaunchAttributeClusterDimension;
+    by_cluster.val.clusterDim.x = static_cast<unsigned>(cluster);
+    by_cluster.val.clusterDim.y = by_cluster.val.clusterDim.z = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned>(blocks)), config.blockDim = dim3(static_cast<unsigned>(threads));
+    config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+    config.stream = static_cast<cudaStream_t>(stream);
+    config.attrs = &by_cluster, config.numAttrs = cluster > 1;
+    cudaError_t code = cudaLaunchKernelEx(&config, kernel, arguments);
+    if (code == cudaSuccess) return;
+    std::string text = what + ", " + std::to_string(blocks) + " blocks of " + std::to_string(threads) + " threads, " +
+                       std::to_string(shared_bytes) + " bytes of shared memory";
+    if (cluster > 1) check<Refused>(code, text + ", by clusters of " + std::to_string(cluster));
+    check(code, text);
 }
 
 }  // namespace vk

@@ -160,6 +160,11 @@ VK_DEVICE void multiply_add<float>(float (&c)[4], const uint32_t (&a)[4], uint32
 
 #if VK_SM90A
 
+// Among all threads of a cluster, blocks side by side in the grid, that have not returned
+VK_DEVICE void sync_cluster() {
+    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+
 // A barrier's phase ends when `count` arrivals have come and all bytes that were announced.
 VK_DEVICE void barrier_init(Barrier* barrier, int count) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
@@ -170,6 +175,13 @@ VK_DEVICE void barrier_init_done() {  // makes the initialised barriers known to
 }
 VK_DEVICE void barrier_arrive(Barrier* barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+VK_DEVICE void barrier_arrive(Barrier* barrier, int rank) {  // where that block of the cluster has this barrier
+    asm volatile(
+        "{\n.reg .b32 there;\n"
+        "mapa.shared::cluster.u32 there, %0, %1;\n"
+        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}" ::"r"(shared_address(barrier)), "r"(rank)
+        : "memory");
 }
 VK_DEVICE void barrier_expect(Barrier* barrier, int bytes) {  // arrives, and announces bytes of the copy engine
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
@@ -199,6 +211,13 @@ VK_DEVICE void copy_tensor(void* shared, const TensorMap* map, Barrier* barrier,
     asm volatile("cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
                  "[%0], [%1, {%2,%3,%4,%5,%6}], [%7];" ::"r"(shared_address(shared)), "l"(map), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4),
                  "r"(shared_address(barrier)) : "memory");
+}
+// The same place in each of the cluster's `blocks` blocks gets it, whose own barrier counts its bytes.
+VK_DEVICE void copy_tensor_to_all(void* shared, const TensorMap* map, Barrier* barrier, int blocks, int c0, int c1, int c2) {
+    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
+                 "[%0], [%1, {%2,%3,%4}], [%5], %6;" ::"r"(shared_address(shared)), "l"(map), "r"(c0), "r"(c1), "r"(c2),
+                 "r"(shared_address(barrier)), "h"(static_cast<uint16_t>((1 << blocks) - 1))
+                 : "memory");
 }
 // And from shared memory to the tensor, but for what lies outside of it. Until stores_wait, shared memory must stay.
 VK_DEVICE void store_tensor(const TensorMap* map, const void* shared, int c0, int c1, int c2, int c3, int c4) {

@@ -15,6 +15,7 @@ struct WgmmaArguments {
     TensorMap tokens;  // stored, engine: [group, B, lines, columns / group, D], blocks of 16 patches × STORE_ROW bytes
     ForwardArguments a;
     int64_t prefixes;  // threads that write prefix tokens
+    int cluster_bits;  // STORES: 2ᵇ blocks make a cluster
 
     // Where tiles are blocks of the grid (copied, stored, patches, engine): there the layout of `a` is padded
     TileBlock block;
@@ -70,6 +71,34 @@ struct PipelineState {
     }
 };
 
+template <class K>
+VK_DEVICE int cluster_bits(const WgmmaArguments& h) { return K::STORES ? h.cluster_bits : 0; }
+template <class K>
+VK_DEVICE int rank_in_cluster(const WgmmaArguments& h) {
+    return static_cast<int>(block_index()) & ((1 << cluster_bits<K>(h)) - 1);
+}
+
+// The tiles that a block takes, one after the other. The blocks of a cluster take as many that follow one another in m and
+// have their channels in common, and so their weights: each brings its part of them, and all get it. What is past the
+// last patch is none, which costs the time of its product.
+template <class K>
+struct Tiles {
+    const WgmmaArguments& h;
+    int64_t tile;  // of a cluster
+    uint32_t m = 0;
+    int64_t d0 = 0;
+
+    VK_DEVICE explicit Tiles(const WgmmaArguments& h) : h(h), tile(block_index() >> cluster_bits<K>(h)) {}
+    VK_DEVICE bool is_there() {
+        if (tile >= h.a.tiles) return false;
+        uint32_t above = h.a.by_tiles_n.div(static_cast<uint32_t>(tile));
+        m = (above << cluster_bits<K>(h)) + rank_in_cluster<K>(h);
+        d0 = (tile - int64_t{above} * h.a.by_tiles_n.value) * K::BN;
+        return true;
+    }
+    VK_DEVICE void advance() { tile += block_count() >> cluster_bits<K>(h); }
+};
+
 // Elements of k that lie side by side in a stage of the weight, swizzled: 128 bytes, or one step of the tensor cores
 VK_BOTH bool is_wide(int step_k, int size) { return step_k * size % 128 == 0; }
 VK_BOTH int span_of(int step_k, int size) { return (is_wide(step_k, size) ? 128 : 32) / size; }
@@ -83,9 +112,18 @@ VK_DEVICE void bring_weight(const WgmmaArguments& h, char* stage, Barrier* full,
     int span = span_of(h.a.step_k, SIZE), bytes = K::BN * h.a.step_k * SIZE;
     barrier_expect(full, K::TERMS * bytes + more);
 #pragma unroll
-    for (int term = 0; term < K::TERMS; ++term)
-        copy_tensor(stage + h.a.a_bytes + term * bytes, &h.weight, full, 0, d0,
-                    (static_cast<int>(h.a.weight_row) / K::TERMS * term + step * h.a.step_k) / span);
+    for (int term = 0; term < K::TERMS; ++term) {
+        char* to = stage + h.a.a_bytes + term * bytes;
+        int from = (static_cast<int>(h.a.weight_row) / K::TERMS * term + step * h.a.step_k) / span;
+        if (cluster_bits<K>(h) == 0) {
+            copy_tensor(to, &h.weight, full, 0, d0, from);
+            continue;
+        }
+        int rows = K::BN >> h.cluster_bits, row = rank_in_cluster<K>(h) * rows;
+        for (int i = 0; i < h.a.step_k / span; ++i)
+            copy_tensor_to_all(to + (i * K::BN + row) * span * SIZE, &h.weight, full, 1 << h.cluster_bits, 0, d0 + row,
+                               from + i);
+    }
 }
 
 template <class K>
@@ -98,22 +136,20 @@ VK_DEVICE void produce(const WgmmaArguments& h, char* stages, char* table, const
     int image_bytes = ENGINE ? K::BM * a.step_k * int(sizeof(Pixel)) : 0;
     ImageRows<Pixel> rows(a, table, K::BM, 128);
     PipelineState state;
-    for (int64_t tile = block_index(); tile < a.tiles; tile += block_count()) {
-        uint32_t tile_m = a.by_tiles_n.div(static_cast<uint32_t>(tile));
-        int d0 = static_cast<int>(tile - int64_t{tile_m} * a.by_tiles_n.value) * K::BN;
+    for (Tiles<K> tile(h); tile.is_there(); tile.advance()) {
         int64_t origin[3];
         if constexpr (ENGINE) {
-            h.block.origin(tile_m, origin);
+            h.block.origin(tile.m, origin);
         } else {
             sync_some(1, 128);  // the last tile's segments are not read any more
-            rows.start(int64_t{tile_m} * K::BM);
+            rows.start(int64_t{tile.m} * K::BM);
             sync_some(1, 128);
         }
         for (int step = 0; step < a.steps; ++step) {
             barrier_wait(&barriers.empty[state.stage], state.phase ^ 1);
             Barrier* full = &barriers.full[state.stage];
             char* stage = stages + state.stage * a.stage_bytes;
-            if (leader) bring_weight<K>(h, stage, full, d0, step, image_bytes);
+            if (leader) bring_weight<K>(h, stage, full, static_cast<int>(tile.d0), step, image_bytes);
             if constexpr (ENGINE) {
                 constexpr int BOX = K::Loader::BOX;
                 int group = 1 << h.block.group, rows_of_copy = group == 1 ? a.stage_rows : 1;
@@ -171,11 +207,9 @@ VK_DEVICE void produce_by_threads(const WgmmaArguments& h, char* stages, float* 
     int m = thread_index();
     PipelineState state;
     uint32_t phase = 0;
-    for (int64_t tile = block_index(); tile < a.tiles; tile += block_count(), phase ^= 1) {
-        uint32_t tile_m = a.by_tiles_n.div(static_cast<uint32_t>(tile));
-        int d0 = static_cast<int>(tile - int64_t{tile_m} * a.by_tiles_n.value) * K::BN;
+    for (Tiles<K> tile(h); tile.is_there(); tile.advance(), phase ^= 1) {
         int64_t origin[3], at[3];
-        h.block.origin(tile_m, origin);
+        h.block.origin(tile.m, origin);
         h.block.place(origin, m, at);
         bool there = at[0] < a.B && at[1] < h.grid[0] && at[2] < h.grid[1];
         Token token = token_of(a, there ? at[0] * a.rows + at[1] * h.grid[1] + at[2] : 0);
@@ -184,7 +218,7 @@ VK_DEVICE void produce_by_threads(const WgmmaArguments& h, char* stages, float* 
             barrier_wait(&barriers.empty[state.stage], state.phase ^ 1);
             Barrier* full = &barriers.full[state.stage];
             char* stage = stages + state.stage * a.stage_bytes;
-            if (m == 0) bring_weight<K>(h, stage, full, d0, step, 0);
+            if (m == 0) bring_weight<K>(h, stage, full, static_cast<int>(tile.d0), step, 0);
             a.chunk == 16 ? copy_rows<K, 16>(h, stage, step, m, corner, there)
                           : copy_rows<K, 4>(h, stage, step, m, corner, there);
             barrier_arrive_after_copies(full);
@@ -192,7 +226,7 @@ VK_DEVICE void produce_by_threads(const WgmmaArguments& h, char* stages, float* 
         }
         if constexpr (K::STORES) {
             barrier_wait(barriers.table_empty, phase ^ 1);
-            fill_table<K::BN>(a, h.block, h.grid, origin, d0, table, m, 128);
+            fill_table<K::BN>(a, h.block, h.grid, origin, tile.d0, table, m, 128);
             barrier_arrive(barriers.table_full);
         }
     }
@@ -208,13 +242,11 @@ VK_DEVICE void add_beside(const WgmmaArguments& h, float* table, const Barriers&
     const ForwardArguments& a = h.a;
     int thread = thread_index() - 32;
     uint32_t phase = 0;
-    for (int64_t tile = block_index(); tile < a.tiles; tile += block_count(), phase ^= 1) {
-        uint32_t tile_m = a.by_tiles_n.div(static_cast<uint32_t>(tile));
+    for (Tiles<K> tile(h); tile.is_there(); tile.advance(), phase ^= 1) {
         int64_t origin[3];
-        h.block.origin(tile_m, origin);
+        h.block.origin(tile.m, origin);
         barrier_wait(barriers.table_empty, phase ^ 1);
-        int64_t d0 = (tile - int64_t{tile_m} * a.by_tiles_n.value) * K::BN;
-        fill_table<K::BN>(a, h.block, h.grid, origin, d0, table, thread, BESIDE);
+        fill_table<K::BN>(a, h.block, h.grid, origin, tile.d0, table, thread, BESIDE);
         barrier_arrive(barriers.table_full);
     }
     for (int64_t at = block_index() * BESIDE + thread; at < h.prefixes; at += block_count() * BESIDE)

@@ -12,6 +12,9 @@
 // multiple of 16 pixels arrives as zeros; the weight is packed to match. A tile's patches are ordered by their place in
 // the group first, and each row of pixels is a copy of its own, as the places of one row lie one behind the other.
 //
+// Where two blocks make a cluster, they multiply different patches by the same weights, of which each brings half for
+// both: a stage is free when the consumers of both have read it.
+//
 // Patches that no map describes (kept ones, of a video, of a padded image, of rows of any length) are copied into the
 // same places by the first warpgroup's threads, 16 or 4 bytes at a time.
 #pragma once
@@ -46,18 +49,21 @@ VK_DEVICE void consume(const WgmmaArguments& h, const char* stages, char* stagin
     char* staged = staging + warp * K::STAGING;
     PipelineState state;
     uint32_t table_phase = 0;
-    for (int64_t tile = block_index(); tile < a.tiles; tile += block_count()) {
-        uint32_t tile_m = a.by_tiles_n.div(static_cast<uint32_t>(tile));
-        int64_t d0 = (tile - int64_t{tile_m} * a.by_tiles_n.value) * K::BN, m0 = int64_t{tile_m} * K::BM;
+    for (Tiles<K> tile(h); tile.is_there(); tile.advance()) {
+        int64_t d0 = tile.d0, m0 = int64_t{tile.m} * K::BM;
         // Tensor cores cut off what a sum can't hold, which adds up in one direction (Ootomo and Yokota 2022, "Recovering
         // single precision accuracy from Tensor Cores"): in float32 they add up no more than a stage.
         float c[K::BN / 2], of_stage[K::TERMS == 2 ? K::BN / 2 : 1];
         auto& sums = pick<K::TERMS == 2>(of_stage, c);
 #pragma unroll
         for (int i = 0; i < K::BN / 2; ++i) c[i] = sums[i] = 0;
-        auto release = [&](int slot) {
+        auto release = [&](int slot) {  // for all that write there: the weights come from each block of the cluster
             sync_warp();
-            if (lane_index() == 0) barrier_arrive(&barriers.empty[slot]);
+            if (cluster_bits<K>(h) == 0) {
+                if (lane_index() == 0) barrier_arrive(&barriers.empty[slot]);
+            } else if (lane_index() >> h.cluster_bits == 0) {
+                barrier_arrive(&barriers.empty[slot], lane_index());
+            }
         };
         auto pixels = [&] {
             if constexpr (Loader::DIRECT)
@@ -134,7 +140,7 @@ VK_DEVICE void consume(const WgmmaArguments& h, const char* stages, char* stagin
         if (before >= 0) release(before);
 
         int64_t origin[3];
-        if constexpr (Loader::BLOCKS) h.block.origin(tile_m, origin);
+        if constexpr (Loader::BLOCKS) h.block.origin(tile.m, origin);
         if constexpr (K::STORES) {
             barrier_wait(barriers.table_full, table_phase);
             table_phase ^= 1;
@@ -185,7 +191,7 @@ VK_KERNEL(K::THREADS, 1) wgmma_kernel(VK_GRID_CONSTANT WgmmaArguments h) {
         if (K::STORES) prefetch_map(&h.tokens);
         for (int i = 0; i < a.stages; ++i) {
             barrier_init(&barriers.full[i], K::Loader::BY_THREADS ? 129 : 1);  // announced bytes, the producer's copies
-            barrier_init(&barriers.empty[i], 8);                               // the consumers' warps
+            barrier_init(&barriers.empty[i], 8 << h.cluster_bits);             // the consumers' warps
         }
         if (K::STORES) barrier_init(barriers.table_full, K::Loader::BY_THREADS ? 128 : BESIDE);
         if (K::STORES) barrier_init(barriers.table_empty, 8);
@@ -194,6 +200,7 @@ VK_KERNEL(K::THREADS, 1) wgmma_kernel(VK_GRID_CONSTANT WgmmaArguments h) {
     float* constants = reinterpret_cast<float*>(barriers.table_empty + 1);
     if constexpr (K::Loader::BLOCKS && !K::Loader::DIRECT) fill_constants<K>(a, constants);
     sync_block();
+    if (cluster_bits<K>(h)) sync_cluster();  // none arrives at a barrier that is not there
     if (thread_index() < 128) {
         fewer_registers<K::PRODUCER_REGISTERS>();
         if constexpr (K::Loader::BLOCKS && K::Loader::BY_THREADS)
@@ -206,6 +213,7 @@ VK_KERNEL(K::THREADS, 1) wgmma_kernel(VK_GRID_CONSTANT WgmmaArguments h) {
         more_registers<K::CONSUMER_REGISTERS>();
         consume<K>(h, stages, staging, reinterpret_cast<const float*>(table), barriers, constants);
     }
+    if (cluster_bits<K>(h)) sync_cluster();  // nor at one that is not there any more
 #else
     stop_with_error();  // it is planned for sm_90 alone, and only where there is code of sm_90a
 #endif
@@ -235,7 +243,7 @@ inline TensorBlock weight_block(const Problem& p, const ForwardPlan& f) {
     return {p.compute, 3,
             {span, uint64_t(p.D), uint64_t(f.pack ? f.weight_row : p.K) / span},
             {size, uint64_t(f.weight_row) * size, span * size},
-            {uint32_t(span), uint32_t(f.BN), uint32_t(f.step_k / span)},
+            {uint32_t(span), uint32_t(f.BN / f.cluster), uint32_t(f.cluster == 1 ? f.step_k / span : 1)},
             static_cast<int>(span * size)};
 }
 
@@ -274,7 +282,8 @@ void launch_wgmma(const ForwardLaunch& l) {
         h.tokens = make_tensor_map(token_block(p, l.plan.block, l.plan.group), first);
     }
     h.prefixes = l.prefixes;
-    launch(wgmma_kernel<K>, l.plan.blocks, K::THREADS, l.plan.shared_bytes, l.stream, h, "the forward");
+    while (1 << h.cluster_bits < l.plan.cluster) ++h.cluster_bits;
+    launch(wgmma_kernel<K>, l.plan.blocks, K::THREADS, l.plan.shared_bytes, l.stream, h, "the forward", l.plan.cluster);
 }
 
 // Of forward_plan.py's tiles those that it offers

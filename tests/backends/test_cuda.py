@@ -261,7 +261,7 @@ def test_a_new_thread_has_no_context(on_cuda_kernels, device, monkeypatch, name)
 def test_every_loader_is_drawn(on_cuda_kernels):
     """Enough problems of each loader with each of its tiles: a plan that takes none must not pass for right."""
     on_cuda_kernels(90)
-    units = "three products of TF32", "wgmma in tiles", "mma.sync", "multiply-adds"
+    units = "three products of TF32", "wgmma in ", "mma.sync", "multiply-adds"
     counts: Counter[tuple] = Counter()
     for seed in range(80):
         arguments = drawn(seed)
@@ -275,15 +275,15 @@ def test_every_loader_is_drawn(on_cuda_kernels):
 BY_16 = " (16 bytes at a time)"
 COPY, COPY_BY_4 = f"pixels copied asynchronously{BY_16}", "pixels copied asynchronously (4 bytes at a time)"
 ROWS, PATCHES = f"image rows copied whole{BY_16}", "patches cut by the copy engine"
-ENGINE = "patches cut and tokens stored by the copy engine"
+ENGINE, FP32 = "patches cut and tokens stored by the copy engine", "wgmma (three products of TF32)"
 
 
 @pytest.mark.parametrize(("arch", "patch", "dtype", "batch", "loader", "product"), [
-    (90, 16, "bf16", 256, ENGINE, "wgmma in tiles of 128×256"),
-    (90, 16, "uint8->bf16", 256, ENGINE, "wgmma in tiles of 128×256"),
-    (90, 32, "autocast", 256, ENGINE, "wgmma in tiles of 128×192, the weight packed first"),
-    (90, 14, "bf16", 256, ENGINE, "wgmma in tiles of 128×256, the weight packed first"),
-    (90, 14, "uint8->bf16", 256, ENGINE, "wgmma in tiles of 128×256, the weight packed first"),
+    (90, 16, "bf16", 256, ENGINE, "wgmma in pairs of tiles of 128×256"),
+    (90, 16, "uint8->bf16", 256, ENGINE, "wgmma in pairs of tiles of 128×256"),
+    (90, 32, "autocast", 256, ENGINE, "wgmma in pairs of tiles of 128×192, the weight packed first"),
+    (90, 14, "bf16", 256, ENGINE, "wgmma in pairs of tiles of 128×256, the weight packed first"),
+    (90, 14, "uint8->bf16", 256, ENGINE, "wgmma in pairs of tiles of 128×256, the weight packed first"),
     (90, 16, "bf16", 1, ENGINE, "wgmma in tiles of 128×64"),
     (90, 16, "bf16", 8, ENGINE, "wgmma in tiles of 128×128"),
     (80, 16, "bf16", 256, COPY, "mma.sync in tiles of 128×128"),
@@ -291,8 +291,8 @@ ENGINE = "patches cut and tokens stored by the copy engine"
     (80, 14, "bf16", 1, COPY_BY_4, "mma.sync in tiles of 32×64"),
     (89, 14, "uint8->bf16", 256, ROWS, "mma.sync in tiles of 128×128, the weight packed first"),
     (100, 16, "bf16", 256, COPY, "mma.sync in tiles of 128×128"),
-    (90, 16, "tf32", 256, ENGINE, "wgmma in tiles of 128×256, the weight packed first"),
-    (90, 16, "fp32", 256, ENGINE, "wgmma (three products of TF32) in tiles of 128×128, the weight packed first"),
+    (90, 16, "tf32", 256, ENGINE, "wgmma in pairs of tiles of 128×256, the weight packed first"),
+    (90, 16, "fp32", 256, ENGINE, f"{FP32} in pairs of tiles of 128×128, the weight packed first"),
     (89, 16, "tf32", 256, COPY, "mma.sync in tiles of 128×128"),
     (89, 16, "fp32", 256, COPY, "multiply-adds in tiles of 64×64"),
 ])  # fmt: skip

@@ -154,8 +154,9 @@ def check_forward(p, gpu, tf32: bool, f, images: int = 0, weight: int = 0) -> No
         assert f.BM * row <= f.a_bytes and f.BM * 24 <= f.table_bytes
         if f.loader == "copy":
             check_copies(p, f, images)
-    assert f.tiles == tiles_m * ceil_div(p.D, f.BN) < LARGE
-    assert f.blocks == (min(f.tiles, gpu.multiprocessors) if f.wgmma else f.tiles)
+    assert f.cluster == 1 or (f.loader in forward_plan.STORING and divide(8 * f.cluster, f.BN))
+    assert f.tiles == ceil_div(tiles_m, f.cluster) * f.cluster * ceil_div(p.D, f.BN) < LARGE
+    assert f.blocks == (min(f.tiles, gpu.multiprocessors // f.cluster * f.cluster) if f.wgmma else f.tiles)
     if f.pack:
         assert f.weight_row >= terms * K and divide(16 * terms, f.weight_row * value) and f.weight_chunk == 16
         assert f.scratch_bytes == p.D * f.weight_row * value

@@ -19,11 +19,13 @@ import vitkernels as vk
 from vitkernels import cost_model
 from vitkernels.backends import reference
 from vitkernels.backends.common import canonical
+from vitkernels.backends.cuda import forward_plan
 from vitkernels.backends.reference import products, unfold
 from vitkernels.backends.triton import configs
 from vitkernels.bench import implementations
 from vitkernels.bench.cases import Case
 from vitkernels.cost_model import baselines as peers_model
+from vitkernels.cost_model import cuda as cuda_model
 from vitkernels.cost_model import data_sheets
 from vitkernels.cost_model import reference as reference_model
 from vitkernels.cost_model import triton as triton_model
@@ -456,3 +458,10 @@ def test_nobody_made_a_module_that_hides_the_function():
     code = "import vitkernels as vk, vitkernels.cost_model; assert callable(vk.roofline), vk.roofline"
     subprocess.run([sys.executable, "-c", code], check=True)
     assert not (ROOT / "vitkernels" / "roofline.py").exists()
+
+
+def test_blocks_in_pairs_ask_for_the_weight_once():
+    p = compile_triton.problem(16, "bf16", B=256)
+    single, pair = (q for q in forward_plan.candidates(p, NOMINAL[90], False)[0] if (q.loader, q.BN) == ("engine", 256))
+    asked = [cuda_model.forward(p, q).passes[-1].requested for q in (single, pair)]
+    assert asked[0]["weight"] == 2 * asked[1]["weight"] and asked[0]["images"] == asked[1]["images"]

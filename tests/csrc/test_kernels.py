@@ -13,7 +13,7 @@ import vitkernels as vk
 from vitkernels.backends import cuda
 from vitkernels.backends.common import canonical
 from vitkernels.backends.cuda import backward_plan
-from vitkernels.gpu import NOMINAL
+from vitkernels.gpu import NOMINAL, Gpu
 from vitkernels.testing import accuracy, oracle
 
 U8, HALF, F32 = torch.uint8, torch.float16, torch.float32
@@ -81,8 +81,9 @@ def by_pieces(**call) -> list:
 
 COPY, ROWS, ENGINE = "pixels copied asynchronously", "image rows copied whole", "patches cut by the copy engine"
 STORED, COPIED = "patches cut and tokens stored by the copy engine", "patches copied for wgmma"
-BY_16 = " (16 bytes at a time)"
-CASES = {  # architecture, and what is computed there: on one multiprocessor, so that a block has many tiles or steps
+BY_16, PAIRS = " (16 bytes at a time)", "pairs of tiles"
+# Architecture, and what is computed there: on one multiprocessor, so that a block has many tiles or steps; pairs on two
+CASES = {
     "copy": (80, lambda: wrong_tokens(COPY, **arguments(2, 3, 32, 48, 16, 72))),
     "rows": (80, lambda: wrong_tokens(ROWS, **arguments(2, 3, 28, 42, 14, 72))),
     "wgmma": (90, lambda: wrong_tokens(ENGINE, **arguments(33, 3, 64, 48, 16, 264))),
@@ -102,6 +103,9 @@ CASES = {  # architecture, and what is computed there: on one multiprocessor, so
     "wgmma, float32": (  # normalised, so that pixels have all 24 bits
         90, lambda: wrong_tokens(STORED, **arguments(33, 1, 64, 48, 16, 264, F32, weights=F32, mean=0.3, std=0.7)),
     ),
+    "wgmma, pairs": (90, lambda: wrong_tokens(PAIRS, **arguments(33, 1, 64, 48, 16, 264))),
+    "wgmma, float32 pairs": (90, lambda: wrong_tokens(PAIRS, **arguments(33, 1, 64, 48, 16, 264, F32, weights=F32))),
+    "wgmma, hwc pairs": (90, lambda: wrong_tokens(PAIRS, **arguments(9, 3, 64, 48, 16, 264, channels_last=True))),
     "backward": (80, lambda: wrong_gradients(**arguments(3, 3, 32, 48, 16, 72))),
     "backward, bytes": (80, lambda: wrong_gradients(**arguments(40, 3, 32, 48, 16, 72, U8, mean=0.5, std=0.2))),
     "backward, wgmma": (90, lambda: wrong_gradients(**arguments(40, 3, 32, 48, 16, 72))),
@@ -113,12 +117,16 @@ CASES = {  # architecture, and what is computed there: on one multiprocessor, so
 }  # fmt: skip
 
 
+def gpu_of(case: str) -> Gpu:
+    return NOMINAL[CASES[case][0]]._replace(multiprocessors=2 if "pairs" in case else 1)
+
+
 @pytest.mark.parametrize("seed", [1, 2])
 @pytest.mark.parametrize("case", CASES)
 def test_right_as_they_are(host_extension, monkeypatch, case, seed):
-    arch, act = CASES[case]
+    act = CASES[case][1]
     monkeypatch.setenv("VITKERNELS_HOST_SEED", str(seed))
-    backend.use(monkeypatch, host_extension, NOMINAL[arch]._replace(multiprocessors=1))
+    backend.use(monkeypatch, host_extension, gpu_of(case))
     assert act() == []
 
 
@@ -150,8 +158,8 @@ MUTATIONS = {  # object, header, what it says and what it is to say, and the cas
         SM90, "forward/sm90.cuh", "barrier_wait(barriers.table_full, table_phase);", "", "wgmma, stored",
     ),
     "a table overwritten": (
-        SM90, "forward/producers_sm90.cuh", "barrier_wait(barriers.table_empty, phase ^ 1);\n        int64_t",
-        "int64_t", "wgmma, stored",
+        SM90, "forward/producers_sm90.cuh", "barrier_wait(barriers.table_empty, phase ^ 1);\n        fill_table",
+        "fill_table", "wgmma, stored",
     ),
     "tokens not fenced": (SM90, "forward/epilogue_sm90.cuh", "fence_copy_engine();", "", "wgmma, stored"),
     "tokens overwritten": (
@@ -203,6 +211,24 @@ MUTATIONS = {  # object, header, what it says and what it is to say, and the cas
         "wgmma, float32",
     ),
     "how it is packed": ("forward/forward.cu", "forward/forward.cu", "value - whole", "value", "wgmma, float32"),
+    "a cluster's beginning": (SM90, "forward/sm90.cuh", "sync_cluster();  // none", ";  // none", "wgmma, pairs"),
+    "a cluster's end": (SM90, "forward/sm90.cuh", "sync_cluster();  // nor", ";  // nor", "wgmma, pairs"),
+    "a stage of a pair overwritten": (SM90, "forward/sm90.cuh", "8 << h.cluster_bits", "8", "wgmma, pairs"),
+    "whose stage is free": (
+        SM90, "forward/sm90.cuh", "empty[slot], lane_index())", "empty[slot], 0)", "wgmma, pairs",
+    ),
+    "a block's part of the weight": (
+        SM90, "forward/producers_sm90.cuh", "row = rank_in_cluster<K>(h) * rows", "row = 0", "wgmma, pairs",
+    ),
+    "a block's patches": (
+        SM90, "forward/producers_sm90.cuh", " + rank_in_cluster<K>(h);", ";", "wgmma, pairs",
+    ),
+    "where a part of the weight goes": (
+        SM90, "forward/producers_sm90.cuh", "(i * K::BN + row) * span", "(i * rows + row) * span", "wgmma, hwc pairs",
+    ),
+    "the rest of a part of the weight": (
+        SM90_F32, "forward/producers_sm90.cuh", "h.a.a_bytes + term * bytes", "h.a.a_bytes", "wgmma, float32 pairs",
+    ),
     "a stage of dX overwritten": (
         *IMAGES, "barrier_wait(&empty[state.stage], state.phase ^ 1);\n            Barrier*", "Barrier*", "dX",
     ),
@@ -270,8 +296,8 @@ MUTATIONS = {  # object, header, what it says and what it is to say, and the cas
 def test_caught(monkeypatch, name):
     source, *change, case = MUTATIONS[name]
     module = build.mutated(source, tuple(change))
-    arch, act = CASES[case]
-    backend.use(monkeypatch, module, NOMINAL[arch]._replace(multiprocessors=1))
+    act = CASES[case][1]
+    backend.use(monkeypatch, module, gpu_of(case))
     for seed in range(1, 4):
         monkeypatch.setenv("VITKERNELS_HOST_SEED", str(seed))
         if alone(act):

@@ -259,6 +259,36 @@ def test_mistakes_in_a_pipeline(probe, seed, mistake, rounds, message):
     assert mistake != 2 or out[0].isnan().any()
 
 
+@pytest.mark.parametrize("blocks", [1, 2, 4])
+def test_cluster(probe, seed, blocks):
+    for rounds in (1, 2, 3, 9):
+        x, out = aligned(rounds, 128), nothing(3 * blocks, rounds, 128)
+        probe.cluster(x.data_ptr(), out.data_ptr(), rounds, blocks, 3, 0)
+        assert torch.equal(out, x.expand_as(out))
+
+
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        (1, "the barrier at shared memory .* was not initialised|no barrier_init_done"),
+        (2, "block [01] of the cluster has ended"),
+        (3, "one arrival too many|wrong"),
+        (4, "barrier_arrive: block 2 of a cluster of 2"),
+        (5, "copy_tensor_to_all: to 3 blocks of a cluster of 2"),
+    ],
+)
+def test_mistakes_in_a_cluster(probe, seed, mistake, message):
+    x, out = aligned(9, 128), nothing(16, 9, 128)
+    try:
+        probe.cluster(x.data_ptr(), out.data_ptr(), 9, 2, 8, mistake)
+        seen = "right" if torch.equal(out, x.expand_as(out)) else "wrong"
+    except RuntimeError as error:
+        seen = str(error)
+    assert re.search(message, seen), seen
+    probe.cluster(x.data_ptr(), out.data_ptr(), 9, 2, 8, 0)  # and nothing is left behind
+    assert torch.equal(out, x.expand_as(out))
+
+
 @pytest.mark.parametrize(
     ("sample", "message"),
     [

@@ -95,6 +95,7 @@ namespace {
 
 constexpr size_t STACK = 128 << 10;
 constexpr int MOST_THREADS = 1024;
+constexpr int MOST_BLOCKS = 4;           // of a cluster
 constexpr int MOST_SHARED = 232448;      // of one block on sm_90
 constexpr uint32_t FIRST = 1024;         // address of the first byte of shared memory; static data would lie below
 constexpr size_t RED = 17 << 10;         // a red zone's size: aligns shared memory to 1024 bytes and to no more
@@ -202,7 +203,10 @@ struct Mma {
     int group;  // of warpgroup_commit
 };
 
+struct Block;
+
 struct Warp {
+    Block* home;
     int index;
     Thread* lanes[32];
     int live;                 // lanes that have not returned
@@ -243,13 +247,13 @@ struct Meeting {  // of warps, at an id of sync, or at warpgroup_wait
 };
 
 struct Block {
-    void (*call)(const void*, const void*);
-    const void* kernel;
-    const void* arguments;
-    int threads, shared_bytes;
-    uint64_t random;
-    Context outside;
-    Thread* current;
+    int64_t index;
+    Thread threads[MOST_THREADS];
+    Warp warps[MOST_THREADS / 32];
+    char* stacks;
+    alignas(4096) char arena[RED + MOST_SHARED + RED + 4096];
+    // Shared memory as the copy engine and wgmma see it ("async proxy"): what threads write reaches it with a fence only.
+    alignas(4096) char engine_view[MOST_SHARED];
     Warp* recent;
     uint32_t ready_warps, live_warps;
     Meeting meetings[16], warpgroups[MOST_THREADS / 128];
@@ -259,22 +263,47 @@ struct Block {
     std::vector<std::pair<int64_t, int64_t>> landed;
     bool early;     // whether its blocks of tensors land at once
     uint32_t slow;  // warps that run where no other can
+};
+
+struct Launch {
+    void (*call)(const void*, const void*);
+    const void* kernel;
+    const void* arguments;
+    int threads, shared_bytes, cluster;
+    uint64_t random;
+    Context outside;
+    int at_cluster;  // warps, at sync_cluster
+    bool apart;      // whether the blocks of a cluster get as far ahead of each other as they can
     std::string error;
     bool failed;
 };
 
-Block block;
-std::vector<Thread> threads;
-Warp warps[MOST_THREADS / 32];
-char* stacks;
-alignas(4096) char arena[RED + MOST_SHARED + RED + 4096];
-// Shared memory as the copy engine and wgmma see it ("async proxy"): what threads write reaches it with a fence only.
-alignas(4096) char engine_view[MOST_SHARED];
+Launch launched;
+Block blocks[MOST_BLOCKS];  // of the cluster that runs, `launched.cluster` of them
+Block* block = blocks;      // whose thread runs, or that it reaches into
+Thread* current;
 
-char* shared() { return arena + RED; }
+char* shared() { return block->arena + RED; }
+
+// What a thread does in another block of its cluster
+class In {
+public:
+    In(int rank, const char* what) : before(block) {
+        if (rank < 0 || rank >= launched.cluster)
+            fail(std::string(what) + ": block " + std::to_string(rank) + " of a cluster of " + std::to_string(launched.cluster));
+        block = blocks + rank;
+        if (block->live_warps) return;
+        block = before;
+        fail(std::string(what) + ": block " + std::to_string(rank) + " of the cluster has ended");
+    }
+    ~In() { block = before; }
+
+private:
+    Block* before;
+};
 
 uint64_t draw() {  // xorshift64*
-    uint64_t& x = block.random;
+    uint64_t& x = launched.random;
     x ^= x >> 12;
     x ^= x << 25;
     x ^= x >> 27;
@@ -286,17 +315,17 @@ std::string in_shared(int64_t offset) { return "shared memory + " + std::to_stri
 // Where in shared memory `bytes` at p lie; an error where they don't.
 int64_t offset_of(const void* p, int64_t bytes, const char* what) {
     int64_t offset = static_cast<const char*>(p) - shared();
-    if (offset < -static_cast<int64_t>(sizeof arena) || offset > static_cast<int64_t>(sizeof arena))
+    if (offset < -static_cast<int64_t>(sizeof block->arena) || offset > static_cast<int64_t>(sizeof block->arena))
         fail(std::string(what) + ": the address is not in shared memory");
-    if (offset < 0 || offset + bytes > block.shared_bytes)
+    if (offset < 0 || offset + bytes > launched.shared_bytes)
         fail(std::string(what) + ": " + std::to_string(bytes) + " bytes at " + in_shared(offset) +
-             " are not within the " + std::to_string(block.shared_bytes) + " that the launch asked for");
+             " are not within the " + std::to_string(launched.shared_bytes) + " that the launch asked for");
     return offset;
 }
 
 void poison(int64_t offset, int64_t bytes) {
     std::memset(shared() + offset, 0xff, static_cast<size_t>(bytes));
-    std::memset(engine_view + offset, 0xff, static_cast<size_t>(bytes));
+    std::memset(block->engine_view + offset, 0xff, static_cast<size_t>(bytes));
 }
 
 // Running
@@ -304,33 +333,51 @@ void poison(int64_t offset, int64_t bytes) {
 void make_ready(Thread& t) {
     Warp& w = *t.warp;
     w.ready |= 1u << w.place[t.index % 32];
-    block.ready_warps |= 1u << w.index;
+    w.home->ready_warps |= 1u << w.index;
+}
+
+// Goes on to another block of the cluster where this one has no thread that can run; in half of them also where it has.
+bool pick_block() {
+    bool stay = launched.cluster == 1 || (block->ready_warps && (launched.apart || draw() % 16));
+    if (stay) return block->ready_warps;
+    for (uint64_t i = 0, first = draw(); i < uint64_t(launched.cluster); ++i)
+        if (Block& other = blocks[(first + i) % uint64_t(launched.cluster)]; other.ready_warps) {
+            block = &other;
+            return true;
+        }
+    return false;
 }
 
 Thread* pick() {
-    if (!block.ready_warps) return nullptr;
-    Warp* w = block.recent;
-    uint32_t fast = block.ready_warps & ~block.slow, left = fast ? fast : block.ready_warps;
+    if (!pick_block()) return nullptr;
+    Warp* w = block->recent;
+    uint32_t fast = block->ready_warps & ~block->slow, left = fast ? fast : block->ready_warps;
     // Mostly one warp runs on for as long as it can, the farther ahead of the others.
     if (w == nullptr || !(left >> w->index & 1) || draw() % 8 == 0) {
         for (uint64_t skip = draw() % __builtin_popcount(left); skip; --skip) left &= left - 1;
-        w = &warps[__builtin_ctz(left)];
+        w = &block->warps[__builtin_ctz(left)];
     }
-    block.recent = w;
+    block->recent = w;
     int place = __builtin_ctz(w->ready);
     w->ready &= w->ready - 1;
-    if (!w->ready) block.ready_warps &= ~(1u << w->index);
+    if (!w->ready) block->ready_warps &= ~(1u << w->index);
     return w->order[place];
+}
+
+void become(Thread* t) {  // or nobody
+    current = t;
+    if (t == nullptr) return;
+    block = t->warp->home;
+    here.thread = t->index, here.block = block->index, here.shared = shared();
 }
 
 // Runs others until somebody has made this thread ready.
 void wait() {
-    Thread* from = block.current;
+    Thread* from = current;
     Thread* next = pick();
     if (next == from) return;
-    block.current = next;
-    if (next) here.thread = next->index;
-    from->context.leave_for(next ? next->context : block.outside);
+    become(next);
+    from->context.leave_for(next ? next->context : launched.outside);
 }
 
 // Meeting
@@ -338,7 +385,7 @@ void wait() {
 void release(Warp& w) {
     for (uint32_t lanes = w.waiting; lanes; lanes &= lanes - 1) {
         Thread* t = w.lanes[__builtin_ctz(lanes)];
-        if (t != block.current) make_ready(*t);
+        if (t != current) make_ready(*t);
     }
     w.waiting = 0;
     w.arrived = 0;
@@ -347,11 +394,11 @@ void release(Warp& w) {
 void release(Meeting& meeting) {
     uint32_t met = meeting.warps;
     meeting.warps = 0;
-    for (; met; met &= met - 1) release(warps[__builtin_ctz(met)]);
+    for (; met; met &= met - 1) release(block->warps[__builtin_ctz(met)]);
 }
 
 void arrive_in_warp(const Operation& operation, void* request) {
-    Thread& t = *block.current;
+    Thread& t = *current;
     Warp& w = *t.warp;
     int lane = t.index % 32;
     if (w.arrived == 0)
@@ -367,7 +414,7 @@ void arrive_in_warp(const Operation& operation, void* request) {
 // All 32 lanes meet; the last does the work for all.
 template <class Work>
 void meet(const Operation& operation, void* request, Work work) {
-    Warp& w = *block.current->warp;
+    Warp& w = *current->warp;
     if (w.live < 32)
         fail(operation.text() + ": all lanes of the warp must meet, but only " + std::to_string(w.live) +
              " of 32 are there or have not returned");
@@ -381,16 +428,30 @@ void meet(const Operation& operation, void* request, Work work) {
 }
 
 bool of_block(const Operation& operation) {
-    return std::strcmp(operation.name, "sync_block") == 0 || std::strcmp(operation.name, "sync_some") == 0;
+    return std::strncmp(operation.name, "sync_", 5) == 0 && std::strcmp(operation.name, "sync_warp") != 0;
+}
+
+void release_cluster() {  // where all warps of its blocks that have not ended are there
+    int live = 0;
+    for (int i = 0; i < launched.cluster; ++i) live += __builtin_popcount(blocks[i].live_warps);
+    if (launched.at_cluster == 0 || launched.at_cluster < live) return;
+    launched.at_cluster = 0;
+    for (int i = 0; i < launched.cluster; ++i)
+        for (Warp& w : blocks[i].warps)
+            if (blocks[i].live_warps >> w.index & 1) release(w);
 }
 
 void arrive_at_sync(Warp& w) {  // with all lanes
-    Meeting& m = block.meetings[w.operation.id];
+    if (std::strcmp(w.operation.name, "sync_cluster") == 0) {
+        ++launched.at_cluster;
+        return release_cluster();
+    }
+    Meeting& m = block->meetings[w.operation.id];
     if (m.warps && m.threads != w.operation.count)
         fail(w.operation.text() + ": others wait there for " + std::to_string(m.threads) + " threads");
     m.threads = w.operation.count;
     m.warps |= 1u << w.index;
-    if (w.operation.id == 0 ? m.warps == block.live_warps : __builtin_popcount(m.warps) * 32 == m.threads) release(m);
+    if (w.operation.id == 0 ? m.warps == block->live_warps : __builtin_popcount(m.warps) * 32 == m.threads) release(m);
 }
 
 // Copies
@@ -443,7 +504,7 @@ void land_tensor(const Event& e) {
         for (int64_t piece = 0; piece < row_bytes; piece += 16) {
             uint32_t offset = swizzled(to + static_cast<uint32_t>(piece), e.map.swizzle) - FIRST;
             std::memcpy(shared() + offset, row + piece, 16);
-            std::memcpy(engine_view + offset, row + piece, 16);
+            std::memcpy(block->engine_view + offset, row + piece, 16);
         }
     });
 }
@@ -454,7 +515,7 @@ void make(const Store& s) {
         if (to == nullptr) return;
         char row[256 * 8];
         for (int64_t piece = 0; piece < row_bytes; piece += 16)
-            std::memcpy(row + piece, engine_view + swizzled(from + static_cast<uint32_t>(piece), s.map.swizzle) - FIRST, 16);
+            std::memcpy(row + piece, block->engine_view + swizzled(from + static_cast<uint32_t>(piece), s.map.swizzle) - FIRST, 16);
         std::memcpy(const_cast<char*>(to), row + before, static_cast<size_t>(bytes));
     });
 }
@@ -473,9 +534,9 @@ BarrierState& state(const Barrier* barrier, const char* what) {
     if (reinterpret_cast<uintptr_t>(barrier) % 8) fail(std::string(what) + ": a barrier is aligned to 8 bytes");
     int64_t offset = offset_of(barrier, 8, what);
     uint64_t index = *barrier ^ BARRIER_WORD;
-    if (index >= block.barriers.size() || block.barriers[index].address != offset + FIRST)
+    if (index >= block->barriers.size() || block->barriers[index].address != offset + FIRST)
         fail(std::string(what) + ": the barrier at " + in_shared(offset) + " was not initialised, or is overwritten");
-    return block.barriers[index];
+    return block->barriers[index];
 }
 
 void end_phase_if_complete(BarrierState& b) {
@@ -495,7 +556,7 @@ void arrive(BarrierState& b, const char* what) {
 void land(BarrierState& b, const Event& e) {
     for (const Copy& c : e.copies) {
         land(c);
-        block.landed.emplace_back(c.to - shared(), c.bytes);
+        block->landed.emplace_back(c.to - shared(), c.bytes);
     }
     if (e.of_tensor) {
         land_tensor(e);
@@ -508,11 +569,14 @@ void land(BarrierState& b, const Event& e) {
 
 // When all threads wait: copies land, of one barrier at which somebody waits. False where there are none.
 bool land_what_is_waited_for() {
-    std::vector<BarrierState*> waited;
-    for (BarrierState& b : block.barriers)
-        if (!b.waiters.empty() && !b.events.empty()) waited.push_back(&b);
+    std::vector<std::pair<Block*, BarrierState*>> waited;
+    for (int i = 0; i < launched.cluster; ++i)
+        for (BarrierState& b : blocks[i].barriers)
+            if (!b.waiters.empty() && !b.events.empty()) waited.emplace_back(&blocks[i], &b);
     if (waited.empty()) return false;
-    BarrierState& b = *waited[draw() % waited.size()];
+    auto& [home, of_home] = waited[draw() % waited.size()];
+    block = home;
+    BarrierState& b = *of_home;
     for (uint32_t phase = b.phase; phase == b.phase && !b.events.empty();) {
         Event e = std::move(b.events.front());
         b.events.pop_front();
@@ -594,10 +658,10 @@ void read_operand(uint64_t descriptor, Dtype type, bool across, int first, int r
     if (descriptor >> 49 & 7) refuse("a base offset, which this emulator does not know");
     auto piece_at = [&](uint32_t address, const char* what, int index, uint16_t (&bits)[8]) {
         int64_t offset = static_cast<int64_t>(swizzled(address, span)) - FIRST;
-        if (offset < 0 || offset + 16 > block.shared_bytes)
+        if (offset < 0 || offset + 16 > launched.shared_bytes)
             refuse(what + (" " + std::to_string(index)) + " at " + in_shared(offset) + " is not within the " +
-                   std::to_string(block.shared_bytes) + " bytes that the launch asked for");
-        std::memcpy(bits, engine_view + offset, 16);
+                   std::to_string(launched.shared_bytes) + " bytes that the launch asked for");
+        std::memcpy(bits, block->engine_view + offset, 16);
     };
     auto number = [&](uint16_t bits) { return type == Dtype::f16 ? half_to_float(bits) : bfloat16_to_float(bits); };
     if (across && type == Dtype::f32) refuse("TF32 with its rows innermost, which wgmma does not take");
@@ -663,10 +727,10 @@ float* of_lane(Sums& s, int lane, int i) {  // sum i of a lane
 
 void multiply_warpgroup(int first_warp, size_t index) {  // the warps' mma `index`
     static float b[16 * 256];
-    const Mma& one = warps[first_warp].mmas[index];
+    const Mma& one = block->warps[first_warp].mmas[index];
     read_operand(one.b_descriptor, one.type, one.across, 0, one.columns, b, "B");
     for (int i = 0; i < 4; ++i) {
-        Mma& mma = warps[first_warp + i].mmas[index];
+        Mma& mma = block->warps[first_warp + i].mmas[index];
         for (int lane = 0; lane < 32 && !mma.a_in_shared; ++lane)
             if (!std::equal(mma.a[lane], mma.a[lane] + 4, mma.a_registers[lane]))
                 fail("warpgroup_multiply_add: registers of operand A were written before the warpgroup_wait, by lane " +
@@ -695,11 +759,11 @@ void multiply_warpgroup(int first_warp, size_t index) {  // the warps' mma `inde
 }
 
 void finish_mmas(int first_warp, int pending) {  // of a warpgroup, but for the `pending` latest groups
-    Warp& one = warps[first_warp];
+    Warp& one = block->warps[first_warp];
     size_t done = 0;
     while (done < one.mmas.size() && one.mmas[done].group < one.groups - pending) ++done;
     for (int i = 1; i < 4; ++i) {
-        Warp& w = warps[first_warp + i];
+        Warp& w = block->warps[first_warp + i];
         bool same = w.groups == one.groups && w.mmas.size() == one.mmas.size();
         for (size_t m = 0; same && m < w.mmas.size(); ++m) {
             const Mma &x = one.mmas[m], &y = w.mmas[m];
@@ -713,7 +777,7 @@ void finish_mmas(int first_warp, int pending) {  // of a warpgroup, but for the 
     }
     for (size_t m = 0; m < done; ++m) multiply_warpgroup(first_warp, m);
     for (int i = 0; i < 4; ++i) {
-        Warp& w = warps[first_warp + i];
+        Warp& w = block->warps[first_warp + i];
         for (size_t m = 0; m < done; ++m) {
             std::shared_ptr<Sums> sums = std::move(w.mmas[m].sums);
             if (sums.use_count() > 1) continue;  // later mmas add to them
@@ -728,7 +792,7 @@ void finish_mmas(int first_warp, int pending) {  // of a warpgroup, but for the 
 // A block's life
 
 void leave() {  // a thread has returned
-    Thread& t = *block.current;
+    Thread& t = *current;
     Warp& w = *t.warp;
     if (!t.copies.empty())
         fail("copies never waited for: " + std::to_string(t.copies.size()) + ", the first to " +
@@ -741,9 +805,10 @@ void leave() {  // a thread has returned
         if (!w.mmas.empty())
             fail("mmas of the warpgroup never waited for: " + std::to_string(w.mmas.size()) + " of warp " +
                  std::to_string(w.index));
-        block.live_warps &= ~(1u << w.index);
-        Meeting& all = block.meetings[0];
-        if (all.warps && all.warps == block.live_warps) release(all);
+        block->live_warps &= ~(1u << w.index);
+        release_cluster();
+        Meeting& all = block->meetings[0];
+        if (all.warps && all.warps == block->live_warps) release(all);
     } else if (w.arrived) {
         if (!of_block(w.operation))
             fail("lanes of a warp diverge: this one has returned, thread " +
@@ -754,29 +819,28 @@ void leave() {  // a thread has returned
 
 std::string of_block_and_thread() {
     std::string text = "block " + std::to_string(here.block);
-    return block.current ? text + ", thread " + std::to_string(here.thread) : text;
+    return current ? text + ", thread " + std::to_string(here.thread) : text;
 }
 
 void entry() {
     try {
-        block.call(block.kernel, block.arguments);
+        launched.call(launched.kernel, launched.arguments);
         leave();
     } catch (const std::exception& e) {
-        block.error = e.what();
-        block.failed = true;
+        launched.error = e.what();
+        launched.failed = true;
     } catch (...) {
-        block.error = of_block_and_thread() + ": an exception of an unknown kind";
-        block.failed = true;
+        launched.error = of_block_and_thread() + ": an exception of an unknown kind";
+        launched.failed = true;
     }
-    Thread& t = *block.current;
-    Thread* next = block.failed ? nullptr : pick();
-    block.current = next;
-    if (next) here.thread = next->index;
-    t.context.leave_for(next ? next->context : block.outside);
+    Thread& t = *current;
+    Thread* next = launched.failed ? nullptr : pick();
+    become(next);
+    t.context.leave_for(next ? next->context : launched.outside);
     std::abort();  // nobody resumes a thread that has returned
 }
 
-std::string who_waits() {
+std::string who_waits() {  // of a block
     std::string all;
     int listed = 0;
     auto place_of = [](const Thread& t) {
@@ -785,15 +849,15 @@ std::string who_waits() {
         return t.warp->operation.text();
     };
     auto waits = [](const Thread& t) { return t.waits_at || (t.warp->waiting >> t.index % 32 & 1); };
-    for (int i = 0; i < block.threads;) {
+    for (int i = 0; i < launched.threads;) {
         int first = i;
-        if (!waits(threads[static_cast<size_t>(i)])) {
+        if (!waits(block->threads[static_cast<size_t>(i)])) {
             ++i;
             continue;
         }
-        std::string place = place_of(threads[static_cast<size_t>(first)]);
-        while (i < block.threads && waits(threads[static_cast<size_t>(i)]) &&
-               place_of(threads[static_cast<size_t>(i)]) == place)
+        std::string place = place_of(block->threads[static_cast<size_t>(first)]);
+        while (i < launched.threads && waits(block->threads[static_cast<size_t>(i)]) &&
+               place_of(block->threads[static_cast<size_t>(i)]) == place)
             ++i;
         if (++listed > 12) return all + "; …";
         all += (all.empty() ? "" : "; ") + std::string(i - first > 1 ? "threads " : "thread ") + std::to_string(first) +
@@ -807,7 +871,7 @@ void check_red_zone(const char* zone, size_t bytes, const char* end_name, int64_
     for (size_t i = 0; i < bytes; i += 2)
         if (std::memcmp(zone + i, &RED_VALUE, 2) != 0)
             fail(std::string("written ") + end_name + " shared memory: at " +
-                 in_shared(from + static_cast<int64_t>(i)) + " of " + std::to_string(block.shared_bytes) + " bytes");
+                 in_shared(from + static_cast<int64_t>(i)) + " of " + std::to_string(launched.shared_bytes) + " bytes");
 }
 
 void fill_red_zone(char* zone, size_t bytes) {
@@ -815,32 +879,35 @@ void fill_red_zone(char* zone, size_t bytes) {
 }
 
 void make_stacks() {
-    if (stacks) return;
+    if (block->stacks) return;
     size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
     void* memory = mmap(nullptr, STACK * MOST_THREADS, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (memory == MAP_FAILED) throw std::bad_alloc();
-    stacks = static_cast<char*>(memory);
-    for (int i = 0; i < MOST_THREADS; ++i) mprotect(stacks + STACK * static_cast<size_t>(i), page, PROT_NONE);
+    block->stacks = static_cast<char*>(memory);
+    for (int i = 0; i < MOST_THREADS; ++i) mprotect(block->stacks + STACK * static_cast<size_t>(i), page, PROT_NONE);
 }
 
-void start_block(uint64_t seed) {
-    block.random = (seed * 0x9e3779b97f4a7c15ull ^ static_cast<uint64_t>(here.block + 1) * 0xbf58476d1ce4e5b9ull) | 1;
+void seed_with(uint64_t seed, int64_t first_block) {
+    launched.random = (seed * 0x9e3779b97f4a7c15ull ^ static_cast<uint64_t>(first_block + 1) * 0xbf58476d1ce4e5b9ull) | 1;
     for (int i = 0; i < 4; ++i) draw();
-    block.early = draw() % 2 == 0;
-    block.slow = block.early ? static_cast<uint32_t>(draw() >> 32) : 0;  // else they would hold up all that lands
-    block.current = nullptr;
-    block.recent = nullptr;
-    block.ready_warps = block.live_warps = 0;
-    for (Meeting& m : block.meetings) m = {};
-    for (Meeting& m : block.warpgroups) m = {};
-    block.barriers.clear();
-    block.landed.clear();
-    block.failed = false;
-    poison(0, block.shared_bytes);
-    for (int i = 0; i < (block.threads + 31) / 32; ++i) {
-        Warp& w = warps[i];
+}
+
+void start_block(int64_t index) {
+    block->index = index;
+    block->early = draw() % 2 == 0;
+    block->slow = block->early ? static_cast<uint32_t>(draw() >> 32) : 0;  // else they would hold up all that lands
+    block->recent = nullptr;
+    block->ready_warps = block->live_warps = 0;
+    for (Meeting& m : block->meetings) m = {};
+    for (Meeting& m : block->warpgroups) m = {};
+    block->barriers.clear();
+    block->landed.clear();
+    poison(0, launched.shared_bytes);
+    for (int i = 0; i < (launched.threads + 31) / 32; ++i) {
+        Warp& w = block->warps[i];
+        w.home = block;
         w.index = i;
-        w.live = std::min(32, block.threads - 32 * i);
+        w.live = std::min(32, launched.threads - 32 * i);
         w.ready = w.waiting = 0;
         w.arrived = 0;
         w.mmas.clear();
@@ -853,7 +920,7 @@ void start_block(uint64_t seed) {
             order[other] = lane;
         }
         for (int place = 0; place < w.live; ++place) {
-            Thread& t = threads[static_cast<size_t>(32 * i + order[place])];
+            Thread& t = block->threads[static_cast<size_t>(32 * i + order[place])];
             w.place[order[place]] = place;
             w.order[place] = w.lanes[order[place]] = &t;
             t.index = 32 * i + order[place];
@@ -867,30 +934,51 @@ void start_block(uint64_t seed) {
             t.waits_at = nullptr;
             // Stacks start at different places of a page, or all of them would fall on the same lines of the cache.
             size_t shift = static_cast<size_t>(t.index * 37 % 128) * 128;
-            t.context.prepare(stacks + STACK * static_cast<size_t>(t.index), STACK - shift, entry);
+            t.context.prepare(block->stacks + STACK * static_cast<size_t>(t.index), STACK - shift, entry);
             make_ready(t);
         }
-        block.live_warps |= 1u << i;
+        block->live_warps |= 1u << i;
     }
 }
 
-void run_block() {
-    for (;;) {
-        while (Thread* t = pick()) {
-            block.current = t;
-            here.thread = t->index;
-            block.outside.leave_for(t->context);
-            block.current = nullptr;
-            if (block.failed) throw std::runtime_error(block.error);
-        }
-        if (!block.live_warps) break;
-        if (!land_what_is_waited_for()) fail("deadlock: " + who_waits());
-    }
-    for (const BarrierState& b : block.barriers)
+void check_ended() {  // a block
+    for (const BarrierState& b : block->barriers)
         for (const Event& e : b.events)
             if (e.of_tensor || !e.copies.empty()) fail("copies never waited for: some that count at " + text(b));
-    check_red_zone(arena, RED, "in front of", -static_cast<int64_t>(RED));
-    check_red_zone(shared() + block.shared_bytes, RED, "behind", block.shared_bytes);
+    check_red_zone(block->arena, RED, "in front of", -static_cast<int64_t>(RED));
+    check_red_zone(shared() + launched.shared_bytes, RED, "behind", launched.shared_bytes);
+}
+
+template <class Act>
+void for_each_block(Act act) {  // of the cluster
+    for (int i = 0; i < launched.cluster; ++i) {
+        block = blocks + i;
+        here.block = block->index;
+        act();
+    }
+}
+
+void run_cluster() {
+    for (;;) {
+        while (Thread* t = pick()) {
+            become(t);
+            launched.outside.leave_for(t->context);
+            become(nullptr);
+            if (launched.failed) throw std::runtime_error(launched.error);
+        }
+        bool ended = true;
+        for_each_block([&] { ended = ended && !block->live_warps; });
+        if (ended) break;
+        if (land_what_is_waited_for()) continue;
+        std::string who;
+        for_each_block([&] {
+            if (std::string waiting = who_waits(); !waiting.empty())
+                who += (who.empty() ? "" : "; block " + std::to_string(block->index) + ": ") + waiting;
+        });
+        block = blocks, here.block = block->index;
+        fail("deadlock: " + who);
+    }
+    for_each_block(check_ended);
 }
 
 }  // namespace
@@ -899,15 +987,21 @@ void fail(const std::string& message) { throw std::runtime_error(of_block_and_th
 
 uint32_t shared_address(const void* p) { return static_cast<uint32_t>(offset_of(p, 0, "shared_address")) + FIRST; }
 
-void sync(int id, int threads) {
-    Thread& t = *block.current;
+static void sync(const Operation& operation) {
+    Thread& t = *current;
     Warp& w = *t.warp;
-    if (id && (threads < 32 || threads % 32 || threads > block.threads))
-        fail("sync_some: " + std::to_string(threads) + " threads of " + std::to_string(block.threads));
-    arrive_in_warp({id ? "sync_some" : "sync_block", id, threads}, nullptr);
+    arrive_in_warp(operation, nullptr);
     if (w.arrived == w.live) arrive_at_sync(w);
     if (w.waiting >> t.index % 32 & 1) wait();
 }
+
+void sync(int id, int threads) {
+    if (id && (threads < 32 || threads % 32 || threads > launched.threads))
+        fail("sync_some: " + std::to_string(threads) + " threads of " + std::to_string(launched.threads));
+    sync({id ? "sync_some" : "sync_block", id, threads});
+}
+
+void sync_cluster() { sync({"sync_cluster", 0, 0}); }
 
 void sync_warp(const char* name) {
     meet({name, 0, 0}, nullptr, [](Warp&) {});
@@ -929,7 +1023,7 @@ uint64_t shuffle(uint64_t value, int lane) {
 }
 
 void copy_async(void* to, const void* from, int bytes, int real) {
-    Thread& t = *block.current;
+    Thread& t = *current;
     int64_t offset = offset_of(to, bytes, "copy_async");
     if (offset % bytes || reinterpret_cast<uintptr_t>(from) % static_cast<uintptr_t>(bytes))
         fail("copy_async of " + std::to_string(bytes) + " bytes to " + in_shared(offset) + " from an address " +
@@ -940,10 +1034,10 @@ void copy_async(void* to, const void* from, int bytes, int real) {
     t.copies.push_back({shared() + offset, static_cast<const char*>(from), bytes, real, t.groups});
 }
 
-void copy_commit() { ++block.current->groups; }
+void copy_commit() { ++current->groups; }
 
 void copy_wait(int pending) {
-    Thread& t = *block.current;
+    Thread& t = *current;
     int complete = t.groups - pending;
     auto land_complete = [&](std::vector<Copy>& copies) {
         size_t left = 0;
@@ -957,7 +1051,7 @@ void copy_wait(int pending) {
     };
     land_complete(t.copies);
     if (t.handed_over)
-        for (BarrierState& b : block.barriers)
+        for (BarrierState& b : block->barriers)
             for (Event& e : b.events)
                 if (!e.of_tensor && e.thread == &t) land_complete(e.copies);
 }
@@ -997,21 +1091,30 @@ void barrier_init(Barrier* barrier, int count) {
     int64_t offset = offset_of(barrier, 8, "barrier_init");
     if (offset % 8) fail("barrier_init: a barrier is aligned to 8 bytes");
     if (count < 1 || count >= 1 << 20) fail("barrier_init: a count of " + std::to_string(count));
-    for (const BarrierState& b : block.barriers)
+    for (const BarrierState& b : block->barriers)
         if (b.address == offset + FIRST) fail("barrier_init: initialised a second time: " + text(b));
-    *barrier = BARRIER_WORD ^ block.barriers.size();
+    *barrier = BARRIER_WORD ^ block->barriers.size();
     BarrierState b{};
     b.address = static_cast<uint32_t>(offset) + FIRST;
     b.count = b.missing = count;
-    block.barriers.push_back(b);
+    block->barriers.push_back(b);
 }
 
 void barrier_init_done() {
-    for (BarrierState& b : block.barriers) b.known = true;
-    std::memcpy(engine_view, shared(), static_cast<size_t>(block.shared_bytes));  // it is a fence between proxies, too
+    for (BarrierState& b : block->barriers) b.known = true;
+    std::memcpy(block->engine_view, shared(), static_cast<size_t>(launched.shared_bytes));  // it is a fence between proxies, too
 }
 
 void barrier_arrive(Barrier* barrier) { arrive(state(barrier, "barrier_arrive"), "barrier_arrive"); }
+
+// What lies in the block's own shared memory where `p` does in that of the thread's
+template <class T>
+static T* there(T* p) { return reinterpret_cast<T*>(shared() + (reinterpret_cast<char*>(p) - here.shared)); }
+
+void barrier_arrive(Barrier* barrier, int rank) {
+    In other(rank, "barrier_arrive");
+    barrier_arrive(there(barrier));
+}
 
 void barrier_expect(Barrier* barrier, int bytes) {
     BarrierState& b = state(barrier, "barrier_expect");
@@ -1022,7 +1125,7 @@ void barrier_expect(Barrier* barrier, int bytes) {
 }
 
 void barrier_arrive_after_copies(Barrier* barrier) {
-    Thread& t = *block.current;
+    Thread& t = *current;
     BarrierState& b = state(barrier, "barrier_arrive_after_copies");
     if (t.copies.empty()) return arrive(b, "barrier_arrive_after_copies");
     Event e{};
@@ -1033,7 +1136,7 @@ void barrier_arrive_after_copies(Barrier* barrier) {
 }
 
 void barrier_wait(const Barrier* barrier, uint32_t phase) {
-    Thread& t = *block.current;
+    Thread& t = *current;
     if (phase > 1) fail("barrier_wait: a parity of " + std::to_string(phase));
     BarrierState& b = state(barrier, "barrier_wait");
     while ((b.phase & 1) == phase) {
@@ -1067,6 +1170,15 @@ static uint32_t block_at(const void* p, const TensorMap* map, int rank, const ch
     return static_cast<uint32_t>(offset) + FIRST;
 }
 
+void copy_tensor_to_all(void* to, const TensorMap* map, Barrier* barrier, int blocks, int rank, const int (&at)[5]) {
+    if (blocks != launched.cluster)
+        fail("copy_tensor_to_all: to " + std::to_string(blocks) + " blocks of a cluster of " + std::to_string(launched.cluster));
+    for (int i = 0; i < blocks; ++i) {
+        In other(i, "copy_tensor_to_all");
+        copy_tensor(there(static_cast<char*>(to)), map, there(barrier), rank, at);
+    }
+}
+
 void copy_tensor(void* to, const TensorMap* map, Barrier* barrier, int rank, const int (&at)[5]) {
     uint32_t address = block_at(to, map, rank, "copy_tensor");
     BarrierState& b = state(barrier, "copy_tensor");
@@ -1077,33 +1189,33 @@ void copy_tensor(void* to, const TensorMap* map, Barrier* barrier, int rank, con
     e.map = *map;
     e.to = address;
     std::copy(at, at + 5, e.at);
-    e.thread = block.current;
-    if (block.early)
+    e.thread = current;
+    if (block->early)
         land(b, e);
     else
         b.events.push_back(std::move(e));
 }
 
 void fence_copy_engine() {
-    Thread& t = *block.current;
-    for (int64_t at : t.unseen) std::memcpy(engine_view + at, shared() + at, 4);
+    Thread& t = *current;
+    for (int64_t at : t.unseen) std::memcpy(block->engine_view + at, shared() + at, 4);
     t.unseen.clear();
-    for (auto [at, bytes] : block.landed) std::memcpy(engine_view + at, shared() + at, static_cast<size_t>(bytes));
-    block.landed.clear();
+    for (auto [at, bytes] : block->landed) std::memcpy(block->engine_view + at, shared() + at, static_cast<size_t>(bytes));
+    block->landed.clear();
 }
 
 void store_tensor(const TensorMap* map, const void* from, int rank, const int (&at)[5]) {
-    Thread& t = *block.current;
+    Thread& t = *current;
     Store s{*map, block_at(from, map, rank, "store_tensor"), {}, t.store_groups, draw() % 2 == 0};
     std::copy(at, at + 5, s.at);
     if (s.early) make(s);
     t.stores.push_back(s);
 }
 
-void stores_commit() { ++block.current->store_groups; }
+void stores_commit() { ++current->store_groups; }
 
 void stores_wait(int pending) {
-    Thread& t = *block.current;
+    Thread& t = *current;
     size_t left = 0;
     for (const Store& s : t.stores) {
         if (s.group >= t.store_groups - pending)
@@ -1135,7 +1247,7 @@ void store_pair(void* to, float low, float high) {
     if (offset % 8) fail("store_pair: an address that is not aligned to 8 bytes");
     float pair[2] = {low, high};
     std::memcpy(to, pair, 8);
-    for (int64_t at : {offset, offset + 4}) block.current->unseen.push_back(at);
+    for (int64_t at : {offset, offset + 4}) current->unseen.push_back(at);
 }
 
 void warpgroup_fence() {
@@ -1147,15 +1259,15 @@ void warpgroup_commit() {
 }
 
 void warpgroup_wait(int pending) {
-    Thread& t = *block.current;
+    Thread& t = *current;
     Warp& w = *t.warp;
     if (w.live < 32) fail("warpgroup_wait: lanes of the warp have returned");
     arrive_in_warp({"warpgroup_wait", pending, 0}, nullptr);
     if (w.arrived == 32) {
         int first = w.index / 4 * 4;
-        if (32 * (first + 4) > block.threads)
+        if (32 * (first + 4) > launched.threads)
             fail("warpgroup_wait: a warpgroup has 4 warps, warp " + std::to_string(w.index) + " is in none");
-        Meeting& m = block.warpgroups[w.index / 4];
+        Meeting& m = block->warpgroups[w.index / 4];
         if (m.warps && m.threads != pending)
             fail("warps of a warpgroup diverge: this one is at " + w.operation.text() + ", another at warpgroup_wait<" +
                  std::to_string(m.threads) + ">");
@@ -1217,34 +1329,41 @@ void warpgroup_multiply_add(float* c, int columns, const uint32_t* a, uint64_t a
     });
 }
 
-void run(void (*call)(const void*, const void*), const void* kernel, const void* arguments, int64_t blocks,
-         int threads_per_block, int shared_bytes, const std::string& what) {
+void run(void (*call)(const void*, const void*), const void* kernel, const void* arguments, int64_t count,
+         int threads_per_block, int shared_bytes, int cluster, const std::string& what) {
     static std::mutex one_launch;  // the state is of one block
     std::lock_guard<std::mutex> lock(one_launch);
-    std::string where = what + " (" + std::to_string(blocks) + " blocks of " + std::to_string(threads_per_block) +
+    std::string where = what + " (" + std::to_string(count) + " blocks of " + std::to_string(threads_per_block) +
                         " threads, " + std::to_string(shared_bytes) + " bytes of shared memory)";
-    if (blocks < 1 || blocks > 0x7fffffff || threads_per_block < 1 || threads_per_block > MOST_THREADS ||
+    if (count < 1 || count > 0x7fffffff || cluster < 1 || cluster > MOST_BLOCKS || count % cluster || threads_per_block < 1 || threads_per_block > MOST_THREADS ||
         shared_bytes < 0 || shared_bytes > MOST_SHARED)
         throw std::runtime_error(where + ": CUDA would refuse this launch");
     const char* seed = std::getenv("VITKERNELS_HOST_SEED");
-    make_stacks();
-    threads.resize(MOST_THREADS);
-    block.call = call;
-    block.kernel = kernel;
-    block.arguments = arguments;
-    block.threads = threads_per_block;
-    block.shared_bytes = shared_bytes;
-    here.blocks = blocks;
-    here.shared = shared();
-    fill_red_zone(arena, RED);
-    fill_red_zone(shared() + shared_bytes, RED);
+    launched.call = call;
+    launched.kernel = kernel;
+    launched.arguments = arguments;
+    launched.threads = threads_per_block;
+    launched.shared_bytes = shared_bytes;
+    launched.cluster = cluster;
+    launched.at_cluster = 0;
+    launched.failed = false;
+    current = nullptr;
+    here.blocks = count;
+    for (int i = 0; i < cluster; ++i) {
+        block = blocks + i;
+        make_stacks();
+        fill_red_zone(block->arena, RED);
+        fill_red_zone(shared() + shared_bytes, RED);
+    }
     try {
-        for (here.block = 0; here.block < blocks; ++here.block) {
-            start_block(seed ? std::strtoull(seed, nullptr, 10) : 1);
-            run_block();
+        for (int64_t first = 0; first < count; first += cluster) {
+            seed_with(seed ? std::strtoull(seed, nullptr, 10) : 1, first);
+            for (int i = 0; i < cluster; ++i) block = blocks + i, start_block(first + i);
+            launched.apart = cluster > 1 && draw() % 2;
+            run_cluster();
         }
     } catch (const std::exception& e) {
-        block.current = nullptr;
+        current = nullptr;
         throw std::runtime_error(where + ": " + e.what());
     }
 }

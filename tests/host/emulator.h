@@ -2,10 +2,11 @@
 //
 // Every thread is a fiber that runs until it must meet others. Which goes first is drawn for each block from a seed
 // (VITKERNELS_HOST_SEED in the environment, 1 without), and shared memory is NaN until it is written, so that a missing
-// barrier shows. What may happen late does: copies land when a thread waits for them and nothing else can run (in half
-// of the blocks the copy engine's land at once, and there some warps run only where no other can), products of a warpgroup are there when it has waited for them, and until
-// then NaN is in their place. The copy engine reads what it stores at once or when a thread waits for that, and of what
-// a thread has written only what it has fenced since.
+// barrier shows. Blocks run one after the other, those of a cluster in turns. What may happen late does: copies land when
+// a thread waits for them and nothing else can run (in half of the blocks the copy engine's land at once, and there some
+// warps run only where no other can), products of a warpgroup are there when it has waited for them, and until then NaN
+// is in their place. The copy engine reads what it stores at once or when a thread waits for that, and of what a thread
+// has written only what it has fenced since.
 #pragma once
 
 #include <cstdint>
@@ -41,6 +42,7 @@ extern Here here;
 uint32_t shared_address(const void* p);
 
 void sync(int id, int threads);  // id 0: all threads of the block
+void sync_cluster();             // of all blocks of the cluster, but for those that have returned
 void sync_warp(const char* name);
 uint64_t shuffle(uint64_t value, int lane);
 
@@ -54,11 +56,14 @@ void multiply_add(float* c, const uint32_t* a, uint32_t b0, uint32_t b1, Dtype t
 void barrier_init(Barrier* barrier, int count);
 void barrier_init_done();
 void barrier_arrive(Barrier* barrier);
+void barrier_arrive(Barrier* barrier, int rank);  // at that of a block of the cluster
 void barrier_expect(Barrier* barrier, int bytes);
 void barrier_arrive_after_copies(Barrier* barrier);
 void barrier_wait(const Barrier* barrier, uint32_t phase);
 
 void copy_tensor(void* shared, const TensorMap* map, Barrier* barrier, int rank, const int (&at)[5]);
+// To the same place of every block of the cluster, each of which counts the bytes at its own barrier
+void copy_tensor_to_all(void* shared, const TensorMap* map, Barrier* barrier, int blocks, int rank, const int (&at)[5]);
 void fence_copy_engine();
 void store_tensor(const TensorMap* map, const void* shared, int rank, const int (&at)[5]);
 void stores_commit();
@@ -75,9 +80,9 @@ void warpgroup_wait(int pending);
 void warpgroup_multiply_add(float* c, int columns, const uint32_t* a, uint64_t a_shared, uint64_t b, Dtype type,
                             bool across, bool a_across);
 
-// All blocks, one after the other; `call` runs one thread.
+// All clusters, one after the other; `call` runs one thread.
 void run(void (*call)(const void* kernel, const void* arguments), const void* kernel, const void* arguments,
-         int64_t blocks, int threads, int shared_bytes, const std::string& what);
+         int64_t blocks, int threads, int shared_bytes, int cluster, const std::string& what);
 
 }  // namespace host
 }  // namespace vk

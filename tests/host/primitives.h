@@ -84,6 +84,8 @@ inline void sync_some(int id, int threads) {
     host::sync(id, threads);
 }
 
+inline void sync_cluster() { host::sync_cluster(); }
+
 inline void compute_here(int64_t&) {}
 
 inline void stop_with_error() { host::fail("the kernel stopped with an error"); }
@@ -163,6 +165,7 @@ inline void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uin
 inline void barrier_init(Barrier* barrier, int count) { host::barrier_init(barrier, count); }
 inline void barrier_init_done() { host::barrier_init_done(); }
 inline void barrier_arrive(Barrier* barrier) { host::barrier_arrive(barrier); }
+inline void barrier_arrive(Barrier* barrier, int rank) { host::barrier_arrive(barrier, rank); }
 inline void barrier_expect(Barrier* barrier, int bytes) { host::barrier_expect(barrier, bytes); }
 inline void barrier_arrive_after_copies(Barrier* barrier) { host::barrier_arrive_after_copies(barrier); }
 inline void barrier_wait(Barrier* barrier, uint32_t phase) { host::barrier_wait(barrier, phase); }
@@ -172,6 +175,9 @@ inline void copy_tensor(void* shared, const TensorMap* map, Barrier* barrier, in
 }
 inline void copy_tensor(void* shared, const TensorMap* map, Barrier* barrier, int c0, int c1, int c2, int c3, int c4) {
     host::copy_tensor(shared, map, barrier, 5, {c0, c1, c2, c3, c4});
+}
+inline void copy_tensor_to_all(void* shared, const TensorMap* map, Barrier* barrier, int blocks, int c0, int c1, int c2) {
+    host::copy_tensor_to_all(shared, map, barrier, blocks, 3, {c0, c1, c2, 0, 0});
 }
 inline void fence_copy_engine() { host::fence_copy_engine(); }
 inline void store_tensor(const TensorMap* map, const void* shared, int c0, int c1, int c2, int c3, int c4) {

@@ -454,6 +454,60 @@ void pipeline(Address x, Address y, Address out, int rounds, int mistake) {
     launch(pipeline_kernel, 1, 96, 2 * 1024 + 32, Stream{}, p, "pipeline");
 }
 
+// out[block, r] = x[r], rows of 128 numbers, of which each block of a cluster brings its part for all. `mistake` leaves out
+// what it names, or names a block that there is not.
+enum class ClusterMistake : int { none, sync_first, sync_last, arrive_at_all, rank, blocks };
+struct InCluster {
+    TensorMap x_map;
+    float* out;
+    int rounds, blocks;
+    ClusterMistake mistake;
+};
+VK_KERNEL(64, 1) cluster_kernel(VK_GRID_CONSTANT InCluster p) {
+#if VK_SM90A
+    constexpr int STAGES = 2, ROW = 128, BYTES = 4 * ROW;
+    float* stages = reinterpret_cast<float*>(shared_memory());
+    Barrier *full = reinterpret_cast<Barrier*>(shared_memory() + STAGES * BYTES), *empty = full + STAGES;
+    int thread = thread_index(), rank = static_cast<int>(block_index()) % p.blocks, part = ROW / p.blocks;
+    bool at_all = p.mistake != ClusterMistake::arrive_at_all;
+    if (thread == 0) {
+        for (int s = 0; s < STAGES; ++s) {
+            barrier_init(full + s, 1);
+            barrier_init(empty + s, at_all ? 32 * p.blocks : 32);
+        }
+        barrier_init_done();
+    }
+    sync_block();
+    if (p.mistake != ClusterMistake::sync_first) sync_cluster();
+    for (int r = 0; r < p.rounds; ++r) {
+        int s = r % STAGES;
+        uint32_t parity = r / STAGES & 1;
+        float* x = stages + s * ROW;
+        if (thread == 0) {
+            barrier_wait(empty + s, parity ^ 1);
+            barrier_expect(full + s, BYTES);
+            copy_tensor_to_all(x + rank * part, &p.x_map, full + s,
+                               p.blocks + (p.mistake == ClusterMistake::blocks), rank * part, r, 0);
+        } else if (thread >= 32) {
+            barrier_wait(full + s, parity);
+            for (int i = thread - 32; i < ROW; i += 32) p.out[(block_index() * p.rounds + r) * ROW + i] = x[i];
+            if (!at_all) barrier_arrive(empty + s);
+            for (int other = 0; other < p.blocks && at_all; ++other)
+                barrier_arrive(empty + s, other + (p.mistake == ClusterMistake::rank));
+        }
+    }
+    if (p.mistake != ClusterMistake::sync_last) sync_cluster();
+#endif
+}
+
+void cluster(Address x, Address out, int rounds, int blocks, int clusters, int mistake) {
+    uint64_t rows = static_cast<uint64_t>(rounds);
+    uint32_t part = static_cast<uint32_t>(128 / blocks);
+    TensorBlock t = tensor_block(int(Dtype::f32), {128, rows, 1}, {4, 512, 512}, {part, 1, 1}, 0);
+    InCluster p{make_tensor_map(t, at<void>(x)), at<float>(out), rounds, blocks, static_cast<ClusterMistake>(mistake)};
+    launch(cluster_kernel, blocks * clusters, 64, 1024 + 32, Stream{}, p, "cluster", blocks);
+}
+
 // n / divisor for n = first, first + step, … ; the count of those that are wrong
 int64_t wrong_divisions(int64_t divisor, int64_t first, int64_t step, int64_t count) {
     Divisor d(divisor);
@@ -628,6 +682,7 @@ PYBIND11_MODULE(VITKERNELS_MODULE, m) {
     m.def("group_product", group_product);
     m.def("group_across", group_across);
     m.def("pipeline", pipeline);
+    m.def("cluster", cluster);
     m.def("wrong_divisions", wrong_divisions);
 #if !defined(__CUDACC__)
     m.def("bound_for_a_map", bound_for_a_map, py::arg("result"), py::arg("context"), py::arg("binds"));

@@ -52,6 +52,10 @@ WIDEST, WIDE, NARROW, NARROWEST = (
     Tile(128, 256, 384, 1.0), Tile(128, 192, 384, 0.9), Tile(128, 128, 384, 0.7), Tile(128, 64, 384, 0.45),
 )  # fmt: skip
 
+# Blocks that share the weight's stages. The product of ViT-B/16, B = 256, took an H200 93 µs in tiles of 256 channels,
+# 150 in those of 128, which reads the L2 at 7.4 and 6.2 TB/s: pairs read two thirds to three quarters of that. A guess.
+CLUSTERS, SHARED = (1, 2), 1.1
+
 # How patches come into shared memory (csrc/forward/loaders.cuh)
 LOADERS = {
     "gather": "pixels gathered one by one",  # through registers: everything the contract allows
@@ -87,6 +91,7 @@ class Plan(NamedTuple):
     segments: int
     block: Triple  # by blocks: images × grid lines × grid columns of a tile
     group: int  # patches, engine: patches of a line that one tensor map each brings
+    cluster: int  # blocks that share a stage of the weight: each brings its part of it for all
     a_bytes: int
     b_pitch: int
     stage_bytes: int
@@ -260,9 +265,9 @@ def _group(p: PatchProblem, loader: str) -> int:
 
 def _plan(
     p: PatchProblem, gpu: Gpu, layout: PatchLayout, product: str, loader: str, wgmma: bool, tile: Tile, chunk: int,
-    weight_at: int,
+    weight_at: int, cluster: int = 1,
 ) -> Plan | None:  # fmt: skip
-    """A loader with a tile; None where fewer than two stages fit."""
+    """A loader with a tile; None where fewer than two stages fit, or fewer blocks than a cluster has."""
     value, total = p.compute_dtype.itemsize, p.sum_dtype.itemsize
     s = _stage(p, layout, product, loader, tile, chunk)
     block, group, K = (0, 0, 0), 0, p.K
@@ -288,25 +293,30 @@ def _plan(
         room = half  # for two blocks on a multiprocessor; 1024 bytes of each are CUDA's
     stages = min(6 if wgmma else 4, room // stage, max(2, steps + 1))
     shared_bytes = beside + max(stages * stage, 0 if wgmma else staging)
-    if stages < 2 or shared_bytes > gpu.shared_bytes:
+    if stages < 2 or shared_bytes > gpu.shared_bytes or cluster > gpu.multiprocessors:
         return None
     tiles_n = -(-p.D // tile.BN)
-    tiles = tiles_n * (blocks_in(p, block) if loader in BY_BLOCKS else -(-p.B * p.rows // tile.BM))
+    tiles_m = blocks_in(p, block) if loader in BY_BLOCKS else -(-p.B * p.rows // tile.BM)
+    tiles = tiles_n * _round_up(tiles_m, cluster)
     unit = "wgmma" if wgmma else "mma.sync" if product_step(product) else "multiply-adds"
     unit += " (three products of TF32)" if terms == 2 else ""
     at_a_time = "" if loader in ("gather", *BY_ENGINE) else f" ({chunk} bytes at a time)"
-    how = f"{LOADERS[loader]}{at_a_time}, {unit} in tiles of {tile.BM}×{tile.BN}"
+    pairs = "pairs of " * (cluster > 1)
+    how = f"{LOADERS[loader]}{at_a_time}, {unit} in {pairs}tiles of {tile.BM}×{tile.BN}"
     # In the time that one multiprocessor takes for a multiply-add of wgmma's largest tile. A tile begins and ends with
     # the latency of some 128 of k (250 were measured where threads store what wgmma multiplied), two stages hide less
     # of the memory's, and a tile takes as long alone as with all that its multiprocessor has room for.
     resident = 1 if wgmma else min(512 // tile.threads, (gpu.shared_bytes + 1024) // (shared_bytes + 1024))
     rate = tile.rate * _rate(p, product, loader, wgmma, chunk) * (0.8 if stages == 2 else 1.0)
-    waves, ends = -(-tiles // (gpu.multiprocessors * resident)), 250 if loader in ("patches", "copied") else 128
+    at_once = gpu.multiprocessors // cluster * cluster * resident
+    if cluster > 1:  # spares the L2, which is what is short where all multiprocessors read
+        rate *= SHARED if tiles >= at_once else 0.98
+    waves, ends = -(-tiles // at_once), 250 if loader in ("patches", "copied") else 128
     cost = waves * resident * (steps * s.step_k + ends) * tile.BM * tile.BN / rate
     return Plan(
         loader, wgmma, tile.BM, tile.BN, tile.threads, s.step_k, steps, stages, chunk, s.rows, s.slot_bytes,
-        s.segment_bytes, s.segments, block, group, a_bytes, b_pitch, stage, s.table_bytes, shared_bytes, pack,
-        row, weight_chunk, terms, tiles_n, tiles, min(tiles, gpu.multiprocessors) if wgmma else tiles,
+        s.segment_bytes, s.segments, block, group, cluster, a_bytes, b_pitch, stage, s.table_bytes, shared_bytes, pack,
+        row, weight_chunk, terms, tiles_n, tiles, min(tiles, at_once) if wgmma else tiles,
         p.D * row * value * pack, cost, how + ", the weight packed first" * pack,
     )  # fmt: skip
 
@@ -355,8 +365,9 @@ def candidates(
     ]
     plans = [
         plan
-        for loader, by_wgmma, tiles, chunk, reason in offers if not reason for tile in tiles
-        if (plan := _plan(p, gpu, layout, product, loader, by_wgmma, tile, chunk, weight_at))
+        for loader, by_wgmma, tiles, chunk, reason in offers if not reason
+        for tile in tiles for cluster in CLUSTERS[: 1 + (loader in STORING)]
+        if (plan := _plan(p, gpu, layout, product, loader, by_wgmma, tile, chunk, weight_at, cluster))
     ]  # fmt: skip
     taken, small = {plan.loader for plan in plans}, f"no two stages fit {gpu.shared_bytes} bytes of shared memory"
     return plans, {loader: reason or small for loader, *_, reason in offers if loader not in taken}
