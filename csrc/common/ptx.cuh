@@ -165,6 +165,15 @@ VK_DEVICE void sync_cluster() {
     asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
 
+// The 16 bytes that a block of the cluster has where this one's shared memory has `p`
+VK_DEVICE void read_words_of(int rank, const void* p, uint32_t (&w)[4]) {
+    asm volatile(
+        "{\n.reg .b32 there;\n"
+        "mapa.shared::cluster.u32 there, %4, %5;\n"
+        "ld.shared::cluster.v4.u32 {%0,%1,%2,%3}, [there];\n}"
+        : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3]) : "r"(shared_address(p)), "r"(rank) : "memory");
+}
+
 // A barrier's phase ends when `count` arrivals have come and all bytes that were announced.
 VK_DEVICE void barrier_init(Barrier* barrier, int count) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");

@@ -118,11 +118,37 @@ VK_DEVICE void fill_table(const ForwardArguments& a, const TileBlock& block, con
     }
 }
 
+// The sums of a tile of which each of the 2ᵇ blocks of a cluster has multiplied a part of k: a block adds up those of its
+// part of the channels, in the order of the blocks, and has them at the beginning of `c`. `memory`: that of the stages.
+template <int BITS, int N>
+VK_DEVICE void add_up(float (&c)[N], int rank, int warp, char* memory) {
+    struct alignas(16) Four { float values[4]; };
+    char* mine = memory + (warp * (N / 4) * 32 + lane_index()) * 16;
+    sync_some(2, 256);  // the consumers: nobody reads the stages any more
+#pragma unroll
+    for (int i = 0; i < N; i += 4) *reinterpret_cast<Four*>(mine + i * 128) = {c[i], c[i + 1], c[i + 2], c[i + 3]};
+    sync_cluster();
+    mine += rank * (N >> BITS) * 128;
+#pragma unroll
+    for (int i = 0; i < N >> BITS; i += 4) {
+        uint32_t parts[1 << BITS][4];
+#pragma unroll
+        for (int s = 0; s < 1 << BITS; ++s) read_words_of(s, mine + i * 128, parts[s]);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+            c[i + e] = from_bits(parts[0][e]);
+#pragma unroll
+            for (int s = 1; s < 1 << BITS; ++s) c[i + e] += from_bits(parts[s][e]);
+        }
+    }
+}
+
 // The warp's rows are those from `row` of the tile on; `staged`: STORE_BUFFERS blocks as the map `tokens` has them.
-// Out: the product's type, or float.
+// Out: the product's type, or float. `channels`: of the 2·N that there are the first.
 template <class Out, int N>
 VK_DEVICE void store_tokens(const ForwardArguments& a, const TileBlock& block, const int64_t (&origin)[3], int64_t d0,
-                            int row, const float (&c)[N], const float* table, char* staged, const TensorMap* tokens) {
+                            int row, const float (&c)[N], const float* table, char* staged, const TensorMap* tokens,
+                            int channels) {
     constexpr int PITCH = 2 * N + TABLE_PAD, COLUMNS = STORE_ROW / int(sizeof(Out));  // of one store
     int lane = lane_index(), g = lane / 4, t = lane % 4;
     bool alike = block.period() <= 8;  // rows g and g + 8, in their position
@@ -136,6 +162,7 @@ VK_DEVICE void store_tokens(const ForwardArguments& a, const TileBlock& block, c
     block.place(origin, row, at);
 #pragma unroll
     for (int part = 0; part < 2 * N / COLUMNS; ++part) {
+        if (part * COLUMNS >= channels) break;
         char* store = staged + part % STORE_BUFFERS * STORE_BYTES;
         if (lane == 0) stores_wait<STORE_BUFFERS - 1>();
         sync_warp();

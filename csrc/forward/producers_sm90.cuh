@@ -15,7 +15,8 @@ struct WgmmaArguments {
     TensorMap tokens;  // stored, engine: [group, B, lines, columns / group, D], blocks of 16 patches × STORE_ROW bytes
     ForwardArguments a;
     int64_t prefixes;  // threads that write prefix tokens
-    int cluster_bits;  // STORES: 2ᵇ blocks make a cluster
+    int pair_bits;     // STORES: 2ᵇ blocks make a cluster, and share the weight
+    int split_bits;    // SPLITS: or divide k of a tile
 
     // Where tiles are blocks of the grid (copied, stored, patches, engine): there the layout of `a` is padded
     TileBlock block;
@@ -48,7 +49,7 @@ struct WgmmaKernel {
     static constexpr int BM = 128, BN = BN_, THREADS = 384;
     // tf32x3: a row of the weight, and a stage of it, has what TF32 holds of each element, and then of each the rest.
     static constexpr int TERMS = same<T, tf32x3> ? 2 : 1;
-    static constexpr bool STORES = STORES_;
+    static constexpr bool STORES = STORES_, SPLITS = STORES && BN <= 128 && !Loader::BY_THREADS;
     // Of a thread of the producer, which adds beside where it STORES, and of the consumers: of the 168 that each has at
     // the launch, as setmaxnreg would wait for more for ever.
     static constexpr int PRODUCER_REGISTERS = STORES ? 72 : 40, CONSUMER_REGISTERS = STORES ? 216 : 232;
@@ -72,27 +73,35 @@ struct PipelineState {
 };
 
 template <class K>
-VK_DEVICE int cluster_bits(const WgmmaArguments& h) { return K::STORES ? h.cluster_bits : 0; }
+VK_DEVICE int pair_bits(const WgmmaArguments& h) { return K::STORES ? h.pair_bits : 0; }
+template <class K>
+VK_DEVICE int split_bits(const WgmmaArguments& h) { return K::SPLITS ? h.split_bits : 0; }
+template <class K>
+VK_DEVICE int cluster_bits(const WgmmaArguments& h) { return pair_bits<K>(h) | split_bits<K>(h); }
 template <class K>
 VK_DEVICE int rank_in_cluster(const WgmmaArguments& h) {
     return static_cast<int>(block_index()) & ((1 << cluster_bits<K>(h)) - 1);
 }
 
-// The tiles that a block takes, one after the other. The blocks of a cluster take as many that follow one another in m and
-// have their channels in common, and so their weights: each brings its part of them, and all get it. What is past the
-// last patch is none, which costs the time of its product.
+// The tiles that a block takes, one after the other, and the steps of their k. The blocks of a cluster take two tiles that
+// lie side by side in m and have their channels in common, and so their weights: each brings its part of them, and both
+// get it. (A tile past the last patch costs the time of its product.) Or they divide the steps of one tile.
 template <class K>
 struct Tiles {
     const WgmmaArguments& h;
     int64_t tile;  // of a cluster
+    int begin, end;
     uint32_t m = 0;
     int64_t d0 = 0;
 
-    VK_DEVICE explicit Tiles(const WgmmaArguments& h) : h(h), tile(block_index() >> cluster_bits<K>(h)) {}
+    VK_DEVICE explicit Tiles(const WgmmaArguments& h) : h(h), tile(block_index() >> cluster_bits<K>(h)) {
+        int bits = split_bits<K>(h), rank = bits ? rank_in_cluster<K>(h) : 0;
+        begin = h.a.steps * rank >> bits, end = h.a.steps * (rank + 1) >> bits;
+    }
     VK_DEVICE bool is_there() {
         if (tile >= h.a.tiles) return false;
         uint32_t above = h.a.by_tiles_n.div(static_cast<uint32_t>(tile));
-        m = (above << cluster_bits<K>(h)) + rank_in_cluster<K>(h);
+        m = (above << pair_bits<K>(h)) + (pair_bits<K>(h) ? rank_in_cluster<K>(h) : 0);
         d0 = (tile - int64_t{above} * h.a.by_tiles_n.value) * K::BN;
         return true;
     }
@@ -115,13 +124,13 @@ VK_DEVICE void bring_weight(const WgmmaArguments& h, char* stage, Barrier* full,
     for (int term = 0; term < K::TERMS; ++term) {
         char* to = stage + h.a.a_bytes + term * bytes;
         int from = (static_cast<int>(h.a.weight_row) / K::TERMS * term + step * h.a.step_k) / span;
-        if (cluster_bits<K>(h) == 0) {
+        if (pair_bits<K>(h) == 0) {
             copy_tensor(to, &h.weight, full, 0, d0, from);
             continue;
         }
-        int rows = K::BN >> h.cluster_bits, row = rank_in_cluster<K>(h) * rows;
+        int rows = K::BN >> h.pair_bits, row = rank_in_cluster<K>(h) * rows;
         for (int i = 0; i < h.a.step_k / span; ++i)
-            copy_tensor_to_all(to + (i * K::BN + row) * span * SIZE, &h.weight, full, 1 << h.cluster_bits, 0, d0 + row,
+            copy_tensor_to_all(to + (i * K::BN + row) * span * SIZE, &h.weight, full, 1 << h.pair_bits, 0, d0 + row,
                                from + i);
     }
 }
@@ -145,7 +154,7 @@ VK_DEVICE void produce(const WgmmaArguments& h, char* stages, char* table, const
             rows.start(int64_t{tile.m} * K::BM);
             sync_some(1, 128);
         }
-        for (int step = 0; step < a.steps; ++step) {
+        for (int step = tile.begin; step < tile.end; ++step) {
             barrier_wait(&barriers.empty[state.stage], state.phase ^ 1);
             Barrier* full = &barriers.full[state.stage];
             char* stage = stages + state.stage * a.stage_bytes;

@@ -13,7 +13,7 @@
 // the group first, and each row of pixels is a copy of its own, as the places of one row lie one behind the other.
 //
 // Where two blocks make a cluster, they multiply different patches by the same weights, of which each brings half for
-// both: a stage is free when the consumers of both have read it.
+// both: a stage is free when the consumers of both have read it. Or two or four divide the k of one tile.
 //
 // Patches that no map describes (kept ones, of a video, of a padded image, of rows of any length) are copied into the
 // same places by the first warpgroup's threads, 16 or 4 bytes at a time.
@@ -34,7 +34,7 @@ VK_DEVICE auto& pick(A& first, B& second) {
 }
 
 template <class K>
-VK_DEVICE void consume(const WgmmaArguments& h, const char* stages, char* staging, const float* table,
+VK_DEVICE void consume(const WgmmaArguments& h, char* stages, char* staging, const float* table,
                        const Barriers& barriers, const float* constants) {
     using T = typename K::T;
     using Loader = typename K::Loader;
@@ -59,9 +59,9 @@ VK_DEVICE void consume(const WgmmaArguments& h, const char* stages, char* stagin
         for (int i = 0; i < K::BN / 2; ++i) c[i] = sums[i] = 0;
         auto release = [&](int slot) {  // for all that write there: the weights come from each block of the cluster
             sync_warp();
-            if (cluster_bits<K>(h) == 0) {
+            if (pair_bits<K>(h) == 0) {
                 if (lane_index() == 0) barrier_arrive(&barriers.empty[slot]);
-            } else if (lane_index() >> h.cluster_bits == 0) {
+            } else if (lane_index() >> h.pair_bits == 0) {
                 barrier_arrive(&barriers.empty[slot], lane_index());
             }
         };
@@ -75,7 +75,7 @@ VK_DEVICE void consume(const WgmmaArguments& h, const char* stages, char* stagin
         }();
         int before = -1;  // the stage that the group under way may still read
         uint32_t operands[2][K::TERMS][4];  // two, as one is being read by the tensor cores
-        for (int step = 0; step < a.steps; ++step) {
+        for (int step = tile.begin; step < tile.end; ++step) {
             barrier_wait(&barriers.full[state.stage], state.phase);
             // wgmma reads as the copy engine does what threads have copied
             if constexpr (Loader::DIRECT && Loader::BY_THREADS) fence_copy_engine();
@@ -141,12 +141,20 @@ VK_DEVICE void consume(const WgmmaArguments& h, const char* stages, char* stagin
 
         int64_t origin[3];
         if constexpr (Loader::BLOCKS) h.block.origin(tile.m, origin);
+        int channels = K::BN >> split_bits<K>(h), first = 0;  // of the tile's, those of this block
+        if constexpr (K::SPLITS) {
+            int rank = rank_in_cluster<K>(h);
+            if (h.split_bits) first = rank * channels;
+            if (h.split_bits == 1) add_up<1>(c, rank, warp, stages);
+            if (h.split_bits == 2) add_up<2>(c, rank, warp, stages);
+        }
         if constexpr (K::STORES) {
             barrier_wait(barriers.table_full, table_phase);
             table_phase ^= 1;
             a.out.dtype == Dtype::f32
-                ? store_tokens<float>(a, h.block, origin, d0, row, c, table, staged, &h.tokens)
-                : store_tokens<typename K::Value>(a, h.block, origin, d0, row, c, table, staged, &h.tokens);
+                ? store_tokens<float>(a, h.block, origin, d0 + first, row, c, table + first, staged, &h.tokens, channels)
+                : store_tokens<typename K::Value>(a, h.block, origin, d0 + first, row, c, table + first, staged,
+                                                  &h.tokens, channels);
             sync_warp();
             if (lane_index() == 0) barrier_arrive(barriers.table_empty);
         } else {
@@ -191,7 +199,7 @@ VK_KERNEL(K::THREADS, 1) wgmma_kernel(VK_GRID_CONSTANT WgmmaArguments h) {
         if (K::STORES) prefetch_map(&h.tokens);
         for (int i = 0; i < a.stages; ++i) {
             barrier_init(&barriers.full[i], K::Loader::BY_THREADS ? 129 : 1);  // announced bytes, the producer's copies
-            barrier_init(&barriers.empty[i], 8 << h.cluster_bits);             // the consumers' warps
+            barrier_init(&barriers.empty[i], 8 << pair_bits<K>(h));            // the consumers' warps
         }
         if (K::STORES) barrier_init(barriers.table_full, K::Loader::BY_THREADS ? 128 : BESIDE);
         if (K::STORES) barrier_init(barriers.table_empty, 8);
@@ -200,7 +208,7 @@ VK_KERNEL(K::THREADS, 1) wgmma_kernel(VK_GRID_CONSTANT WgmmaArguments h) {
     float* constants = reinterpret_cast<float*>(barriers.table_empty + 1);
     if constexpr (K::Loader::BLOCKS && !K::Loader::DIRECT) fill_constants<K>(a, constants);
     sync_block();
-    if (cluster_bits<K>(h)) sync_cluster();  // none arrives at a barrier that is not there
+    if (pair_bits<K>(h)) sync_cluster();  // none arrives at a barrier that is not there
     if (thread_index() < 128) {
         fewer_registers<K::PRODUCER_REGISTERS>();
         if constexpr (K::Loader::BLOCKS && K::Loader::BY_THREADS)
@@ -209,11 +217,12 @@ VK_KERNEL(K::THREADS, 1) wgmma_kernel(VK_GRID_CONSTANT WgmmaArguments h) {
             add_beside<K>(h, reinterpret_cast<float*>(table), barriers);
         else
             produce<K>(h, stages, table, barriers);
+        if (split_bits<K>(h)) sync_cluster();  // as add_up does
     } else {
         more_registers<K::CONSUMER_REGISTERS>();
         consume<K>(h, stages, staging, reinterpret_cast<const float*>(table), barriers, constants);
     }
-    if (cluster_bits<K>(h)) sync_cluster();  // nor at one that is not there any more
+    if (cluster_bits<K>(h)) sync_cluster();  // nor at one that is not there any more, nor reads of such memory
 #else
     stop_with_error();  // it is planned for sm_90 alone, and only where there is code of sm_90a
 #endif
@@ -243,7 +252,7 @@ inline TensorBlock weight_block(const Problem& p, const ForwardPlan& f) {
     return {p.compute, 3,
             {span, uint64_t(p.D), uint64_t(f.pack ? f.weight_row : p.K) / span},
             {size, uint64_t(f.weight_row) * size, span * size},
-            {uint32_t(span), uint32_t(f.BN / f.cluster), uint32_t(f.cluster == 1 ? f.step_k / span : 1)},
+            {uint32_t(span), uint32_t(f.BN / f.pair()), uint32_t(f.pair() == 1 ? f.step_k / span : 1)},
             static_cast<int>(span * size)};
 }
 
@@ -282,7 +291,8 @@ void launch_wgmma(const ForwardLaunch& l) {
         h.tokens = make_tensor_map(token_block(p, l.plan.block, l.plan.group), first);
     }
     h.prefixes = l.prefixes;
-    while (1 << h.cluster_bits < l.plan.cluster) ++h.cluster_bits;
+    while (1 << h.pair_bits < l.plan.pair()) ++h.pair_bits;
+    while (1 << h.split_bits < l.plan.splits) ++h.split_bits;
     launch(wgmma_kernel<K>, l.plan.blocks, K::THREADS, l.plan.shared_bytes, l.stream, h, "the forward", l.plan.cluster);
 }
 

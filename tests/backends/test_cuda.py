@@ -267,8 +267,10 @@ def test_every_loader_is_drawn(on_cuda_kernels):
         arguments = drawn(seed)
         p = vk.explain(**arguments).problem
         plans = cuda.candidates(p, *canonical(arguments["images"], arguments["weight"], *[None] * 4)[:2])
-        counts.update((q.loader, next(u for u in units if u in how), q.BM, q.BN) for how, q in plans.items())
-    assert len(counts) == 22, counts
+        counts.update(
+            (q.loader, next(u for u in units if u in how), q.BM, q.BN, q.cluster, q.splits) for how, q in plans.items()
+        )
+    assert len(counts) == 37, counts
     assert min(n for (_, unit, *_), n in counts.items() if unit in units[1:3]) >= 6, counts
 
 

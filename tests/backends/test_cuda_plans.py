@@ -154,9 +154,14 @@ def check_forward(p, gpu, tf32: bool, f, images: int = 0, weight: int = 0) -> No
         assert f.BM * row <= f.a_bytes and f.BM * 24 <= f.table_bytes
         if f.loader == "copy":
             check_copies(p, f, images)
+    pair = f.cluster // f.splits
     assert f.cluster == 1 or (f.loader in forward_plan.STORING and divide(8 * f.cluster, f.BN))
-    assert f.tiles == ceil_div(tiles_m, f.cluster) * f.cluster * ceil_div(p.D, f.BN) < LARGE
-    assert f.blocks == (min(f.tiles, gpu.multiprocessors // f.cluster * f.cluster) if f.wgmma else f.tiles)
+    assert f.tiles == ceil_div(tiles_m, pair) * pair * ceil_div(p.D, f.BN) < LARGE
+    at_once = gpu.multiprocessors // f.cluster * f.cluster
+    assert f.blocks == (min(f.tiles * f.splits, at_once) if f.wgmma else f.tiles)
+    if f.splits > 1:  # a block has one tile, sums where the stages were, and whole stores of 64 bytes
+        assert f.splits == f.cluster and f.blocks == f.tiles * f.splits and f.steps >= 2 * f.splits
+        assert f.BM * f.BN * 4 <= f.stages * f.stage_bytes and divide(32 * f.splits, f.BN)
     if f.pack:
         assert f.weight_row >= terms * K and divide(16 * terms, f.weight_row * value) and f.weight_chunk == 16
         assert f.scratch_bytes == p.D * f.weight_row * value

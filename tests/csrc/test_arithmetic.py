@@ -147,8 +147,9 @@ def test_maps_of_the_images_gradient(csrc, monkeypatch, image):
 def check_maps(csrc, d: dict, p, f) -> None:
     fields = f._asdict() | {"loader": list(forward_plan.LOADERS).index(f.loader)}
     weight = csrc.weight_map(d, fields, ADDRESS)  # a packed weight lies where PyTorch's allocator puts scratch
-    copies = 1 if f.cluster == 1 else f.step_k // weight["block"][0]
-    assert math.prod(weight["block"]) * f.cluster * copies == f.BN * f.step_k
+    pair = f.cluster // f.splits
+    copies = 1 if pair == 1 else f.step_k // weight["block"][0]
+    assert math.prod(weight["block"]) * pair * copies == f.BN * f.step_k
     assert weight["block"][0] * weight["block"][2] * copies == f.step_k and weight["sizes"][1] == p.D
     assert math.prod(weight["block"]) * weight["itemsize"] % (8 * weight["swizzle"]) == 0
     assert -(-p.K // 16) * 16 <= weight["sizes"][0] * weight["sizes"][2] == f.weight_row

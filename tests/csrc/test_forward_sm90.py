@@ -19,6 +19,7 @@ from vitkernels.testing import accuracy, oracle
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
+CLUSTERS = {(1, 1): "", (2, 1): " in pairs", (2, 2): " by 2", (4, 4): " by 4"}
 NAMES = ("images", "weight", "bias", "pos_embed", "prefix", "keep")
 
 
@@ -43,7 +44,7 @@ def tokens_of_all(arguments: dict) -> tuple[float, dict[str, torch.Tensor], torc
     exact, eager = oracle.oracle(**arguments), oracle.eager(**arguments)
     bound = 2 * accuracy.error_of(eager, exact) + exact.abs().max().item() * torch.finfo(p.compute_dtype).eps
     plans = [q for q in cuda.candidates(p, *tensors[:2]).values() if q.loader in forward_plan.BY_BLOCKS]
-    how = {f"{q.loader} {q.BN}" + " in pairs" * (q.cluster == 2): q for q in plans}
+    how = {f"{q.loader} {q.BN}" + CLUSTERS[q.cluster, q.splits]: q for q in plans}
     assert len(how) == len(plans)
     return bound, {name: cuda.forward(p, *tensors, plan=q) for name, q in how.items()}, exact
 
@@ -68,7 +69,8 @@ def test_random_problem(on_cuda_kernels, device, seed, in_groups):
     bound, tokens, exact = tokens_of_all(arguments)
     by_engine = pairs({"engine 256", "engine 192", "engine 128", "engine 64"}, multiprocessors)
     by_threads = pairs({"stored 256", "stored 192"}, 2) | {"copied 128"}
-    assert tokens.keys() - by_threads == by_engine | {"patches 128"}
+    divided = {f"engine {tile}" for tile in ("128 by 2", "128 by 4", "64 by 2")}
+    assert tokens.keys() - by_threads - divided == by_engine | {"patches 128"}
     for how, found in tokens.items():
         assert accuracy.error_of(found, exact) <= bound, how
     assert all(torch.equal(tokens["engine 256"], tokens[how]) for how in by_engine)
@@ -145,7 +147,7 @@ def test_a_sum_of_tf32_is_cut_off(on_cuda_kernels, device, monkeypatch):
     weight[:, 0, 0, 0] = 1
     _, tokens, exact = tokens_of_all({"images": torch.ones(1, 1, 16, 16), "weight": weight})
     assert len(tokens) > 1 and exact.gt(1 + 2**-19).all()
-    assert all(found.eq(1).all() for found in tokens.values()), tokens
+    assert all(found.eq(1).all() for how, found in tokens.items() if " by " not in how), tokens
 
 
 def test_the_terms_of_float32(on_cuda_kernels, device):
@@ -158,7 +160,9 @@ def test_the_terms_of_float32(on_cuda_kernels, device):
     weight[:, 0, 3, 0] = torch.randint(2**23, 2**24, (8,), generator=generator).float()
     call = on(device, {"images": images, "weight": weight})
     _, tokens, exact = tokens_of_all(call)
-    assert tokens.keys() == {"patches 128", "copied 128"} | pairs({"engine 128", "engine 64", "stored 128"}, 2)
+    divided = {"engine 128 by 2", "engine 128 by 4", "engine 64 by 2"}
+    by_engine = pairs({"engine 128", "engine 64", "stored 128"}, 2)
+    assert tokens.keys() == {"patches 128", "copied 128"} | by_engine | divided
     for how, found in tokens.items():
         assert ((found.double() - exact.double()) / exact.double()).abs().max() < 2**-21, how
 

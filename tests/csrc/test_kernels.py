@@ -81,8 +81,9 @@ def by_pieces(**call) -> list:
 
 COPY, ROWS, ENGINE = "pixels copied asynchronously", "image rows copied whole", "patches cut by the copy engine"
 STORED, COPIED = "patches cut and tokens stored by the copy engine", "patches copied for wgmma"
-BY_16, PAIRS = " (16 bytes at a time)", "pairs of tiles"
-# Architecture, and what is computed there: on one multiprocessor, so that a block has many tiles or steps; pairs on two
+BY_16, PAIRS, SPLITS = " (16 bytes at a time)", "pairs of tiles", "each by"
+# Architecture, and what is computed there: on one multiprocessor, so that a block has many tiles or steps; pairs on
+# two, tiles whose k is divided on many
 CASES = {
     "copy": (80, lambda: wrong_tokens(COPY, **arguments(2, 3, 32, 48, 16, 72))),
     "rows": (80, lambda: wrong_tokens(ROWS, **arguments(2, 3, 28, 42, 14, 72))),
@@ -106,6 +107,8 @@ CASES = {
     "wgmma, pairs": (90, lambda: wrong_tokens(PAIRS, **arguments(33, 1, 64, 48, 16, 264))),
     "wgmma, float32 pairs": (90, lambda: wrong_tokens(PAIRS, **arguments(33, 1, 64, 48, 16, 264, F32, weights=F32))),
     "wgmma, hwc pairs": (90, lambda: wrong_tokens(PAIRS, **arguments(9, 3, 64, 48, 16, 264, channels_last=True))),
+    "wgmma, splits": (90, lambda: wrong_tokens(SPLITS, **arguments(9, 3, 64, 48, 16, 264))),
+    "wgmma, float32 splits": (90, lambda: wrong_tokens(SPLITS, **arguments(9, 3, 64, 48, 16, 264, out_dtype=F32))),
     "backward": (80, lambda: wrong_gradients(**arguments(3, 3, 32, 48, 16, 72))),
     "backward, bytes": (80, lambda: wrong_gradients(**arguments(40, 3, 32, 48, 16, 72, U8, mean=0.5, std=0.2))),
     "backward, wgmma": (90, lambda: wrong_gradients(**arguments(40, 3, 32, 48, 16, 72))),
@@ -118,7 +121,8 @@ CASES = {
 
 
 def gpu_of(case: str) -> Gpu:
-    return NOMINAL[CASES[case][0]]._replace(multiprocessors=2 if "pairs" in case else 1)
+    gpu = NOMINAL[CASES[case][0]]
+    return gpu if "splits" in case else gpu._replace(multiprocessors=2 if "pairs" in case else 1)
 
 
 @pytest.mark.parametrize("seed", [1, 2])
@@ -213,7 +217,7 @@ MUTATIONS = {  # object, header, what it says and what it is to say, and the cas
     "how it is packed": ("forward/forward.cu", "forward/forward.cu", "value - whole", "value", "wgmma, float32"),
     "a cluster's beginning": (SM90, "forward/sm90.cuh", "sync_cluster();  // none", ";  // none", "wgmma, pairs"),
     "a cluster's end": (SM90, "forward/sm90.cuh", "sync_cluster();  // nor", ";  // nor", "wgmma, pairs"),
-    "a stage of a pair overwritten": (SM90, "forward/sm90.cuh", "8 << h.cluster_bits", "8", "wgmma, pairs"),
+    "a stage of a pair overwritten": (SM90, "forward/sm90.cuh", "8 << pair_bits<K>(h)", "8", "wgmma, pairs"),
     "whose stage is free": (
         SM90, "forward/sm90.cuh", "empty[slot], lane_index())", "empty[slot], 0)", "wgmma, pairs",
     ),
@@ -221,13 +225,29 @@ MUTATIONS = {  # object, header, what it says and what it is to say, and the cas
         SM90, "forward/producers_sm90.cuh", "row = rank_in_cluster<K>(h) * rows", "row = 0", "wgmma, pairs",
     ),
     "a block's patches": (
-        SM90, "forward/producers_sm90.cuh", " + rank_in_cluster<K>(h);", ";", "wgmma, pairs",
+        SM90, "forward/producers_sm90.cuh", "? rank_in_cluster<K>(h) : 0);\n        d0", "? 0 : 0);\n        d0",
+        "wgmma, pairs",
     ),
     "where a part of the weight goes": (
         SM90, "forward/producers_sm90.cuh", "(i * K::BN + row) * span", "(i * rows + row) * span", "wgmma, hwc pairs",
     ),
     "the rest of a part of the weight": (
         SM90_F32, "forward/producers_sm90.cuh", "h.a.a_bytes + term * bytes", "h.a.a_bytes", "wgmma, float32 pairs",
+    ),
+    "a part of k": (
+        SM90, "forward/producers_sm90.cuh", "begin = h.a.steps * rank >> bits", "begin = 0", "wgmma, splits",
+    ),
+    "sums of a cluster not met at": (
+        SM90, "forward/epilogue_sm90.cuh", "sync_cluster();", "", "wgmma, splits",
+    ),
+    "whose sums": (SM90, "forward/epilogue_sm90.cuh", "read_words_of(s,", "read_words_of(rank,", "wgmma, splits"),
+    "the sums' end": (SM90, "forward/sm90.cuh", "sync_cluster();  // nor", ";  // nor", "wgmma, splits"),
+    "whose channels": (SM90, "forward/sm90.cuh", "first = rank * channels", "first = 0", "wgmma, float32 splits"),
+    "channels of another": (
+        SM90, "forward/epilogue_sm90.cuh", "if (part * COLUMNS >= channels) break;", "", "wgmma, float32 splits",
+    ),
+    "where a block's sums are": (
+        SM90, "forward/epilogue_sm90.cuh", "rank * (N >> BITS) * 128", "rank * (N >> BITS) * 64", "wgmma, splits",
     ),
     "a stage of dX overwritten": (
         *IMAGES, "barrier_wait(&empty[state.stage], state.phase ^ 1);\n            Barrier*", "Barrier*", "dX",

@@ -289,6 +289,32 @@ def test_mistakes_in_a_cluster(probe, seed, mistake, message):
     assert torch.equal(out, x.expand_as(out))
 
 
+@pytest.mark.parametrize("blocks", [1, 2, 4])
+def test_what_a_block_reads_of_its_cluster(probe, seed, blocks):
+    x, out = aligned(3, blocks, 128), nothing(3, blocks, 128)
+    probe.peers(x.data_ptr(), out.data_ptr(), blocks, 3, 0)
+    torch.testing.assert_close(out, x.sum(1, keepdim=True).expand_as(out))
+
+
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        (1, "nan|block 1 of the cluster has ended"),
+        (2, "block [01] of the cluster has ended"),
+        (3, "not aligned to 16 bytes"),
+        (4, "read_words_of: block 2 of a cluster of 2"),
+    ],
+)
+def test_mistakes_in_reading_of_a_cluster(probe, seed, mistake, message):
+    x, out = aligned(8, 2, 128), nothing(8, 2, 128)
+    try:
+        probe.peers(x.data_ptr(), out.data_ptr(), 2, 8, mistake)
+        seen = "nan" if out.isnan().any() else "right"
+    except RuntimeError as error:
+        seen = str(error)
+    assert re.search(message, seen), seen
+
+
 @pytest.mark.parametrize(
     ("sample", "message"),
     [

@@ -1109,7 +1109,13 @@ void barrier_arrive(Barrier* barrier) { arrive(state(barrier, "barrier_arrive"),
 
 // What lies in the block's own shared memory where `p` does in that of the thread's
 template <class T>
-static T* there(T* p) { return reinterpret_cast<T*>(shared() + (reinterpret_cast<char*>(p) - here.shared)); }
+static T* there(T* p) { return reinterpret_cast<T*>(shared() + (reinterpret_cast<const char*>(p) - here.shared)); }
+
+void read_words_of(int rank, const void* p, uint32_t* words) {
+    if (offset_of(p, 16, "read_words_of") % 16) fail("read_words_of an address that is not aligned to 16 bytes");
+    In other(rank, "read_words_of");
+    std::memcpy(words, there(p), 16);
+}
 
 void barrier_arrive(Barrier* barrier, int rank) {
     In other(rank, "barrier_arrive");

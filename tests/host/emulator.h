@@ -43,6 +43,7 @@ uint32_t shared_address(const void* p);
 
 void sync(int id, int threads);  // id 0: all threads of the block
 void sync_cluster();             // of all blocks of the cluster, but for those that have returned
+void read_words_of(int rank, const void* p, uint32_t* words);
 void sync_warp(const char* name);
 uint64_t shuffle(uint64_t value, int lane);
 

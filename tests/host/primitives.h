@@ -86,6 +86,8 @@ inline void sync_some(int id, int threads) {
 
 inline void sync_cluster() { host::sync_cluster(); }
 
+inline void read_words_of(int rank, const void* p, uint32_t (&w)[4]) { host::read_words_of(rank, p, w); }
+
 inline void compute_here(int64_t&) {}
 
 inline void stop_with_error() { host::fail("the kernel stopped with an error"); }

@@ -508,6 +508,35 @@ void cluster(Address x, Address out, int rounds, int blocks, int clusters, int m
     launch(cluster_kernel, blocks * clusters, 64, 1024 + 32, Stream{}, p, "cluster", blocks);
 }
 
+// out[block, i] = the sum of x[other, i] over the blocks of its cluster, 128 numbers each. `mistake`: without the first
+// meeting, without the last, an address that is none of 16 bytes, a block that there is not.
+struct Peers {
+    const float* x;
+    float* out;
+    int blocks, mistake;
+};
+VK_KERNEL(32, 1) peers_kernel(VK_GRID_CONSTANT Peers p) {
+#if VK_SM90A
+    float* mine = reinterpret_cast<float*>(shared_memory()) + 4 * thread_index();
+    int64_t at = block_index() * 128 + 4 * thread_index();
+    float sums[4] = {};
+    for (int i = 0; i < 4; ++i) mine[i] = p.x[at + i];
+    if (p.mistake != 1) sync_cluster();
+    for (int rank = 0; rank < p.blocks; ++rank) {
+        uint32_t words[4];
+        read_words_of(rank + (p.mistake == 4), mine + (p.mistake == 3), words);
+        for (int i = 0; i < 4; ++i) sums[i] += from_bits(words[i]);
+    }
+    for (int i = 0; i < 4; ++i) p.out[at + i] = sums[i];
+    if (p.mistake != 2) sync_cluster();
+#endif
+}
+
+void peers(Address x, Address out, int blocks, int clusters, int mistake) {
+    launch(peers_kernel, blocks * clusters, 32, 512, Stream{}, Peers{at<float>(x), at<float>(out), blocks, mistake},
+           "peers", blocks);
+}
+
 // n / divisor for n = first, first + step, … ; the count of those that are wrong
 int64_t wrong_divisions(int64_t divisor, int64_t first, int64_t step, int64_t count) {
     Divisor d(divisor);
@@ -683,6 +712,7 @@ PYBIND11_MODULE(VITKERNELS_MODULE, m) {
     m.def("group_across", group_across);
     m.def("pipeline", pipeline);
     m.def("cluster", cluster);
+    m.def("peers", peers);
     m.def("wrong_divisions", wrong_divisions);
 #if !defined(__CUDACC__)
     m.def("bound_for_a_map", bound_for_a_map, py::arg("result"), py::arg("context"), py::arg("binds"));

@@ -49,7 +49,11 @@ def forward(p: PatchProblem, plan: Plan) -> Algorithm:
         biases, positions = tiles_m * plan.BM // 16 * (4 if plan.wgmma else 8), M
     requests = {
         "images": pixels * plan.tiles_n,
-        "weight": tiles_m // plan.cluster * p.D * (-(-(plan.weight_row if plan.pack else p.K) * size // span) * span),
+        "weight": tiles_m
+        * plan.splits
+        // plan.cluster
+        * p.D
+        * (-(-(plan.weight_row if plan.pack else p.K) * size // span) * span),
         "bias": biases * p.D * w * p.has_bias,
         "position": positions * p.D * w * (p.pos_rows > 0) + prefixed * (p.pos_rows > p.N),
         "prefix": prefixed,
@@ -63,7 +67,7 @@ def forward(p: PatchProblem, plan: Plan) -> Algorithm:
         {name: n for name, n in requests.items() if n}, product="tf32" if plan.tf32_terms else "",
     )  # fmt: skip
     unit = "wgmma" if plan.wgmma else "multiply-adds" if plan.BM == PLAIN_TILES[0].BM else "mma"
-    pairs = "pairs of " * (plan.cluster > 1)
+    pairs = "pairs of " * (plan.cluster > plan.splits)
     note = f"{unit} in {pairs}tiles of {plan.BM}×{plan.BN}, {plan.tiles} by {plan.blocks} blocks"
     note += ", three products of TF32" * (plan.tf32_terms == 2)
     return Algorithm((*packing, main), 0, note + ", the weight packed first" * plan.pack)

@@ -54,7 +54,11 @@ WIDEST, WIDE, NARROW, NARROWEST = (
 
 # Blocks that share the weight's stages. The product of ViT-B/16, B = 256, took an H200 93 µs in tiles of 256 channels,
 # 150 in those of 128, which reads the L2 at 7.4 and 6.2 TB/s: pairs read two thirds to three quarters of that. A guess.
-CLUSTERS, SHARED = (1, 2), 1.1
+SHARED = 1.1
+# Parts of k -> what it costs to exchange their sums, as so many of k: two meetings of the cluster, and reading each
+# other's shared memory at some 14 bytes a cycle. Guesses.
+EXCHANGES = {1: 0, 2: 400, 4: 500}
+STORED = 32  # channels of one store of tokens in 16 bits
 
 # How patches come into shared memory (csrc/forward/loaders.cuh)
 LOADERS = {
@@ -91,7 +95,8 @@ class Plan(NamedTuple):
     segments: int
     block: Triple  # by blocks: images × grid lines × grid columns of a tile
     group: int  # patches, engine: patches of a line that one tensor map each brings
-    cluster: int  # blocks that share a stage of the weight: each brings its part of it for all
+    cluster: int  # blocks of one: two share the stages of the weight, of which each brings half for both
+    splits: int  # or they divide the steps of a tile, and each adds up a part of its channels
     a_bytes: int
     b_pitch: int
     stage_bytes: int
@@ -265,9 +270,9 @@ def _group(p: PatchProblem, loader: str) -> int:
 
 def _plan(
     p: PatchProblem, gpu: Gpu, layout: PatchLayout, product: str, loader: str, wgmma: bool, tile: Tile, chunk: int,
-    weight_at: int, cluster: int = 1,
+    weight_at: int, cluster: int, splits: int,
 ) -> Plan | None:  # fmt: skip
-    """A loader with a tile; None where fewer than two stages fit, or fewer blocks than a cluster has."""
+    """A loader with a tile; None where fewer than two stages fit, or clusters are of no use."""
     value, total = p.compute_dtype.itemsize, p.sum_dtype.itemsize
     s = _stage(p, layout, product, loader, tile, chunk)
     block, group, K = (0, 0, 0), 0, p.K
@@ -291,32 +296,40 @@ def _plan(
     room, half = gpu.shared_bytes - beside, (gpu.shared_bytes + 1024) // 2 - 1024 - beside
     if not wgmma and half // stage >= 3:
         room = half  # for two blocks on a multiprocessor; 1024 bytes of each are CUDA's
-    stages = min(6 if wgmma else 4, room // stage, max(2, steps + 1))
+    stages = min(6 if wgmma else 4, room // stage, max(2, -(-steps // splits) + 1))
     shared_bytes = beside + max(stages * stage, 0 if wgmma else staging)
     if stages < 2 or shared_bytes > gpu.shared_bytes or cluster > gpu.multiprocessors:
         return None
+    if splits > 1 and (2 * splits > steps or stages * stage < tile.BM * tile.BN * 4 or tile.BN // splits < STORED):
+        return None
     tiles_n = -(-p.D // tile.BN)
     tiles_m = blocks_in(p, block) if loader in BY_BLOCKS else -(-p.B * p.rows // tile.BM)
-    tiles = tiles_n * _round_up(tiles_m, cluster)
+    tiles = tiles_n * _round_up(tiles_m, cluster // splits)
     unit = "wgmma" if wgmma else "mma.sync" if product_step(product) else "multiply-adds"
     unit += " (three products of TF32)" if terms == 2 else ""
     at_a_time = "" if loader in ("gather", *BY_ENGINE) else f" ({chunk} bytes at a time)"
-    pairs = "pairs of " * (cluster > 1)
+    pairs = "pairs of " * (cluster > splits)
     how = f"{LOADERS[loader]}{at_a_time}, {unit} in {pairs}tiles of {tile.BM}×{tile.BN}"
+    how += f", each by {splits} blocks" * (splits > 1)
     # In the time that one multiprocessor takes for a multiply-add of wgmma's largest tile. A tile begins and ends with
     # the latency of some 128 of k (250 were measured where threads store what wgmma multiplied), two stages hide less
     # of the memory's, and a tile takes as long alone as with all that its multiprocessor has room for.
     resident = 1 if wgmma else min(512 // tile.threads, (gpu.shared_bytes + 1024) // (shared_bytes + 1024))
     rate = tile.rate * _rate(p, product, loader, wgmma, chunk) * (0.8 if stages == 2 else 1.0)
     at_once = gpu.multiprocessors // cluster * cluster * resident
-    if cluster > 1:  # spares the L2, which is what is short where all multiprocessors read
+    if cluster > splits:  # spares the L2, which is what is short where all multiprocessors read
         rate *= SHARED if tiles >= at_once else 0.98
+    if (
+        splits > 1 and tiles * splits > at_once * 8 // 9
+    ):  # clusters of 4 leave 2 of 18 multiprocessors side by side idle
+        return None
     waves, ends = -(-tiles // at_once), 250 if loader in ("patches", "copied") else 128
-    cost = waves * resident * (steps * s.step_k + ends) * tile.BM * tile.BN / rate
+    ends += EXCHANGES[splits]
+    cost = waves * resident * (-(-steps // splits) * s.step_k + ends) * tile.BM * tile.BN / rate
     return Plan(
         loader, wgmma, tile.BM, tile.BN, tile.threads, s.step_k, steps, stages, chunk, s.rows, s.slot_bytes,
-        s.segment_bytes, s.segments, block, group, cluster, a_bytes, b_pitch, stage, s.table_bytes, shared_bytes, pack,
-        row, weight_chunk, terms, tiles_n, tiles, min(tiles, at_once) if wgmma else tiles,
+        s.segment_bytes, s.segments, block, group, cluster, splits, a_bytes, b_pitch, stage, s.table_bytes,
+        shared_bytes, pack, row, weight_chunk, terms, tiles_n, tiles, min(tiles * splits, at_once) if wgmma else tiles,
         p.D * row * value * pack, cost, how + ", the weight packed first" * pack,
     )  # fmt: skip
 
@@ -335,6 +348,12 @@ def _rate(p: PatchProblem, product: str, loader: str, wgmma: bool, chunk: int) -
     if loader == "rows":
         return of_product * (0.2 if wgmma else 0.11 if chunk == 16 else 0.08)
     return of_product * 0.043  # gather
+
+
+def _clusters(loader: str, tile: Tile) -> list[tuple[int, int]]:
+    """Blocks of a cluster, and in how many parts of k they divide a tile."""
+    found = [(1, 1)] + [(2, 1)] * (loader in STORING)
+    return found + [(n, n) for n in EXCHANGES if n > 1 and loader == "engine" and tile in (NARROW, NARROWEST)]
 
 
 def candidates(
@@ -366,8 +385,8 @@ def candidates(
     plans = [
         plan
         for loader, by_wgmma, tiles, chunk, reason in offers if not reason
-        for tile in tiles for cluster in CLUSTERS[: 1 + (loader in STORING)]
-        if (plan := _plan(p, gpu, layout, product, loader, by_wgmma, tile, chunk, weight_at, cluster))
+        for tile in tiles for cluster in _clusters(loader, tile)
+        if (plan := _plan(p, gpu, layout, product, loader, by_wgmma, tile, chunk, weight_at, *cluster))
     ]  # fmt: skip
     taken, small = {plan.loader for plan in plans}, f"no two stages fit {gpu.shared_bytes} bytes of shared memory"
     return plans, {loader: reason or small for loader, *_, reason in offers if loader not in taken}
