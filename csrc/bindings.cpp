@@ -62,8 +62,8 @@ static Problem problem_of(const py::dict& from) {
 
 static ForwardPlan forward_plan_of(const py::dict& from) {
     ForwardPlan to{};
-    VK_READ(loader), VK_READ(wgmma), VK_READ(BM), VK_READ(BN), VK_READ(step_k), VK_READ(steps), VK_READ(stages), VK_READ(chunk);
-    VK_READ(stage_rows), VK_READ(slot_bytes), VK_READ(segment_bytes), VK_READ(segments), VK_READ(block), VK_READ(group);
+    VK_READ(loader), VK_READ(wgmma), VK_READ(BM), VK_READ(BN), VK_READ(step_k), VK_READ(steps), VK_READ(lag), VK_READ(stages);
+    VK_READ(chunk), VK_READ(stage_rows), VK_READ(slot_bytes), VK_READ(segment_bytes), VK_READ(segments), VK_READ(block), VK_READ(group);
     VK_READ(cluster), VK_READ(splits), VK_READ(a_bytes), VK_READ(b_pitch), VK_READ(stage_bytes), VK_READ(table_bytes), VK_READ(shared_bytes);
     VK_READ(pack), VK_READ(weight_row), VK_READ(weight_chunk), VK_READ(tf32_terms), VK_READ(tiles_n), VK_READ(tiles), VK_READ(blocks);
     VK_READ(how);

@@ -58,7 +58,7 @@ static ForwardArguments arguments_of(const Problem& p, const ForwardPlan& f, con
     a.by_tiles_n = Divisor(f.tiles_n);
     a.by_weight_chunks = Divisor(f.step_k * size_of(p.compute) / f.weight_chunk);
     a.tiles = f.tiles / f.pair();
-    a.step_k = f.step_k, a.steps = f.steps, a.stages = f.stages, a.chunk = f.chunk, a.a_bytes = f.a_bytes;
+    a.step_k = f.step_k, a.steps = f.steps, a.lag = f.lag, a.stages = f.stages, a.chunk = f.chunk, a.a_bytes = f.a_bytes;
     a.b_pitch = f.b_pitch, a.stage_bytes = f.stage_bytes, a.table_bytes = f.table_bytes;
     a.stage_rows = f.stage_rows, a.slot_bytes = f.slot_bytes, a.segment_bytes = f.segment_bytes;
     a.segments = f.segments;

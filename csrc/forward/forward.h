@@ -24,7 +24,7 @@ struct ForwardArguments {
     // Of the plan
     Divisor by_tiles_n, by_weight_chunks;
     int64_t tiles;            // of the product, and of a cluster; what comes after them writes prefix tokens
-    int step_k, steps, stages, chunk, a_bytes, b_pitch, stage_bytes, table_bytes;
+    int step_k, steps, lag, stages, chunk, a_bytes, b_pitch, stage_bytes, table_bytes;
     int stage_rows, slot_bytes, segment_bytes, segments;
     Divisor by_segment_chunks, by_row_chunks;  // copies of a segment, of a slot
 };

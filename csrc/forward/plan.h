@@ -13,7 +13,7 @@ enum class LoaderKind : int { gather, copy, rows, copied, stored, patches, engin
 struct ForwardPlan {  // forward_plan.py says what its fields are
     LoaderKind loader;
     bool wgmma, pack;
-    int BM, BN, step_k, steps, stages, chunk, stage_rows, slot_bytes, segment_bytes, segments, block[3], group, cluster, splits;
+    int BM, BN, step_k, steps, lag, stages, chunk, stage_rows, slot_bytes, segment_bytes, segments, block[3], group, cluster, splits;
     int a_bytes, b_pitch, stage_bytes, table_bytes, shared_bytes, weight_chunk, tf32_terms;
     int64_t weight_row, tiles_n, tiles, blocks;
     std::string how;

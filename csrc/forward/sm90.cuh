@@ -3,6 +3,9 @@
 // 64 patches × BN channels each with wgmma and write tokens (epilogue_sm90.cuh) while the next tile is on its way.
 // Letters: problem.h.
 //
+// The second of these two begins some steps after the first and stays behind: while one writes its tokens, the other has
+// the tensor cores to itself.
+//
 // Weights lie in shared memory as wgmma reads them. Patches do too where pixels are the operands themselves; otherwise
 // the operands are put together in registers (operands_sm90.cuh): converted, normalised, or begun at any even pixel; of
 // float32 as one term of TF32, or as two (tf32x3).
@@ -49,6 +52,7 @@ VK_DEVICE void consume(const WgmmaArguments& h, char* stages, char* staging, con
     char* staged = staging + warp * K::STAGING;
     PipelineState state;
     uint32_t table_phase = 0;
+    int meet_at = K::STORES && a.lag ? (warp < 4 ? a.lag : 0) : -1;  // the step of the first tile
     for (Tiles<K> tile(h); tile.is_there(); tile.advance()) {
         int64_t d0 = tile.d0, m0 = int64_t{tile.m} * K::BM;
         // Tensor cores cut off what a sum can't hold, which adds up in one direction (Ootomo and Yokota 2022, "Recovering
@@ -76,6 +80,7 @@ VK_DEVICE void consume(const WgmmaArguments& h, char* stages, char* staging, con
         int before = -1;  // the stage that the group under way may still read
         uint32_t operands[2][K::TERMS][4];  // two, as one is being read by the tensor cores
         for (int step = tile.begin; step < tile.end; ++step) {
+            if (step == meet_at) sync_some(2, 256), meet_at = -1;
             barrier_wait(&barriers.full[state.stage], state.phase);
             // wgmma reads as the copy engine does what threads have copied
             if constexpr (Loader::DIRECT && Loader::BY_THREADS) fence_copy_engine();

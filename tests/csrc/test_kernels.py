@@ -215,6 +215,7 @@ MUTATIONS = {  # object, header, what it says and what it is to say, and the cas
         "wgmma, float32",
     ),
     "how it is packed": ("forward/forward.cu", "forward/forward.cu", "value - whole", "value", "wgmma, float32"),
+    "warpgroups not met at": (SM90, "forward/sm90.cuh", "? (warp < 4 ? a.lag : 0)", "? warp / 4 - 1", "wgmma, pairs"),
     "a cluster's beginning": (SM90, "forward/sm90.cuh", "sync_cluster();  // none", ";  // none", "wgmma, pairs"),
     "a cluster's end": (SM90, "forward/sm90.cuh", "sync_cluster();  // nor", ";  // nor", "wgmma, pairs"),
     "a stage of a pair overwritten": (SM90, "forward/sm90.cuh", "8 << pair_bits<K>(h)", "8", "wgmma, pairs"),

@@ -244,7 +244,7 @@ def test_csrc_as_it_ships(tmp_path, monkeypatch, stems, arch):
     # Small, as the general epilogue once did not fit the instruction cache: unrolled there were up to 13,120.
     assert all(r["instructions"] < 5700 for r in by_wgmma)
     stores = [r for r in by_wgmma if r["tma_stores"]]
-    assert len(stores) == 34 * (arch == "9.0") and all(r["instructions"] < 5000 for r in stores)
+    assert len(stores) == 34 * (arch == "9.0") and all(r["instructions"] < 5100 for r in stores)
     halves = [r for r in rows if r not in by_wgmma and ("half" in r["kernel"] or "bfloat16" in r["kernel"])]
     assert len(halves) >= 15 * (arch != "9.0") and all(r["mma"] for r in halves if "sums" not in r["kernel"])
 
