@@ -79,7 +79,7 @@ static backward::WeightPlan weight_plan_of(const py::dict& from) {
     backward::WeightPlan to{};
     read(to.tile.BM, from, "BM"), read(to.tile.BN, from, "BN"), read(to.tile.BK, from, "BK");
     VK_READ(wgmma), VK_READ(splits), VK_READ(chunk), VK_READ(tiles_k), VK_READ(tiles), VK_READ(pixels), VK_READ(grad);
-    VK_READ(shared_bytes), VK_READ(block), VK_READ(group), VK_READ(stages), VK_READ(blocks);
+    VK_READ(shared_bytes), VK_READ(block), VK_READ(group), VK_READ(stages), VK_READ(blocks), VK_READ(pair);
     return to;
 }
 
@@ -112,7 +112,7 @@ static backward::ImagesPlan images_plan_of(const py::dict& from) {
 static backward::WgmmaImagesPlan wgmma_images_plan_of(const py::dict& from) {
     backward::WgmmaImagesPlan to{};
     VK_READ(BN), VK_READ(block), VK_READ(group), VK_READ(stages), VK_READ(shared_bytes), VK_READ(tiles_k);
-    VK_READ(tiles), VK_READ(blocks), VK_READ(weight_row);
+    VK_READ(tiles), VK_READ(blocks), VK_READ(weight_row), VK_READ(pair);
     return to;
 }
 

@@ -23,8 +23,9 @@ struct WgmmaImagesArguments {
     int C;
     TileBlock block;                 // of a tile's patches in the grid
     Divisor by_tiles_k;
-    int64_t tiles;
+    int64_t tiles;                   // of all pairs
     int steps, stages;               // of 64 channels
+    int pair_bits;                   // 2ᵇ blocks take tiles side by side in m, and share the weight, as in forward/sm90.cuh
 };
 
 template <class T_, class Pixel_, int BN_>
@@ -44,11 +45,12 @@ struct WgmmaImagesKernel {
 template <class K>
 VK_DEVICE void produce_images(const WgmmaImagesArguments& h, char* stages, Barrier* full, Barrier* empty) {
     PipelineState state;
-    for (int64_t tile = block_index(); tile < h.tiles; tile += block_count()) {
+    int rank = rank_in_cluster(h.pair_bits);
+    for (int64_t tile = block_index() >> h.pair_bits; tile < h.tiles; tile += block_count() >> h.pair_bits) {
         uint32_t tile_m = h.by_tiles_k.div(static_cast<uint32_t>(tile));
         int k0 = static_cast<int>(tile - int64_t{tile_m} * h.by_tiles_k.value) * K::BN;
         int64_t at[3];
-        h.block.origin(tile_m, at);
+        h.block.origin((tile_m << h.pair_bits) + rank, at);
         for (int step = 0; step < h.steps; ++step) {
             barrier_wait(&empty[state.stage], state.phase ^ 1);
             Barrier* barrier = &full[state.stage];
@@ -56,8 +58,13 @@ VK_DEVICE void produce_images(const WgmmaImagesArguments& h, char* stages, Barri
             barrier_expect(barrier, K::STAGE);
             copy_tensor(stage, &h.grad, barrier, step * 64, static_cast<int>(at[2]) >> h.block.group,
                         static_cast<int>(at[1]), static_cast<int>(at[0]), 0);
-            for (int k = 0; k < K::BN; k += 64)
-                copy_tensor(stage + K::GRADS + k / 64 * K::COLUMNS, &h.weight, barrier, k0 + k, step * 64, 0);
+            for (int k = 0; k < K::BN; k += 64) {
+                char* columns = stage + K::GRADS + k / 64 * K::COLUMNS;
+                if (h.pair_bits == 0)
+                    copy_tensor(columns, &h.weight, barrier, k0 + k, step * 64, 0);
+                else if (k / 64 % 2 == rank)
+                    copy_tensor_to_all(columns, &h.weight, barrier, 2, k0 + k, step * 64, 0);
+            }
             state.advance(h.stages);
         }
     }
@@ -116,16 +123,13 @@ VK_DEVICE void consume_images(const WgmmaImagesArguments& h, const char* stages,
                               Barrier* empty) {
     int warp = warp_index() - 4, row = warp * 16;  // of the tile, the warp's 16
     PipelineState state;
-    for (int64_t tile = block_index(); tile < h.tiles; tile += block_count()) {
+    for (int64_t tile = block_index() >> h.pair_bits; tile < h.tiles; tile += block_count() >> h.pair_bits) {
         uint32_t tile_m = h.by_tiles_k.div(static_cast<uint32_t>(tile));
         int k0 = static_cast<int>(tile - int64_t{tile_m} * h.by_tiles_k.value) * K::BN;
         float c[K::BN / 2];
 #pragma unroll
         for (int i = 0; i < K::BN / 2; ++i) c[i] = 0;
-        auto release = [&](int slot) {
-            sync_warp();
-            if (lane_index() == 0) barrier_arrive(&empty[slot]);
-        };
+        auto release = [&](int slot) { release_stage(&empty[slot], h.pair_bits); };
         int before = -1;  // the stage that the products under way may still read
         for (int step = 0; step < h.steps; ++step) {
             barrier_wait(&full[state.stage], state.phase);
@@ -147,7 +151,7 @@ VK_DEVICE void consume_images(const WgmmaImagesArguments& h, const char* stages,
         release(before);
 
         int64_t origin[3], at[3];
-        h.block.origin(tile_m, origin);
+        h.block.origin((tile_m << h.pair_bits) + rank_in_cluster(h.pair_bits), origin);
         h.block.place(origin, row, at);
         store_pixels<K>(h, at, k0, c, staging + warp * K::STAGING);
     }
@@ -167,12 +171,13 @@ VK_KERNEL(K::THREADS, 1) wgmma_images_kernel(VK_GRID_CONSTANT WgmmaImagesArgumen
         prefetch_map(&h.weight);
         for (int place = 0; place < 1 << h.block.group; ++place) prefetch_map(&h.image[place]);
         for (int i = 0; i < h.stages; ++i) {
-            barrier_init(&full[i], 1);   // the announcement of bytes
-            barrier_init(&empty[i], 8);  // the warps that multiply
+            barrier_init(&full[i], 1);                  // the announcement of bytes
+            barrier_init(&empty[i], 8 << h.pair_bits);  // the warps that multiply
         }
         barrier_init_done();
     }
     sync_block();
+    if (h.pair_bits) sync_cluster();  // as in forward/sm90.cuh
     if (thread_index() < 128) {
         fewer_registers<K::PRODUCER_REGISTERS>();
         if (thread_index() == 0) produce_images<K>(h, stages, full, empty);
@@ -180,6 +185,7 @@ VK_KERNEL(K::THREADS, 1) wgmma_images_kernel(VK_GRID_CONSTANT WgmmaImagesArgumen
         more_registers<K::CONSUMER_REGISTERS>();
         consume_images<K>(h, stages, staging, full, empty);
     }
+    if (h.pair_bits) sync_cluster();
 #else
     stop_with_error();  // it is planned for sm_90 alone, and only where there is code of sm_90a
 #endif
@@ -209,9 +215,10 @@ void launch_wgmma_images(const WgmmaImagesLaunch& l) {
     h.layout = padded(layout);
     h.centred = l.centred, h.scale = static_cast<float>(p.scale), h.C = static_cast<int>(p.C);
     h.block = tile_block(plan.block, plan.group, grid);
-    h.by_tiles_k = Divisor(plan.tiles_k), h.tiles = plan.tiles;
+    h.by_tiles_k = Divisor(plan.tiles_k), h.tiles = plan.tiles / plan.pair, h.pair_bits = plan.pair - 1;
     h.steps = static_cast<int>(ceil_div(p.D, 64)), h.stages = plan.stages;
-    launch(wgmma_images_kernel<K>, plan.blocks, K::THREADS, plan.shared_bytes, l.stream, h, "the gradient of the images");
+    launch(wgmma_images_kernel<K>, plan.blocks, K::THREADS, plan.shared_bytes, l.stream, h, "the gradient of the images",
+           plan.pair);
 }
 
 template <class T>

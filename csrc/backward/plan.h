@@ -79,7 +79,7 @@ struct WeightPlan {
     Tile tile;
     int64_t splits, chunk, tiles_k, tiles, blocks;
     LoadedBy pixels, grad;
-    int shared_bytes, block[3], group, stages;
+    int shared_bytes, block[3], group, stages, pair;
 };
 
 struct SumsPlan {
@@ -102,7 +102,7 @@ struct ImagesPlan {
 };
 
 struct WgmmaImagesPlan {
-    int BN, block[3], group, stages, shared_bytes;
+    int BN, block[3], group, stages, shared_bytes, pair;
     int64_t tiles_k, tiles, blocks, weight_row;
 };
 

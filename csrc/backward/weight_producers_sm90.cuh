@@ -18,7 +18,8 @@ struct WgmmaWeightArguments {
     TileBlock block;       // of a step's patches in the grid
     int copied;            // of them, those that one map brings
     int64_t steps, chunk;  // blocks of patches: all, and of one split
-    int64_t work_tiles;    // tiles of all splits
+    int64_t work_tiles;    // tiles of all splits, and of all pairs
+    int pair_bits;         // 2ᵇ blocks take tiles side by side in k, and share dY, as those of forward/sm90.cuh a weight
     Divisor by_tiles, by_tiles_d, by_across, by_down;  // of a split; in d; of a channel's frame: in x, in y
     int stages;
 
@@ -55,9 +56,10 @@ struct WorkTile {
 VK_DEVICE WorkTile work_tile(const WgmmaWeightArguments& h, uint32_t i) {
     WorkTile work;
     uint32_t split = h.by_tiles.div(i), tile = i - split * h.by_tiles.value;
-    uint32_t tile_k = h.by_tiles_d.div(tile), line = h.by_down.div(tile_k), c = h.by_across.div(line);
+    uint32_t above = h.by_tiles_d.div(tile), tile_k = (above << h.pair_bits) + rank_in_cluster(h.pair_bits);
+    uint32_t line = h.by_down.div(tile_k), c = h.by_across.div(line);
     work.split = split;
-    work.d0 = static_cast<int>(tile - tile_k * h.by_tiles_d.value);  // in tiles; the caller knows how wide they are
+    work.d0 = static_cast<int>(tile - above * h.by_tiles_d.value);  // in tiles; the caller knows how wide they are
     work.c = static_cast<int>(c), work.x = static_cast<int>(line - c * h.by_across.value) * WGMMA_PIXELS;
     work.from = static_cast<int>(tile_k - line * h.by_down.value) * WGMMA_ROWS;
     work.y = work.from < h.layout.P_h - WGMMA_ROWS ? work.from : h.layout.P_h - WGMMA_ROWS;
@@ -71,16 +73,21 @@ VK_DEVICE WorkTile work_tile(const WgmmaWeightArguments& h, uint32_t i) {
 template <class K>
 VK_DEVICE void copy_grads(const WgmmaWeightArguments& h, char* stage, const WorkTile& work, const int64_t (&origin)[3],
                           Barrier* full) {
-    for (int d = 0; d < K::BN; d += 64)
-        copy_tensor(stage + K::PIXELS + d / 64 * K::CHANNELS, &h.grad, full, work.d0 * K::BN + d,
-                    static_cast<int>(origin[2]) >> h.block.group, static_cast<int>(origin[1]),
-                    static_cast<int>(origin[0]), 0);
+    int b = static_cast<int>(origin[0]), y = static_cast<int>(origin[1]);
+    int x = static_cast<int>(origin[2]) >> h.block.group, rank = rank_in_cluster(h.pair_bits);
+    for (int d = 0; d < K::BN; d += 64) {
+        char* channels = stage + K::PIXELS + d / 64 * K::CHANNELS;
+        if (h.pair_bits == 0)
+            copy_tensor(channels, &h.grad, full, work.d0 * K::BN + d, x, y, b, 0);
+        else if (d / 64 % 2 == rank)
+            copy_tensor_to_all(channels, &h.grad, full, 2, work.d0 * K::BN + d, x, y, b, 0);
+    }
 }
 
 template <class K>
 VK_DEVICE void produce(const WgmmaWeightArguments& h, char* stages, Barrier* full, Barrier* empty) {
     PipelineState state;
-    for (int64_t i = block_index(); i < h.work_tiles; i += block_count()) {
+    for (int64_t i = block_index() >> h.pair_bits; i < h.work_tiles; i += block_count() >> h.pair_bits) {
         WorkTile work = work_tile(h, static_cast<uint32_t>(i));
         for (int n = work.first; n < work.stop; ++n) {
             int64_t at[3];

@@ -114,16 +114,13 @@ VK_DEVICE void consume(const WgmmaWeightArguments& h, const char* stages, Barrie
         return (m & -h.copied) * WGMMA_ROWS * K::LINE + (m & (h.copied - 1)) * K::LINE;
     };
     PipelineState state;
-    for (int64_t i = block_index(); i < h.work_tiles; i += block_count()) {
+    for (int64_t i = block_index() >> h.pair_bits; i < h.work_tiles; i += block_count() >> h.pair_bits) {
         WorkTile work = work_tile(h, static_cast<uint32_t>(i));
         int row = work.y + warp, k = (work.c * h.layout.P_h + row) * h.layout.P_w + work.x;
         float c[K::BN / 2];
 #pragma unroll
         for (int j = 0; j < K::BN / 2; ++j) c[j] = 0;
-        auto release = [&](int slot) {
-            sync_warp();
-            if (lane_index() == 0) barrier_arrive(&empty[slot]);
-        };
+        auto release = [&](int slot) { release_stage(&empty[slot], h.pair_bits); };
         int before = -1;          // the stage that the products under way may still read
         uint32_t operands[2][4];  // two, as one is being read by the tensor cores
         auto elements = [&] {
@@ -180,11 +177,12 @@ VK_KERNEL(K::THREADS, 1) wgmma_weight_kernel(VK_GRID_CONSTANT WgmmaWeightArgumen
         prefetch_map(&h.grad);
         for (int i = 0; i < h.stages; ++i) {
             barrier_init(&full[i], K::BY_THREADS ? 129 : 1);  // the announcement of bytes, the threads' copies
-            barrier_init(&empty[i], 8);                       // the warps that multiply
+            barrier_init(&empty[i], 8 << h.pair_bits);        // the warps that multiply
         }
         barrier_init_done();
     }
     sync_block();
+    if (h.pair_bits) sync_cluster();  // as in forward/sm90.cuh
     if (thread_index() < 128) {
         fewer_registers<K::PRODUCER_REGISTERS>();
         if constexpr (K::BY_THREADS)
@@ -195,6 +193,7 @@ VK_KERNEL(K::THREADS, 1) wgmma_weight_kernel(VK_GRID_CONSTANT WgmmaWeightArgumen
         more_registers<K::CONSUMER_REGISTERS>();
         consume<K>(h, stages, full, empty);
     }
+    if (h.pair_bits) sync_cluster();
 #else
     stop_with_error();  // it is planned for sm_90 alone, and only where there is code of sm_90a
 #endif
@@ -233,12 +232,12 @@ void launch_wgmma_weight(const WgmmaWeightLaunch& l) {
     h.block = tile_block(plan.block, plan.group, h.grid);
     h.steps = ceil_div(p.B, plan.block[0]) * h.block.across[1].value * h.block.across[0].value;
     h.chunk = plan.chunk / WGMMA_STEP;
-    h.work_tiles = plan.splits * plan.tiles;
-    h.by_tiles = Divisor(plan.tiles), h.by_tiles_d = Divisor(plan.tiles / plan.tiles_k);
+    h.work_tiles = plan.splits * plan.tiles / plan.pair, h.pair_bits = plan.pair - 1;
+    h.by_tiles = Divisor(plan.tiles / plan.pair), h.by_tiles_d = Divisor(plan.tiles / plan.tiles_k);
     h.by_across = Divisor(ceil_div(h.layout.P_w, WGMMA_PIXELS)), h.by_down = Divisor(ceil_div(p.P[1], WGMMA_ROWS));
     h.stages = plan.stages;
     launch(wgmma_weight_kernel<K>, plan.blocks, K::THREADS, plan.shared_bytes, l.stream, h,
-           "the gradient of the weight");
+           "the gradient of the weight", plan.pair);
 }
 
 template <class T, class Pixel, bool DIRECT>

@@ -228,6 +228,13 @@ VK_DEVICE void copy_tensor_to_all(void* shared, const TensorMap* map, Barrier* b
                  "r"(shared_address(barrier)), "h"(static_cast<uint16_t>((1 << blocks) - 1))
                  : "memory");
 }
+VK_DEVICE void copy_tensor_to_all(void* shared, const TensorMap* map, Barrier* barrier, int blocks, int c0, int c1, int c2,
+                                  int c3, int c4) {
+    asm volatile("cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
+                 "[%0], [%1, {%2,%3,%4,%5,%6}], [%7], %8;" ::"r"(shared_address(shared)), "l"(map), "r"(c0), "r"(c1),
+                 "r"(c2), "r"(c3), "r"(c4), "r"(shared_address(barrier)), "h"(static_cast<uint16_t>((1 << blocks) - 1))
+                 : "memory");
+}
 // And from shared memory to the tensor, but for what lies outside of it. Until stores_wait, shared memory must stay.
 VK_DEVICE void store_tensor(const TensorMap* map, const void* shared, int c0, int c1, int c2, int c3, int c4) {
     asm volatile("cp.async.bulk.tensor.5d.global.shared::cta.tile.bulk_group [%0, {%2,%3,%4,%5,%6}], [%1];" ::"l"(map),

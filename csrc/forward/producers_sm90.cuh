@@ -72,6 +72,8 @@ struct PipelineState {
     }
 };
 
+VK_DEVICE int rank_in_cluster(int bits) { return static_cast<int>(block_index()) & ((1 << bits) - 1); }  // of 2ᵇ blocks
+
 template <class K>
 VK_DEVICE int pair_bits(const WgmmaArguments& h) { return K::STORES ? h.pair_bits : 0; }
 template <class K>
@@ -79,9 +81,7 @@ VK_DEVICE int split_bits(const WgmmaArguments& h) { return K::SPLITS ? h.split_b
 template <class K>
 VK_DEVICE int cluster_bits(const WgmmaArguments& h) { return pair_bits<K>(h) | split_bits<K>(h); }
 template <class K>
-VK_DEVICE int rank_in_cluster(const WgmmaArguments& h) {
-    return static_cast<int>(block_index()) & ((1 << cluster_bits<K>(h)) - 1);
-}
+VK_DEVICE int rank_in_cluster(const WgmmaArguments& h) { return rank_in_cluster(cluster_bits<K>(h)); }
 
 // The tiles that a block takes, one after the other, and the steps of their k. The blocks of a cluster take two tiles that
 // lie side by side in m and have their channels in common, and so their weights: each brings its part of them, and both
@@ -113,6 +113,16 @@ VK_BOTH bool is_wide(int step_k, int size) { return step_k * size % 128 == 0; }
 VK_BOTH int span_of(int step_k, int size) { return (is_wide(step_k, size) ? 128 : 32) / size; }
 
 #if VK_SM90A
+
+// Of a stage that this warp has read. Blocks of a pair, 2ᵇ of them, bring what they share for both, so both must know.
+VK_DEVICE void release_stage(Barrier* empty, int pair_bits) {
+    sync_warp();
+    if (pair_bits == 0) {
+        if (lane_index() == 0) barrier_arrive(empty);
+    } else if (lane_index() >> pair_bits == 0) {
+        barrier_arrive(empty, lane_index());
+    }
+}
 
 // The weight's part of a stage, and the word to the barrier of how much comes: `more` bytes beside it
 template <class K>

@@ -61,14 +61,7 @@ VK_DEVICE void consume(const WgmmaArguments& h, char* stages, char* staging, con
         auto& sums = pick<K::TERMS == 2>(of_stage, c);
 #pragma unroll
         for (int i = 0; i < K::BN / 2; ++i) c[i] = sums[i] = 0;
-        auto release = [&](int slot) {  // for all that write there: the weights come from each block of the cluster
-            sync_warp();
-            if (pair_bits<K>(h) == 0) {
-                if (lane_index() == 0) barrier_arrive(&barriers.empty[slot]);
-            } else if (lane_index() >> h.pair_bits == 0) {
-                barrier_arrive(&barriers.empty[slot], lane_index());
-            }
-        };
+        auto release = [&](int slot) { release_stage(&barriers.empty[slot], pair_bits<K>(h)); };
         auto pixels = [&] {
             if constexpr (Loader::DIRECT)
                 return 0;

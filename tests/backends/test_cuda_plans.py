@@ -261,6 +261,8 @@ def check_backward(p, gpu, b) -> None:
     assert weight.tiles == ceil_div(p.D, weight.BM) * weight.tiles_k
     assert weight.tiles_k * weight.BN >= p.K
     assert weight.splits * weight.tiles < LARGE
+    if weight.pair > 1:
+        assert weight.wgmma and not weight.pixels.chunk and weight.tiles_k % 2 == 0 and weight.blocks % 2 == 0
     assert weight.shared_bytes <= gpu.shared_bytes
     # Sums: parts have every image once, blocks every row and tiles every channel
     assert (sums.splits - 1) * sums.chunk < b.piece <= sums.splits * sums.chunk
@@ -300,7 +302,9 @@ def check_wgmma_images(p, gpu, f) -> None:
     assert divide(16, f.group * v.S[2] * size, 128 // f.group)
     assert f.weight_row == p.K // v.P[2] * row and f.tiles_k == ceil_div(f.weight_row, f.BN)
     grid = p.B, p.G[1], p.G[2]
-    assert f.tiles == f.tiles_k * math.prod(ceil_div(n, m) for n, m in zip(grid, f.block, strict=True)) < LARGE
+    tiles_m = math.prod(ceil_div(n, m) for n, m in zip(grid, f.block, strict=True))
+    assert f.tiles == f.tiles_k * ceil_div(tiles_m, f.pair) * f.pair < LARGE
+    assert f.blocks == min(f.tiles, gpu.multiprocessors // f.pair * f.pair) and f.blocks % f.pair == 0
     stage = 128 * 128 + f.BN * 128
     assert f.stages >= 3 and f.stages * (stage + 16) + 8 * 2 * 16 * 16 * size <= f.shared_bytes <= gpu.shared_bytes
 

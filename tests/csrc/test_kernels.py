@@ -79,6 +79,12 @@ def by_pieces(**call) -> list:
         return wrong_gradients(**call)
 
 
+def in_pairs(**call) -> list:
+    with mock.patch.object(backward_plan, "PAIRS", True):
+        backend.forget()
+        return wrong_gradients(**call)
+
+
 COPY, ROWS, ENGINE = "pixels copied asynchronously", "image rows copied whole", "patches cut by the copy engine"
 STORED, COPIED = "patches cut and tokens stored by the copy engine", "patches copied for wgmma"
 BY_16, PAIRS, SPLITS = " (16 bytes at a time)", "pairs of tiles", "each by"
@@ -115,6 +121,7 @@ CASES = {
     "backward, by threads": (90, lambda: wrong_gradients(**arguments(40, 3, 32, 48, 16, 256, kept=7))),
     "backward, copies": (90, lambda: by_pieces(**arguments(40, 3, 32, 48, 16, 72, T=1, pos="T+N"))),
     "backward, kept copies": (90, lambda: by_pieces(**arguments(40, 3, 32, 48, 16, 72, kept=7, pos="N"))),
+    "backward, pairs": (90, lambda: in_pairs(**arguments(40, 3, 32, 48, 16, 264))),
     "dX": (90, lambda: wrong_gradients(**arguments(9, 3, 32, 96, 16, 264, mean=0.5, std=0.2))),
     "backward, in groups": (90, lambda: wrong_gradients(**arguments(40, 3, 28, 56, 14, 72))),
 }  # fmt: skip
@@ -123,6 +130,9 @@ CASES = {
 def gpu_of(case: str) -> Gpu:
     gpu = NOMINAL[CASES[case][0]]
     return gpu if "splits" in case else gpu._replace(multiprocessors=2 if "pairs" in case else 1)
+
+
+BYTES = "wgmma, bytes", "wgmma, hwc", "wgmma, rows"  # cases of SM90 from 8-bit pixels
 
 
 @pytest.mark.parametrize("seed", [1, 2])
@@ -220,7 +230,8 @@ MUTATIONS = {  # object, header, what it says and what it is to say, and the cas
     "a cluster's end": (SM90, "forward/sm90.cuh", "sync_cluster();  // nor", ";  // nor", "wgmma, pairs"),
     "a stage of a pair overwritten": (SM90, "forward/sm90.cuh", "8 << pair_bits<K>(h)", "8", "wgmma, pairs"),
     "whose stage is free": (
-        SM90, "forward/sm90.cuh", "empty[slot], lane_index())", "empty[slot], 0)", "wgmma, pairs",
+        SM90, "forward/producers_sm90.cuh", "barrier_arrive(empty, lane_index());", "barrier_arrive(empty, 0);",
+        "wgmma, pairs",
     ),
     "a block's part of the weight": (
         SM90, "forward/producers_sm90.cuh", "row = rank_in_cluster<K>(h) * rows", "row = 0", "wgmma, pairs",
@@ -309,6 +320,21 @@ MUTATIONS = {  # object, header, what it says and what it is to say, and the cas
         "backward/backward.cu", "backward/reduce.cuh", "(b * rows + i) * row", "(b * rows + i + 1) * row",
         "backward, copies",
     ),
+    "a block's part of dY": (
+        BACKWARD_90, "backward/weight_producers_sm90.cuh", "d / 64 % 2 == rank", "d / 64 % 2 == 0", "backward, pairs",
+    ),
+    "a stage of dY overwritten": (
+        BACKWARD_90, "backward/weight_sm90.cuh", "8 << h.pair_bits", "8", "backward, pairs",
+    ),
+    "a tile of a pair": (
+        BACKWARD_90, "backward/weight_producers_sm90.cuh", " + rank_in_cluster(h.pair_bits);\n    uint32_t line",
+        ";\n    uint32_t line", "backward, pairs",
+    ),
+    "a pair's beginning": (
+        BACKWARD_90, "backward/weight_sm90.cuh", "if (h.pair_bits) sync_cluster();  // as", "// as", "backward, pairs",
+    ),
+    "a block's part of dX's weight": (*IMAGES, "k / 64 % 2 == rank", "k / 64 % 2 == 0", "backward, pairs"),
+    "dX of a pair": (*IMAGES, "rank_in_cluster(h.pair_bits), origin", "0, origin", "backward, pairs"),
     "a row of dY": (BACKWARD, "backward/weight_sm80.cuh", "+ row) * LEFT", "+ (row ^ 1)) * LEFT", "backward"),
 }  # fmt: skip
 
@@ -316,7 +342,13 @@ MUTATIONS = {  # object, header, what it says and what it is to say, and the cas
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_caught(monkeypatch, name):
     source, *change, case = MUTATIONS[name]
-    module = build.mutated(source, tuple(change))
+    pixels = "uint8_t, false" if case in BYTES else "half, true"
+    alone_there = (
+        SM90,
+        "launch_sm90<half>(l)",
+        f"launch_wgmma_tile<half, {pixels}>(l)",
+    )  # others take seconds to compile
+    module = build.mutated(source, tuple(change), *[alone_there] * (source == SM90))
     act = CASES[case][1]
     backend.use(monkeypatch, module, gpu_of(case))
     for seed in range(1, 4):

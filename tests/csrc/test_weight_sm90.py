@@ -51,12 +51,16 @@ def watched(on_cuda_kernels, device, monkeypatch):
 
 @pytest.mark.parametrize("in_groups", [False, True])
 @pytest.mark.parametrize("seed", range(90))
-def test_random_problem(watched, device, seed, in_groups):
+def test_random_problem(watched, device, monkeypatch, seed, in_groups):
     call = on(device, drawn_for_the_copy_engine(seed, in_groups))
-    plans = watched(random.Random(seed).choice((1, 2, 5, 132)))
+    multiprocessors = random.Random(seed).choice((1, 2, 5, 132))
+    plans = watched(multiprocessors)
+    monkeypatch.setattr(backward_plan, "PAIRS", seed % 3 > 0)
     rows = accuracy.compare(call, "cuda", gradients=True)
     assert [r for r in rows if not r["ok"]] == []
     assert device == "cuda" or (plans and all(plan.weight.wgmma and not plan.copy_row for plan in plans))
+    if device != "cuda" and multiprocessors == 2 and seed % 3:
+        assert all((plan.weight.pair == 2) == (plan.weight.tiles_k % 2 == 0) for plan in plans)
 
 
 @pytest.mark.parametrize("draw", [drawn_for_the_copy_engine, drawn_for_threads])

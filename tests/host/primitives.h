@@ -181,6 +181,10 @@ inline void copy_tensor(void* shared, const TensorMap* map, Barrier* barrier, in
 inline void copy_tensor_to_all(void* shared, const TensorMap* map, Barrier* barrier, int blocks, int c0, int c1, int c2) {
     host::copy_tensor_to_all(shared, map, barrier, blocks, 3, {c0, c1, c2, 0, 0});
 }
+inline void copy_tensor_to_all(void* shared, const TensorMap* map, Barrier* barrier, int blocks, int c0, int c1, int c2,
+                               int c3, int c4) {
+    host::copy_tensor_to_all(shared, map, barrier, blocks, 5, {c0, c1, c2, c3, c4});
+}
 inline void fence_copy_engine() { host::fence_copy_engine(); }
 inline void store_tensor(const TensorMap* map, const void* shared, int c0, int c1, int c2, int c3, int c4) {
     host::store_tensor(map, shared, 5, {c0, c1, c2, c3, c4});

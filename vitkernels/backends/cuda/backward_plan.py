@@ -49,6 +49,9 @@ WEIGHT_TILES = {
 WGMMA_ROWS = 8
 WARPS_ON_HOPPER = 0.25  # of their rate in WEIGHT_TILES
 WGMMA_TILES = (Tile(256, 128, 64, 1.6), Tile(128, 128, 64, 1.3))
+# Whether two blocks share dY's stages, as those of the forward a weight's: by the same arithmetic a guess, and the
+# kernel without is what `auto` takes by its time on an H200, so not before it has one.
+PAIRS = False
 COPIED_TILES = {16: Tile(256, 128, 64, 1.2), 4: Tile(256, 128, 64, 0.8)}  # pixels by threads, so many bytes at a time
 
 ROW_STEPS = 4  # csrc/backward/plan.h: steps whose patches are looked up at once
@@ -76,6 +79,7 @@ class WeightPlan(NamedTuple):
     group: int  # wgmma: patches of a line that one tensor map each brings
     stages: int  # wgmma
     blocks: int  # of the launch
+    pair: int  # wgmma: blocks of a cluster, whose tiles lie side by side in k, and which share dY; 1: none do
     cost: float  # in multiply-adds of one multiprocessor
 
 
@@ -184,9 +188,10 @@ def weight_plan(p: PatchProblem, gpu: Gpu, tf32: bool, images_at: int, grad: Gra
     if tile.BK == WGMMA_TILES[0].BK:
         stages, stage_bytes = _wgmma_stages(p, gpu, tile)
         pixels, dY = Operand("straight", copied), Operand("straight", 0)
+        pair = 2 if PAIRS and not copied and tiles_k % 2 == 0 and 2 <= gpu.multiprocessors <= 2 * parts * tiles else 1
         return WeightPlan(
             True, *tile[:3], parts, chunk, tiles_k, tiles, pixels, dY, stages * (stage_bytes + 16), block, group,
-            stages, min(parts * tiles, gpu.multiprocessors), cost,
+            stages, min(parts * tiles, gpu.multiprocessors // pair * pair), pair, cost,
         )  # fmt: skip
     pixels, dY = _pixels(p, layout, product, images_at), grad_operand(p, grad)
     if _shared_bytes(p, tile, pixels, dY) > gpu.shared_bytes and dY.loader == "raw":
@@ -195,7 +200,7 @@ def weight_plan(p: PatchProblem, gpu: Gpu, tf32: bool, images_at: int, grad: Gra
         pixels = pixels._replace(loader="each")
     shared_bytes = _shared_bytes(p, tile, pixels, dY)
     return WeightPlan(
-        False, *tile[:3], parts, chunk, tiles_k, tiles, pixels, dY, shared_bytes, block, 0, 0, parts * tiles, cost
+        False, *tile[:3], parts, chunk, tiles_k, tiles, pixels, dY, shared_bytes, block, 0, 0, parts * tiles, 1, cost
     )
 
 

@@ -315,27 +315,32 @@ def _plan(
     pairs = "pairs of " * (cluster > splits)
     how = f"{LOADERS[loader]}{at_a_time}, {unit} in {pairs}tiles of {tile.BM}×{tile.BN}"
     how += f", each by {splits} blocks" * (splits > 1)
-    # In the time that one multiprocessor takes for a multiply-add of wgmma's largest tile. A tile begins and ends with
-    # the latency of some 128 of k (250 were measured where threads store what wgmma multiplied), two stages hide less
-    # of the memory's, and a tile takes as long alone as with all that its multiprocessor has room for.
+    how += ", the weight packed first" * pack
     resident = 1 if wgmma else min(512 // tile.threads, (gpu.shared_bytes + 1024) // (shared_bytes + 1024))
-    rate = tile.rate * _rate(p, product, loader, wgmma, chunk) * (0.8 if stages == 2 else 1.0)
     at_once = gpu.multiprocessors // cluster * cluster * resident
-    if cluster > splits:  # spares the L2, which is what is short where all multiprocessors read
-        rate *= SHARED if tiles >= at_once else 0.98
     if splits > 1 and tiles * splits > at_once * 8 // 9:  # clusters of 4 leave up to 2 in 18 multiprocessors idle
         return None
-    waves, ends = -(-tiles // at_once), 250 if loader in ("patches", "copied") else 128
-    ends += EXCHANGES[splits]
-    cost = waves * resident * (-(-steps // splits) * s.step_k + ends) * tile.BM * tile.BN / rate
     blocks = min(tiles * splits, at_once) if wgmma else tiles
     lag = LAG if loader in STORING and tiles >= 2 * blocks and min(stages, steps) >= 2 * LAG else 0
-    return Plan(
+    plan = Plan(
         loader, wgmma, tile.BM, tile.BN, tile.threads, s.step_k, steps, lag, stages, chunk, s.rows, s.slot_bytes,
         s.segment_bytes, s.segments, block, group, cluster, splits, a_bytes, b_pitch, stage, s.table_bytes,
-        shared_bytes, pack, row, weight_chunk, terms, tiles_n, tiles, blocks, p.D * row * value * pack, cost,
-        how + ", the weight packed first" * pack,
+        shared_bytes, pack, row, weight_chunk, terms, tiles_n, tiles, blocks, p.D * row * value * pack, 0.0, how,
     )  # fmt: skip
+    return plan._replace(cost=_cost(plan, at_once, resident, tile.rate * _rate(p, product, loader, wgmma, chunk)))
+
+
+def _cost(f: Plan, at_once: int, resident: int, rate: float) -> float:
+    """In the time that one multiprocessor takes for a multiply-add of wgmma's largest tile. A tile begins and ends with
+    the latency of some 128 of k (250 were measured where threads store what wgmma multiplied), two stages hide less of
+    the memory's, and a tile takes as long alone as with all that its multiprocessor has room for. Pairs spare the L2,
+    which is what is short where all multiprocessors read."""
+    if f.stages == 2:
+        rate *= 0.8
+    if f.cluster > f.splits:
+        rate *= SHARED if f.tiles >= at_once else 0.98
+    ends = EXCHANGES[f.splits] + (250 if f.loader in ("patches", "copied") else 128)
+    return -(-f.tiles // at_once) * resident * (-(-f.steps // f.splits) * f.step_k + ends) * f.BM * f.BN / rate
 
 
 def _rate(p: PatchProblem, product: str, loader: str, wgmma: bool, chunk: int) -> float:

@@ -58,6 +58,7 @@ class WgmmaImagesPlan(NamedTuple):
     stages: int
     shared_bytes: int
     weight_row: int  # elements of a row of the packed weight
+    pair: int  # blocks of a cluster, whose tiles lie side by side in m, and which share the weight; 1: none do
 
 
 def no_wgmma_images(p: PatchProblem, gpu: Gpu, strides: tuple[int, ...], images_at: int, grad: Grad) -> str:
@@ -109,11 +110,12 @@ def wgmma_images_plan(p: PatchProblem, gpu: Gpu, strides: tuple[int, ...]) -> Wg
     def plan(BN: int) -> WgmmaImagesPlan:
         stage_bytes, staging = (WGMMA_IMAGES + BN) * 128, 8 * 2 * 16 * WGMMA_PIXELS * p.image_dtype.itemsize
         stages = min(6, (gpu.shared_bytes - staging - 1024) // stage_bytes)  # beside them: barriers
-        tiles_k = -(-weight_row // BN)
-        tiles = blocks_in(p, block) * tiles_k
+        tiles_k, tiles_m = -(-weight_row // BN), blocks_in(p, block)
+        pair = 2 if 2 <= gpu.multiprocessors <= tiles_k * tiles_m else 1  # as the forward's: where all of them read
+        tiles = tiles_k * -(-tiles_m // pair) * pair
         return WgmmaImagesPlan(
-            BN, tiles_k, tiles, min(tiles, gpu.multiprocessors), block, group, stages,
-            stages * (stage_bytes + 16) + staging, weight_row,
+            BN, tiles_k, tiles, min(tiles, gpu.multiprocessors // pair * pair), block, group, stages,
+            stages * (stage_bytes + 16) + staging, weight_row, pair,
         )  # fmt: skip
 
     # Half the tile takes more than half the time: its dY is read as often again.
