@@ -119,11 +119,11 @@ def _launches(call, without=()):
         run = partial(module.forward, p, *tensors, **choice)
         return kernel, partial(gate, lambda **_: run(), call), lambda: [("tokens", run())]
 
-    def backward(name, images):
+    def backward(name, images, **choice):  # its check is of what is taken without a choice
         def run():
             grads = [t if t is None else torch.empty_like(t) for t in tensors[:5]]
             grads = [grads[0], *[None] * 4] if images else [None, *grads[1:]]
-            dispatch.backend(name).backward(p, grad, *tensors, grads=tuple(grads))
+            dispatch.backend(name).backward(p, grad, *tensors, grads=tuple(grads), **choice)
             return [(f"gradient of {n}", g) for n, g in zip(names, grads, strict=False) if g is not None]
 
         check = partial(gate, name, call, "backward")
@@ -145,8 +145,20 @@ def _launches(call, without=()):
         else:
             yield forward(module, name)
         yield backward(name, images=False)
+        if name == "cuda":
+            kernel, _, plain = backward(name, images=False)
+            _, _, paired = backward(name, images=False, pairs=True)
+            yield f"{kernel} by pairs of blocks", partial(_other_bits, paired, plain), paired
         if p.image_dtype.is_floating_point:
             yield backward(name, images=True)
+
+
+def _other_bits(run, plain):
+    """Which results are not those of the plain kernel, whose sums these have in the same order; or nothing."""
+    import torch
+
+    pairs = zip(run(), plain(), strict=True)
+    return ", ".join(name for (name, found), (_, same) in pairs if not torch.equal(found, same)) or None
 
 
 def _images_wrong(run, oracle, call, grad):
@@ -218,7 +230,7 @@ def compiled(args, out, deadline):
 
 
 def kernels(args, out, deadline):
-    """Every loader and tile of the C++ extension: the guesses that its forward_plan.py chooses by, measured."""
+    """Every loader and tile of the C++ extension: the guesses that its plans choose by, measured."""
     import torch
 
     from vitkernels import dispatch
@@ -241,10 +253,18 @@ def kernels(args, out, deadline):
         names = ("images", "weight", "bias", "pos_embed", "prefix", "keep")
         tensors = canonical(*(call.get(name) for name in names))
         with settings(case), torch.no_grad():
-            chosen = cuda.how(p)
-            for how, plan in cuda.candidates(p, *tensors[:2]).items():
+            chosen, grad = cuda.how(p), torch.randn(p.out_shape, device=p.device).to(p.out_dtype)
+            made = [None if t is None or i == 0 else torch.empty_like(t) for i, t in enumerate(tensors[:5])]
+            steps = {
+                how: partial(cuda.forward, p, *tensors, plan=plan)
+                for how, plan in cuda.candidates(p, *tensors[:2]).items()
+            }
+            for pairs in (False, True):
+                how = "gradients of the parameters" + " by pairs of blocks" * pairs
+                steps[how] = partial(cuda.backward, p, grad, *tensors, tuple(made), pairs=pairs)
+            for how, step in steps.items():
                 try:
-                    ms = _milliseconds(partial(cuda.forward, p, *tensors, plan=plan), args.device)
+                    ms = _milliseconds(step, args.device)
                     row = {"case": case.name, "kernel": how, "chosen": how == chosen, "kernel_ms": ms}
                 except RuntimeError as error:
                     row = {"case": case.name, "error": f"{how}: {short(error)}"}

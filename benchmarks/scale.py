@@ -1,4 +1,4 @@
-"""Writes the tables of docs/scale.md, between their markers, and docs/scale.png, from the cost model.
+"""Writes the tables of docs/scale.md and docs/gpus.md, between their markers, and docs/scale.png, by arithmetic.
 
 python benchmarks/scale.py            # both
 python benchmarks/scale.py --check    # exit status 1 if a table is not what the model says now
@@ -14,12 +14,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from suites import TARGETS
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import vitkernels as vk
+from vitkernels.backends.cuda import forward_plan
 from vitkernels.backends.triton.forward_plan import make_plan
+from vitkernels.bench.implementations import problem
 from vitkernels.cost_model import Roofline
 from vitkernels.cost_model.data_sheets import GPUS
 from vitkernels.cost_model.traffic import Algorithm
+from vitkernels.gpu import NOMINAL
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 
@@ -32,6 +37,9 @@ CORE_MS = 5  # of one core to decode, crop and resize one
 NIC_GB_S = 50  # a GPU's share of the network: 400 Gb/s
 FLEETS = (8, 64, 1024, 8192)
 GRAD_BYTES = 4
+# docs/gpus.md: what an H200 did of the plan's unit of work in a microsecond (93 µs for the 9 tiles a multiprocessor of
+# ViT-B/16, B = 256); of a tile's time with one warpgroup behind the other; a launch and the first stage; bytes in a µs
+PER_US, BEHIND, FIRST_US, PACKED = 9 * 768 * 128 * 256 / 93, 0.94, 2, 4e6
 
 
 class Model(NamedTuple):
@@ -290,12 +298,29 @@ TABLES = {
 }  # fmt: skip
 
 
-def written(text: str) -> str:
+def expected() -> str:
+    """Of the CUDA C++ forward on an H200, case by case, by its plan's own arithmetic."""
+    rows = []
+    for case, mode, us, products in TARGETS:
+        if mode != "forward":
+            continue
+        with FakeTensorMode():
+            p = problem(case.call("cpu"))
+        f = forward_plan.make_plan(p, NOMINAL[90], case.dtype == "tf32")
+        found = f.cost / PER_US * (BEHIND if f.lag else 1) + FIRST_US + f.pack * (FIRST_US + f.scratch_bytes / PACKED)
+        rows.append([case.name, f.how, n(found), n(us) if us else f"{products} × the library's product"])
+    return table("case | kernel | expected, µs | asked, µs", rows)
+
+
+PAGES = {"scale.md": TABLES, "gpus.md": {"expected": expected}}
+
+
+def written(page: str, text: str) -> str:
     """The page with every table as the model has it now."""
-    for name, make in TABLES.items():
+    for name, make in PAGES[page].items():
         marker = re.compile(rf"(<!-- scale: {name}[^\n]*-->\n).*?(<!-- /scale -->)", re.S)
         if not marker.search(text):
-            raise SystemExit(f"docs/scale.md has no place for the table {name!r}")
+            raise SystemExit(f"docs/{page} has no place for the table {name!r}")
         body = make() + "\n"
         text = marker.sub(lambda found, body=body: found[1] + body + found[2], text)
     return text
@@ -340,14 +365,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 if a table is stale")
     args = parser.parse_args()
-    file = DOCS / "scale.md"
-    text = file.read_text()
-    now = written(text)
+    stale = []
+    for page in PAGES:
+        text = (DOCS / page).read_text()
+        now = written(page, text)
+        stale += [f"docs/{page}"] * (now != text)
+        if not args.check:
+            (DOCS / page).write_text(now)
     if args.check:
-        if now != text:
-            print("docs/scale.md is stale: python benchmarks/scale.py writes it", file=sys.stderr)
-        return int(now != text)
-    file.write_text(now)
+        for page in stale:
+            print(f"{page} is stale: python benchmarks/scale.py writes it", file=sys.stderr)
+        return int(stale != [])
     figure(DOCS / "scale.png")
     return 0
 

@@ -148,6 +148,8 @@ def backward(
     prefix: torch.Tensor | None,  # [1|B, T, D]
     keep: torch.Tensor | None,  # [B, rows]
     grads: Grads,  # of images, weight, bias, pos_embed and prefix, to be written; None: nobody asks
+    *,
+    pairs: bool | None = None,  # of blocks for the weight's, instead of what backward_plan.PAIRS says
 ) -> None:
     d_images, d_weight, d_bias, d_pos, d_prefix = grads
     if grad.numel() == 0 or p.rows == 0:
@@ -159,7 +161,8 @@ def backward(
     made = d_images, d_weight, d_bias, d_pos, d_prefix
     launch, normalised, scratch_bytes = _prepared_backward(
         p, rounds(p.compute_dtype), fallbacks.happened(BACKEND, p), images_at % 16, grad_at % 16,
-        _address(d_images) % 16, grad.dtype, grad.stride(), *[None if g is None else g.stride() for g in made],
+        _address(d_images) % 16, grad.dtype, grad.stride(), backward_plan.PAIRS if pairs is None else pairs,
+        *[None if g is None else g.stride() for g in made],
     )  # fmt: skip
     constants = centred(p, p.sum_dtype) if normalised else None
     scratch = empty(images, (scratch_bytes,), torch.uint8)
@@ -220,7 +223,7 @@ def _layouts(*tensors: Layout | None) -> tuple[tuple[int, ...] | None, ...]:
 @lru_cache(maxsize=1024)
 def _prepared_backward(
     p: PatchProblem, rounded: bool, refused: bool, images_at: int, grad_at: int, d_images_at: int,
-    grad_dtype: torch.dtype, grad_strides: tuple[int, int, int], *made: tuple[int, ...] | None,
+    grad_dtype: torch.dtype, grad_strides: tuple[int, int, int], pairs: bool, *made: tuple[int, ...] | None,
 ) -> tuple[Callable[..., None], bool, int]:  # fmt: skip
     """The same of the gradients; `made` are the strides of those that are asked for."""
     images, weight, bias, pos, prefix = made
@@ -228,7 +231,7 @@ def _prepared_backward(
     plan = backward_plan.make_plan(
         p, _gpu(p.device, refused), rounded, images_at, Grad(grad_at, grad_strides), weight=weight is not None,
         bias=bias is not None, pos=pos is not None, prefix=prefix is not None, images=d_images,
-        d_images_at=d_images_at,
+        d_images_at=d_images_at, pairs=pairs,
     )  # fmt: skip
     module, problem = extension.load(), _problem(p, rounded)
     # Tables that are shared, as those of each image are not summed here

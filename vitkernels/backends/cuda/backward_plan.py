@@ -49,8 +49,8 @@ WEIGHT_TILES = {
 WGMMA_ROWS = 8
 WARPS_ON_HOPPER = 0.25  # of their rate in WEIGHT_TILES
 WGMMA_TILES = (Tile(256, 128, 64, 1.6), Tile(128, 128, 64, 1.3))
-# Whether two blocks share dY's stages, as those of the forward a weight's: by the same arithmetic a guess, and the
-# kernel without is what `auto` takes by its time on an H200, so not before it has one.
+# Whether two blocks share dY's stages, as those of the forward a weight's. `auto` takes the kernel where they don't by
+# its time on an H200, so not before the other has one.
 PAIRS = False
 COPIED_TILES = {16: Tile(256, 128, 64, 1.2), 4: Tile(256, 128, 64, 0.8)}  # pixels by threads, so many bytes at a time
 
@@ -188,10 +188,9 @@ def weight_plan(p: PatchProblem, gpu: Gpu, tf32: bool, images_at: int, grad: Gra
     if tile.BK == WGMMA_TILES[0].BK:
         stages, stage_bytes = _wgmma_stages(p, gpu, tile)
         pixels, dY = Operand("straight", copied), Operand("straight", 0)
-        pair = 2 if PAIRS and not copied and tiles_k % 2 == 0 and 2 <= gpu.multiprocessors <= 2 * parts * tiles else 1
         return WeightPlan(
             True, *tile[:3], parts, chunk, tiles_k, tiles, pixels, dY, stages * (stage_bytes + 16), block, group,
-            stages, min(parts * tiles, gpu.multiprocessors // pair * pair), pair, cost,
+            stages, min(parts * tiles, gpu.multiprocessors), 1, cost,
         )  # fmt: skip
     pixels, dY = _pixels(p, layout, product, images_at), grad_operand(p, grad)
     if _shared_bytes(p, tile, pixels, dY) > gpu.shared_bytes and dY.loader == "raw":
@@ -202,6 +201,15 @@ def weight_plan(p: PatchProblem, gpu: Gpu, tf32: bool, images_at: int, grad: Gra
     return WeightPlan(
         False, *tile[:3], parts, chunk, tiles_k, tiles, pixels, dY, shared_bytes, block, 0, 0, parts * tiles, 1, cost
     )
+
+
+def in_pairs(weight: WeightPlan, gpu: Gpu) -> WeightPlan:
+    """The same by pairs of blocks, where the copy engine brings all, and pairs are whole and occupy the GPU."""
+    work = weight.splits * weight.tiles
+    whole = weight.wgmma and not weight.pixels.chunk and weight.tiles_k % 2 == 0
+    if not whole or not 2 <= gpu.multiprocessors <= 2 * work:
+        return weight
+    return weight._replace(pair=2, blocks=min(work, gpu.multiprocessors // 2 * 2))
 
 
 class Copied(NamedTuple):
@@ -283,6 +291,7 @@ def sums_plan(p: PatchProblem, gpu: Gpu, bias: bool, pos: bool, prefix: bool, co
 def make_plan(
     p: PatchProblem, gpu: Gpu, tf32: bool, images_at: int, grad: Grad, *,
     weight: bool, bias: bool, pos: bool, prefix: bool, images: tuple[int, ...] | None, d_images_at: int = 0,
+    pairs: bool = False,
 ) -> Plan:  # fmt: skip
     """For the gradients that are asked for; `images`: the strides of theirs, which is at `d_images_at`, modulo 16."""
     scratch_bytes = 0
@@ -300,6 +309,8 @@ def make_plan(
         cost = -(-p.B // copied.piece) * copied.weight.cost + COPY_COST * p.B * p.rows * p.D
         if cost < of_weight.cost:
             of_weight, sums, piece, copy_row = copied
+    if of_weight and pairs:
+        of_weight = in_pairs(of_weight, gpu)
     of_images = wgmma_images = None
     packed = 0
     if images and no_wgmma_images(p, gpu, images, d_images_at, grad):
