@@ -98,11 +98,11 @@ def torchrun(out, *words, processes=2):
 
 
 def test_digits_are_learnt(result, tmp_path):
-    found = result(tmp_path, "--device", "cpu", "--epochs", 40)  # of 60: a minute
-    # Eight seeds had 95.6 to 97.8 % by then, fused or not, and another order of summation is as good as a seed.
-    assert found["val_accuracy"] >= 0.95
+    found = result(tmp_path, "--device", "cpu", "--epochs", 28)  # of 60: a minute
+    # Three seeds had 94.2 to 96.4 % by then, and another order of summation is as good as a seed.
+    assert found["val_accuracy"] >= 0.92
     assert found["fused"] and "projection, position and prefix tokens" in found["front_end"]
-    assert len(history(tmp_path)) == found["epoch"] == 40
+    assert len(history(tmp_path)) == found["epoch"] == 28
     assert found["val_images"] == 360
 
 
@@ -136,7 +136,7 @@ STATEFUL = ("--batch", 64, "--accumulate", 2, "--ema", 0.9, "--mixup", 0.2, "--c
 
 
 def test_killed_in_the_middle_of_an_epoch(result, tmp_path):
-    words = ("--device", "cpu", *STATEFUL, "--epochs", 5, "--warmup", 1)
+    words = ("--device", "cpu", *STATEFUL, "--epochs", 4, "--warmup", 1)
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     command = [sys.executable, str(SCRIPT), *map(str, words), "--out", str(killed)]
     process = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -153,14 +153,14 @@ def test_killed_in_the_middle_of_an_epoch(result, tmp_path):
         process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     done = len(history(killed))
-    assert 2 <= done < 5
+    assert 2 <= done < 4
 
     found = result(killed, *words)
     assert found["resumed_after"] >= done
     result(whole, *words)
     assert curve(killed) == curve(whole)
     same_weights(killed, whole)
-    assert result(killed, *words)["resumed_after"] == 5  # nothing is left to do
+    assert result(killed, *words)["resumed_after"] == 4  # nothing is left to do
     assert curve(killed) == curve(whole)
 
 

@@ -81,7 +81,7 @@ def on(arguments: dict, device: str) -> dict:
 
 
 @pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", range(48))
 def test_every_kernel(on_cuda_kernels, device, arch, seed):
     on_cuda_kernels(arch, multiprocessors=(None, 1, 3)[seed % 3])
     arguments = on(drawn(seed), device)
@@ -263,7 +263,7 @@ def test_every_loader_is_drawn(on_cuda_kernels):
     on_cuda_kernels(90)
     units = "three products of TF32", "wgmma in ", "mma.sync", "multiply-adds"
     counts: Counter[tuple] = Counter()
-    for seed in range(60):
+    for seed in range(48):
         arguments = drawn(seed)
         p = vk.explain(**arguments).problem
         plans = cuda.candidates(p, *canonical(arguments["images"], arguments["weight"], *[None] * 4)[:2])
@@ -271,7 +271,7 @@ def test_every_loader_is_drawn(on_cuda_kernels):
             (q.loader, next(u for u in units if u in how), q.BM, q.BN, q.cluster, q.splits) for how, q in plans.items()
         )
     assert len(counts) == 37, counts
-    assert min(n for (_, unit, *_), n in counts.items() if unit in units[1:3]) >= 5, counts
+    assert min(n for (_, unit, *_), n in counts.items() if unit in units[1:3]) >= 4, counts
 
 
 BY_16 = " (16 bytes at a time)"
