@@ -288,6 +288,8 @@ ENGINE, FP32 = "patches cut and tokens stored by the copy engine", "wgmma (three
     (90, 14, "uint8->bf16", 256, ENGINE, "wgmma in pairs of tiles of 128×256, the weight packed first"),
     (90, 16, "bf16", 1, ENGINE, "wgmma in tiles of 128×64"),
     (90, 16, "bf16", 8, ENGINE, "wgmma in tiles of 128×128"),
+    (90, 32, "bf16", 8, ENGINE, "wgmma in tiles of 128×128, each by 4 blocks"),
+    (90, 32, "bf16", 16, ENGINE, "wgmma in tiles of 128×128, each by 2 blocks"),
     (80, 16, "bf16", 256, COPY, "mma.sync in tiles of 128×128"),
     (80, 14, "bf16", 256, COPY_BY_4, "mma.sync in tiles of 128×128, the weight packed first"),
     (80, 14, "bf16", 1, COPY_BY_4, "mma.sync in tiles of 32×64"),

@@ -154,6 +154,8 @@ def check_forward(p, gpu, tf32: bool, f, images: int = 0, weight: int = 0) -> No
         assert f.BM * row <= f.a_bytes and f.BM * 24 <= f.table_bytes
         if f.loader == "copy":
             check_copies(p, f, images)
+    if f.lag:  # steps that are there, stages for both warpgroups, and a tile after this one
+        assert f.loader in forward_plan.STORING and f.lag < min(f.steps, f.stages) and f.tiles > f.blocks
     pair = f.cluster // f.splits
     assert f.cluster == 1 or (f.loader in forward_plan.STORING and divide(8 * f.cluster, f.BN))
     assert f.tiles == ceil_div(tiles_m, pair) * pair * ceil_div(p.D, f.BN) < LARGE

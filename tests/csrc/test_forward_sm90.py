@@ -196,3 +196,4 @@ def test_what_is_planned():
     for B, block in blocks.items():
         plan = forward_plan.make_plan(compile_triton.problem(16, "bf16", B=B), NOMINAL[90], False)
         assert (plan.loader, plan.block) == ("engine", block)
+        assert (plan.cluster, plan.lag) == ((2, 2) if B == 64 else (1, 0))
