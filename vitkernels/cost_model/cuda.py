@@ -43,17 +43,14 @@ def forward(p: PatchProblem, plan: Plan) -> Algorithm:
         pixels = gathered(p, tiles_m * plan.BM) * pixel
     span = (128 if plan.step_k * size % 128 == 0 else 32) if plan.wgmma else plan.weight_chunk
     prefixed = p.B * p.T * p.D * w
+    asked = tiles_m * plan.splits // plan.cluster  # a pair of tiles asks for the weight once
     if plan.loader in STORING:  # a tile's positions once
         biases = positions = tiles_m * plan.block[1] * plan.block[2]
     else:  # lanes that load the same bias for 16 staged rows; each row's own position
         biases, positions = tiles_m * plan.BM // 16 * (4 if plan.wgmma else 8), M
     requests = {
         "images": pixels * plan.tiles_n,
-        "weight": tiles_m
-        * plan.splits
-        // plan.cluster
-        * p.D
-        * (-(-(plan.weight_row if plan.pack else p.K) * size // span) * span),
+        "weight": asked * p.D * (-(-(plan.weight_row if plan.pack else p.K) * size // span) * span),
         "bias": biases * p.D * w * p.has_bias,
         "position": positions * p.D * w * (p.pos_rows > 0) + prefixed * (p.pos_rows > p.N),
         "prefix": prefixed,
