@@ -82,6 +82,16 @@ def test_copies_of_the_gradient_of_tokens(watched, device, monkeypatch, seed, dr
     assert all(min(2, p.B) <= plan.piece <= at_once for plan in plans)
 
 
+@pytest.mark.parametrize(("C", "pair"), [(3, 1), (4, 2)])
+def test_a_tile_without_a_neighbour(watched, device, monkeypatch, C, pair):
+    """Patches of 8 pixels have a tile of each channel: of three no pairs are made."""
+    call = arguments(9, C, 32, 48, 8, 72, device=device)
+    plans = watched(2)
+    monkeypatch.setattr(backward_plan, "PAIRS", True)
+    assert [r for r in accuracy.compare(call, "cuda", gradients=True) if not r["ok"]] == []
+    assert device == "cuda" or {(plan.weight.tiles_k, plan.weight.pair) for plan in plans} == {(C, pair)}
+
+
 @pytest.mark.parametrize("kept", [None, 5])
 def test_copies_where_nothing_is_summed(watched, device, kept):
     call = arguments(9, 3, 48, 32, 16, 72, T=2, kept=kept, out_dtype=torch.float32, device=device)
