@@ -98,11 +98,11 @@ def torchrun(out, *words, processes=2):
 
 
 def test_digits_are_learnt(result, tmp_path):
-    found = result(tmp_path, "--device", "cpu", "--epochs", 28)  # of 60: a minute
-    # Three seeds had 94.2 to 96.4 % by then, and another order of summation is as good as a seed.
-    assert found["val_accuracy"] >= 0.92
+    found = result(tmp_path, "--device", "cpu", "--epochs", 40)  # of 60: a minute
+    # Eight seeds had 95.6 to 97.8 % by then, fused or not, and another order of summation is as good as a seed.
+    assert found["val_accuracy"] >= 0.95
     assert found["fused"] and "projection, position and prefix tokens" in found["front_end"]
-    assert len(history(tmp_path)) == found["epoch"] == 28
+    assert len(history(tmp_path)) == found["epoch"] == 40
     assert found["val_images"] == 360
 
 

@@ -45,12 +45,10 @@ struct WgmmaImagesKernel {
 template <class K>
 VK_DEVICE void produce_images(const WgmmaImagesArguments& h, char* stages, Barrier* full, Barrier* empty) {
     PipelineState state;
-    int rank = rank_in_cluster(h.pair_bits);
-    for (int64_t tile = block_index() >> h.pair_bits; tile < h.tiles; tile += block_count() >> h.pair_bits) {
-        uint32_t tile_m = h.by_tiles_k.div(static_cast<uint32_t>(tile));
-        int k0 = static_cast<int>(tile - int64_t{tile_m} * h.by_tiles_k.value) * K::BN;
+    for (Tiles tile(h.tiles, h.by_tiles_k, h.pair_bits); tile.is_there(); tile.advance()) {
+        int k0 = static_cast<int>(tile.n) * K::BN;
         int64_t at[3];
-        h.block.origin((tile_m << h.pair_bits) + rank, at);
+        h.block.origin(tile.m, at);
         for (int step = 0; step < h.steps; ++step) {
             barrier_wait(&empty[state.stage], state.phase ^ 1);
             Barrier* barrier = &full[state.stage];
@@ -62,7 +60,7 @@ VK_DEVICE void produce_images(const WgmmaImagesArguments& h, char* stages, Barri
                 char* columns = stage + K::GRADS + k / 64 * K::COLUMNS;
                 if (h.pair_bits == 0)
                     copy_tensor(columns, &h.weight, barrier, k0 + k, step * 64, 0);
-                else if (k / 64 % 2 == rank)
+                else if (k / 64 % 2 == rank_in_cluster(h.pair_bits))
                     copy_tensor_to_all(columns, &h.weight, barrier, 2, k0 + k, step * 64, 0);
             }
             state.advance(h.stages);
@@ -123,9 +121,8 @@ VK_DEVICE void consume_images(const WgmmaImagesArguments& h, const char* stages,
                               Barrier* empty) {
     int warp = warp_index() - 4, row = warp * 16;  // of the tile, the warp's 16
     PipelineState state;
-    for (int64_t tile = block_index() >> h.pair_bits; tile < h.tiles; tile += block_count() >> h.pair_bits) {
-        uint32_t tile_m = h.by_tiles_k.div(static_cast<uint32_t>(tile));
-        int k0 = static_cast<int>(tile - int64_t{tile_m} * h.by_tiles_k.value) * K::BN;
+    for (Tiles tile(h.tiles, h.by_tiles_k, h.pair_bits); tile.is_there(); tile.advance()) {
+        int k0 = static_cast<int>(tile.n) * K::BN;
         float c[K::BN / 2];
 #pragma unroll
         for (int i = 0; i < K::BN / 2; ++i) c[i] = 0;
@@ -151,7 +148,7 @@ VK_DEVICE void consume_images(const WgmmaImagesArguments& h, const char* stages,
         release(before);
 
         int64_t origin[3], at[3];
-        h.block.origin((tile_m << h.pair_bits) + rank_in_cluster(h.pair_bits), origin);
+        h.block.origin(tile.m, origin);
         h.block.place(origin, row, at);
         store_pixels<K>(h, at, k0, c, staging + warp * K::STAGING);
     }

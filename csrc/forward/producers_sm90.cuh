@@ -78,35 +78,38 @@ template <class K>
 VK_DEVICE int pair_bits(const WgmmaArguments& h) { return K::STORES ? h.pair_bits : 0; }
 template <class K>
 VK_DEVICE int split_bits(const WgmmaArguments& h) { return K::SPLITS ? h.split_bits : 0; }
-template <class K>
-VK_DEVICE int cluster_bits(const WgmmaArguments& h) { return pair_bits<K>(h) | split_bits<K>(h); }
-template <class K>
-VK_DEVICE int rank_in_cluster(const WgmmaArguments& h) { return rank_in_cluster(cluster_bits<K>(h)); }
 
-// The tiles that a block takes, one after the other, and the steps of their k. The blocks of a cluster take two tiles that
-// lie side by side in m and have their channels in common, and so their weights: each brings its part of them, and both
-// get it. (A tile past the last patch costs the time of its product.) Or they divide the steps of one tile.
-template <class K>
+// The tiles that a block takes, one after the other. The blocks of a pair take two that lie side by side in m and have n
+// in common, and so one operand: each brings its part of that, and both get it. (A tile past the last patch costs the
+// time of its product.) Blocks that split a tile all take it.
 struct Tiles {
-    const WgmmaArguments& h;
-    int64_t tile;  // of a cluster
-    int begin, end;
-    uint32_t m = 0;
-    int64_t d0 = 0;
+    int64_t count;  // of a cluster
+    const Divisor& by_n;
+    int pair_bits, cluster_bits;
+    int64_t tile;
+    uint32_t m = 0, n = 0;
 
-    VK_DEVICE explicit Tiles(const WgmmaArguments& h) : h(h), tile(block_index() >> cluster_bits<K>(h)) {
-        int bits = split_bits<K>(h), rank = bits ? rank_in_cluster<K>(h) : 0;
-        begin = h.a.steps * rank >> bits, end = h.a.steps * (rank + 1) >> bits;
-    }
+    VK_DEVICE Tiles(int64_t count, const Divisor& by_n, int pair_bits, int split_bits = 0)
+        : count(count), by_n(by_n), pair_bits(pair_bits), cluster_bits(pair_bits | split_bits),
+          tile(block_index() >> cluster_bits) {}
     VK_DEVICE bool is_there() {
-        if (tile >= h.a.tiles) return false;
-        uint32_t above = h.a.by_tiles_n.div(static_cast<uint32_t>(tile));
-        m = (above << pair_bits<K>(h)) + (pair_bits<K>(h) ? rank_in_cluster<K>(h) : 0);
-        d0 = (tile - int64_t{above} * h.a.by_tiles_n.value) * K::BN;
+        if (tile >= count) return false;
+        uint32_t above = by_n.div(static_cast<uint32_t>(tile));
+        m = (above << pair_bits) + rank_in_cluster(pair_bits);
+        n = static_cast<uint32_t>(tile) - above * by_n.value;
         return true;
     }
-    VK_DEVICE void advance() { tile += block_count() >> cluster_bits<K>(h); }
+    VK_DEVICE void advance() { tile += block_count() >> cluster_bits; }
 };
+
+template <class K>
+VK_DEVICE Tiles tiles_of(const WgmmaArguments& h) {
+    return {h.a.tiles, h.a.by_tiles_n, pair_bits<K>(h), split_bits<K>(h)};
+}
+
+// The first step of k of part `i` of a tile, of as many as blocks split it
+template <class K>
+VK_DEVICE int first_step(const WgmmaArguments& h, int i) { return h.a.steps * i >> split_bits<K>(h); }
 
 // Elements of k that lie side by side in a stage of the weight, swizzled: 128 bytes, or one step of the tensor cores
 VK_BOTH bool is_wide(int step_k, int size) { return step_k * size % 128 == 0; }
@@ -138,7 +141,7 @@ VK_DEVICE void bring_weight(const WgmmaArguments& h, char* stage, Barrier* full,
             copy_tensor(to, &h.weight, full, 0, d0, from);
             continue;
         }
-        int rows = K::BN >> h.pair_bits, row = rank_in_cluster<K>(h) * rows;
+        int rows = K::BN >> h.pair_bits, row = rank_in_cluster(h.pair_bits) * rows;
         for (int i = 0; i < h.a.step_k / span; ++i)
             copy_tensor_to_all(to + (i * K::BN + row) * span * SIZE, &h.weight, full, 1 << h.pair_bits, 0, d0 + row,
                                from + i);
@@ -155,7 +158,8 @@ VK_DEVICE void produce(const WgmmaArguments& h, char* stages, char* table, const
     int image_bytes = ENGINE ? K::BM * a.step_k * int(sizeof(Pixel)) : 0;
     ImageRows<Pixel> rows(a, table, K::BM, 128);
     PipelineState state;
-    for (Tiles<K> tile(h); tile.is_there(); tile.advance()) {
+    int part = rank_in_cluster(split_bits<K>(h));
+    for (Tiles tile = tiles_of<K>(h); tile.is_there(); tile.advance()) {
         int64_t origin[3];
         if constexpr (ENGINE) {
             h.block.origin(tile.m, origin);
@@ -164,11 +168,11 @@ VK_DEVICE void produce(const WgmmaArguments& h, char* stages, char* table, const
             rows.start(int64_t{tile.m} * K::BM);
             sync_some(1, 128);
         }
-        for (int step = tile.begin; step < tile.end; ++step) {
+        for (int step = first_step<K>(h, part); step < first_step<K>(h, part + 1); ++step) {
             barrier_wait(&barriers.empty[state.stage], state.phase ^ 1);
             Barrier* full = &barriers.full[state.stage];
             char* stage = stages + state.stage * a.stage_bytes;
-            if (leader) bring_weight<K>(h, stage, full, static_cast<int>(tile.d0), step, image_bytes);
+            if (leader) bring_weight<K>(h, stage, full, static_cast<int>(tile.n) * K::BN, step, image_bytes);
             if constexpr (ENGINE) {
                 constexpr int BOX = K::Loader::BOX;
                 int group = 1 << h.block.group, rows_of_copy = group == 1 ? a.stage_rows : 1;
@@ -226,7 +230,7 @@ VK_DEVICE void produce_by_threads(const WgmmaArguments& h, char* stages, float* 
     int m = thread_index();
     PipelineState state;
     uint32_t phase = 0;
-    for (Tiles<K> tile(h); tile.is_there(); tile.advance(), phase ^= 1) {
+    for (Tiles tile = tiles_of<K>(h); tile.is_there(); tile.advance(), phase ^= 1) {
         int64_t origin[3], at[3];
         h.block.origin(tile.m, origin);
         h.block.place(origin, m, at);
@@ -237,7 +241,7 @@ VK_DEVICE void produce_by_threads(const WgmmaArguments& h, char* stages, float* 
             barrier_wait(&barriers.empty[state.stage], state.phase ^ 1);
             Barrier* full = &barriers.full[state.stage];
             char* stage = stages + state.stage * a.stage_bytes;
-            if (m == 0) bring_weight<K>(h, stage, full, static_cast<int>(tile.d0), step, 0);
+            if (m == 0) bring_weight<K>(h, stage, full, static_cast<int>(tile.n) * K::BN, step, 0);
             a.chunk == 16 ? copy_rows<K, 16>(h, stage, step, m, corner, there)
                           : copy_rows<K, 4>(h, stage, step, m, corner, there);
             barrier_arrive_after_copies(full);
@@ -245,7 +249,7 @@ VK_DEVICE void produce_by_threads(const WgmmaArguments& h, char* stages, float* 
         }
         if constexpr (K::STORES) {
             barrier_wait(barriers.table_empty, phase ^ 1);
-            fill_table<K::BN>(a, h.block, h.grid, origin, tile.d0, table, m, 128);
+            fill_table<K::BN>(a, h.block, h.grid, origin, int64_t{tile.n} * K::BN, table, m, 128);
             barrier_arrive(barriers.table_full);
         }
     }
@@ -261,11 +265,11 @@ VK_DEVICE void add_beside(const WgmmaArguments& h, float* table, const Barriers&
     const ForwardArguments& a = h.a;
     int thread = thread_index() - 32;
     uint32_t phase = 0;
-    for (Tiles<K> tile(h); tile.is_there(); tile.advance(), phase ^= 1) {
+    for (Tiles tile = tiles_of<K>(h); tile.is_there(); tile.advance(), phase ^= 1) {
         int64_t origin[3];
         h.block.origin(tile.m, origin);
         barrier_wait(barriers.table_empty, phase ^ 1);
-        fill_table<K::BN>(a, h.block, h.grid, origin, tile.d0, table, thread, BESIDE);
+        fill_table<K::BN>(a, h.block, h.grid, origin, int64_t{tile.n} * K::BN, table, thread, BESIDE);
         barrier_arrive(barriers.table_full);
     }
     for (int64_t at = block_index() * BESIDE + thread; at < h.prefixes; at += block_count() * BESIDE)

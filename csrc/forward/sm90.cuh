@@ -53,8 +53,8 @@ VK_DEVICE void consume(const WgmmaArguments& h, char* stages, char* staging, con
     PipelineState state;
     uint32_t table_phase = 0;
     int meet_at = K::STORES && a.lag ? (warp < 4 ? a.lag : 0) : -1;  // the step of the first tile
-    for (Tiles<K> tile(h); tile.is_there(); tile.advance()) {
-        int64_t d0 = tile.d0, m0 = int64_t{tile.m} * K::BM;
+    for (Tiles tile = tiles_of<K>(h); tile.is_there(); tile.advance()) {
+        int64_t d0 = int64_t{tile.n} * K::BN, m0 = int64_t{tile.m} * K::BM;
         // Tensor cores cut off what a sum can't hold, which adds up in one direction (Ootomo and Yokota 2022, "Recovering
         // single precision accuracy from Tensor Cores"): in float32 they add up no more than a stage.
         float c[K::BN / 2], of_stage[K::TERMS == 2 ? K::BN / 2 : 1];
@@ -72,7 +72,8 @@ VK_DEVICE void consume(const WgmmaArguments& h, char* stages, char* staging, con
         }();
         int before = -1;  // the stage that the group under way may still read
         uint32_t operands[2][K::TERMS][4];  // two, as one is being read by the tensor cores
-        for (int step = tile.begin; step < tile.end; ++step) {
+        int part = rank_in_cluster(split_bits<K>(h));
+        for (int step = first_step<K>(h, part); step < first_step<K>(h, part + 1); ++step) {
             if (step == meet_at) sync_some(2, 256), meet_at = -1;
             barrier_wait(&barriers.full[state.stage], state.phase);
             // wgmma reads as the copy engine does what threads have copied
@@ -139,12 +140,10 @@ VK_DEVICE void consume(const WgmmaArguments& h, char* stages, char* staging, con
 
         int64_t origin[3];
         if constexpr (Loader::BLOCKS) h.block.origin(tile.m, origin);
-        int channels = K::BN >> split_bits<K>(h), first = 0;  // of the tile's, those of this block
+        int channels = K::BN >> split_bits<K>(h), first = part * channels;  // of the tile's, those of this block
         if constexpr (K::SPLITS) {
-            int rank = rank_in_cluster<K>(h);
-            if (h.split_bits) first = rank * channels;
-            if (h.split_bits == 1) add_up<1>(c, rank, warp, stages);
-            if (h.split_bits == 2) add_up<2>(c, rank, warp, stages);
+            if (h.split_bits == 1) add_up<1>(c, part, warp, stages);
+            if (h.split_bits == 2) add_up<2>(c, part, warp, stages);
         }
         if constexpr (K::STORES) {
             barrier_wait(barriers.table_full, table_phase);
@@ -220,7 +219,7 @@ VK_KERNEL(K::THREADS, 1) wgmma_kernel(VK_GRID_CONSTANT WgmmaArguments h) {
         more_registers<K::CONSUMER_REGISTERS>();
         consume<K>(h, stages, staging, reinterpret_cast<const float*>(table), barriers, constants);
     }
-    if (cluster_bits<K>(h)) sync_cluster();  // nor at one that is not there any more, nor reads of such memory
+    if (pair_bits<K>(h) || split_bits<K>(h)) sync_cluster();  // nor at one that is not there any more, nor reads of such memory
 #else
     stop_with_error();  // it is planned for sm_90 alone, and only where there is code of sm_90a
 #endif

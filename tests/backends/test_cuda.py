@@ -81,7 +81,7 @@ def on(arguments: dict, device: str) -> dict:
 
 
 @pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("seed", range(48))
+@pytest.mark.parametrize("seed", range(80))
 def test_every_kernel(on_cuda_kernels, device, arch, seed):
     on_cuda_kernels(arch, multiprocessors=(None, 1, 3)[seed % 3])
     arguments = on(drawn(seed), device)
@@ -92,6 +92,8 @@ def test_every_kernel(on_cuda_kernels, device, arch, seed):
     plans = cuda.candidates(p, *tensors[:2])
     assert plans
     for how, plan in plans.items():
+        if plan.cluster > 1 and (seed + plan.BN // 64) % 2:
+            continue  # every other draw: the same kernels, beside what they do alone
         tokens = cuda.forward(p, *tensors, plan=plan)
         assert accuracy.error_of(tokens, exact) <= bound, how
         assert torch.equal(tokens, cuda.forward(p, *tensors, plan=plan)), f"{how}: not twice the same bits"
@@ -263,7 +265,7 @@ def test_every_loader_is_drawn(on_cuda_kernels):
     on_cuda_kernels(90)
     units = "three products of TF32", "wgmma in ", "mma.sync", "multiply-adds"
     counts: Counter[tuple] = Counter()
-    for seed in range(48):
+    for seed in range(80):
         arguments = drawn(seed)
         p = vk.explain(**arguments).problem
         plans = cuda.candidates(p, *canonical(arguments["images"], arguments["weight"], *[None] * 4)[:2])
@@ -271,7 +273,7 @@ def test_every_loader_is_drawn(on_cuda_kernels):
             (q.loader, next(u for u in units if u in how), q.BM, q.BN, q.cluster, q.splits) for how, q in plans.items()
         )
     assert len(counts) == 37, counts
-    assert min(n for (_, unit, *_), n in counts.items() if unit in units[1:3]) >= 4, counts
+    assert min(n for (_, unit, *_), n in counts.items() if unit in units[1:3]) >= 6, counts
 
 
 BY_16 = " (16 bytes at a time)"

@@ -37,8 +37,9 @@ def with_positions(arguments: dict, seed: int) -> dict:
     return arguments | {"pos_embed": rng.choice((table, table, wide, across))}
 
 
-def tokens_of_all(arguments: dict) -> tuple[float, dict[str, torch.Tensor], torch.Tensor]:
-    """The error allowed, what every plan of blocks makes, by its loader and tile, and the exact tokens."""
+def tokens_of_all(arguments: dict, seed: int | None = None) -> tuple[float, dict[str, torch.Tensor], torch.Tensor]:
+    """The error allowed, what every plan of blocks makes, by its loader and tile, and the exact tokens. With a seed,
+    of the plans with clusters those of every other tile."""
     p = vk.explain(**arguments).problem
     tensors = canonical(*(arguments.get(name) for name in NAMES))
     exact, eager = oracle.oracle(**arguments), oracle.eager(**arguments)
@@ -46,16 +47,19 @@ def tokens_of_all(arguments: dict) -> tuple[float, dict[str, torch.Tensor], torc
     plans = [q for q in cuda.candidates(p, *tensors[:2]).values() if q.loader in forward_plan.BY_BLOCKS]
     how = {f"{q.loader} {q.BN}" + CLUSTERS[q.cluster, q.splits]: q for q in plans}
     assert len(how) == len(plans)
+    if seed is not None:
+        how = {name: q for name, q in how.items() if q.cluster == 1 or (seed + q.BN // 64) % 2 == 0}
     return bound, {name: cuda.forward(p, *tensors, plan=q) for name, q in how.items()}, exact
 
 
-def pairs(names: set[str], multiprocessors: int) -> set[str]:
-    """And the same by clusters of two blocks, where there are two."""
-    return names | {f"{name} in pairs" for name in names if multiprocessors > 1}
+def pairs(names: set[str], multiprocessors: int, seed: int | None = None) -> set[str]:
+    """And the same by clusters of two blocks, where there are two; with a seed, of every other tile."""
+    taken = {name for name in names if seed is None or (seed + int(name.split()[1]) // 64) % 2 == 0}
+    return names | {f"{name} in pairs" for name in taken if multiprocessors > 1}
 
 
 @pytest.mark.parametrize("in_groups", [False, True])
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(60))
 def test_random_problem(on_cuda_kernels, device, seed, in_groups):
     multiprocessors = random.Random(seed).choice((1, 2, 5, 132))
     on_cuda_kernels(90, multiprocessors)
@@ -66,8 +70,8 @@ def test_random_problem(on_cuda_kernels, device, seed, in_groups):
     if reason := forward_plan.candidates(p, NOMINAL[90], False)[1].get("engine"):
         assert in_groups and re.search(r"padded to \d+, no multiple of [34] channels", reason)
         arguments |= {"mean": None, "std": None}
-    bound, tokens, exact = tokens_of_all(arguments)
-    by_engine = pairs({"engine 256", "engine 192", "engine 128", "engine 64"}, multiprocessors)
+    bound, tokens, exact = tokens_of_all(arguments, seed)
+    by_engine = pairs({"engine 256", "engine 192", "engine 128", "engine 64"}, multiprocessors, seed)
     by_threads = pairs({"stored 256", "stored 192"}, 2) | {"copied 128"}
     divided = {f"engine {tile}" for tile in ("128 by 2", "128 by 4", "64 by 2")}
     assert tokens.keys() - by_threads - divided == by_engine | {"patches 128"}
@@ -76,7 +80,7 @@ def test_random_problem(on_cuda_kernels, device, seed, in_groups):
     assert all(torch.equal(tokens["engine 256"], tokens[how]) for how in by_engine)
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", range(90))
 def test_pixels_copied_by_threads(on_cuda_kernels, device, seed):
     multiprocessors = random.Random(seed).choice((1, 2, 5, 132))
     on_cuda_kernels(90, multiprocessors)
@@ -86,9 +90,9 @@ def test_pixels_copied_by_threads(on_cuda_kernels, device, seed):
     p = vk.explain(**arguments).problem
     if forward_plan.candidates(p, NOMINAL[90], False)[1].get("copied"):
         arguments |= {"mean": None, "std": None}  # as above
-    bound, tokens, exact = tokens_of_all(arguments)
+    bound, tokens, exact = tokens_of_all(arguments, seed)
     why = forward_plan.candidates(p, NOMINAL[90], False)[1].get("stored", "")
-    stored = set() if why else pairs({"stored 192"}, multiprocessors)
+    stored = set() if why else pairs({"stored 192"}, multiprocessors, seed)
     assert tokens.keys() - pairs({"stored 256"}, 2) == {"copied 128"} | stored
     assert ("a keep list" in why) == ("keep" in arguments) and (not why or "keep" in why or "no two stages" in why)
     for how, found in tokens.items():
@@ -115,7 +119,7 @@ def rounded(x: torch.Tensor) -> torch.Tensor:
     return ((x.contiguous().view(torch.int32) + 2**12) & ~(2**13 - 1)).view(torch.float32)
 
 
-@pytest.mark.parametrize("seed", range(54))
+@pytest.mark.parametrize("seed", range(72))
 def test_float32(on_cuda_kernels, device, monkeypatch, seed):
     """By three products of TF32, held to what float32 products are, though tensor cores cut off what their sums can't
     hold. And by one, where PyTorch is asked for TF32: that of operands rounded to it."""
@@ -127,7 +131,7 @@ def test_float32(on_cuda_kernels, device, monkeypatch, seed):
     if tf32 or "padded to" in forward_plan.candidates(p, NOMINAL[90], tf32)[1].get("copied", ""):
         arguments |= {"mean": None, "std": None}
     monkeypatch.setattr(cuda, "tf32", lambda: tf32)
-    bound, tokens, exact = tokens_of_all(arguments)
+    bound, tokens, exact = tokens_of_all(arguments, seed)
     if tf32:
         exact = oracle.oracle(**arguments | {name: rounded(arguments[name]) for name in ("images", "weight")})
         bound += exact.abs().max().item() * p.K / 8 * 2**-23  # what is cut off a sum at each step
@@ -139,15 +143,17 @@ def test_float32(on_cuda_kernels, device, monkeypatch, seed):
 
 def test_a_sum_of_tf32_is_cut_off(on_cuda_kernels, device, monkeypatch):
     """One, and in each step of eight elements three quarters of what float32 holds next to it."""
-    if device == "cuda":
-        pytest.skip("how many bits a GPU keeps in between is its own affair")
     on_cuda_kernels(90)
     monkeypatch.setattr(cuda, "tf32", lambda: True)
     weight = torch.full((8, 1, 16, 16), 0.75 * 2**-23 / 8)
     weight[:, 0, 0, 0] = 1
     _, tokens, exact = tokens_of_all({"images": torch.ones(1, 1, 16, 16), "weight": weight})
     assert len(tokens) > 1 and exact.gt(1 + 2**-19).all()
-    assert all(found.eq(1).all() for how, found in tokens.items() if " by " not in how), tokens
+    most = exact if device == "cuda" else 1  # how many bits a GPU keeps in between is its own affair
+    whole = {
+        how: found.double() for how, found in tokens.items() if " by " not in how
+    }  # each part of k is cut off alone
+    assert all((found >= 1).all() and (found <= most).all() for found in whole.values()), tokens
 
 
 def test_the_terms_of_float32(on_cuda_kernels, device):

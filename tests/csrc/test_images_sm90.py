@@ -50,7 +50,7 @@ def drawn(seed: int, in_groups: bool) -> dict:
 
 
 @pytest.mark.parametrize("in_groups", [False, True])
-@pytest.mark.parametrize("seed", range(45))
+@pytest.mark.parametrize("seed", range(60))
 def test_random_problem(on_cuda_kernels, device, watched, seed, in_groups):
     multiprocessors = random.Random(seed).choice((1, 2, 5, 132))
     on_cuda_kernels(90, multiprocessors)

@@ -234,11 +234,11 @@ MUTATIONS = {  # object, header, what it says and what it is to say, and the cas
         "wgmma, pairs",
     ),
     "a block's part of the weight": (
-        SM90, "forward/producers_sm90.cuh", "row = rank_in_cluster<K>(h) * rows", "row = 0", "wgmma, pairs",
+        SM90, "forward/producers_sm90.cuh", "row = rank_in_cluster(h.pair_bits) * rows", "row = 0",
+        "wgmma, pairs",
     ),
     "a block's patches": (
-        SM90, "forward/producers_sm90.cuh", "? rank_in_cluster<K>(h) : 0);\n        d0", "? 0 : 0);\n        d0",
-        "wgmma, pairs",
+        SM90, "forward/producers_sm90.cuh", " + rank_in_cluster(pair_bits);", ";", "wgmma, pairs",
     ),
     "where a part of the weight goes": (
         SM90, "forward/producers_sm90.cuh", "(i * K::BN + row) * span", "(i * rows + row) * span", "wgmma, hwc pairs",
@@ -247,14 +247,14 @@ MUTATIONS = {  # object, header, what it says and what it is to say, and the cas
         SM90_F32, "forward/producers_sm90.cuh", "h.a.a_bytes + term * bytes", "h.a.a_bytes", "wgmma, float32 pairs",
     ),
     "a part of k": (
-        SM90, "forward/producers_sm90.cuh", "begin = h.a.steps * rank >> bits", "begin = 0", "wgmma, splits",
+        SM90, "forward/producers_sm90.cuh", "step = first_step<K>(h, part);", "step = 0;", "wgmma, splits",
     ),
     "sums of a cluster not met at": (
         SM90, "forward/epilogue_sm90.cuh", "sync_cluster();", "", "wgmma, splits",
     ),
     "whose sums": (SM90, "forward/epilogue_sm90.cuh", "read_words_of(s,", "read_words_of(rank,", "wgmma, splits"),
     "the sums' end": (SM90, "forward/sm90.cuh", "sync_cluster();  // nor", ";  // nor", "wgmma, splits"),
-    "whose channels": (SM90, "forward/sm90.cuh", "first = rank * channels", "first = 0", "wgmma, float32 splits"),
+    "whose channels": (SM90, "forward/sm90.cuh", "first = part * channels", "first = 0", "wgmma, float32 splits"),
     "channels of another": (
         SM90, "forward/epilogue_sm90.cuh", "if (part * COLUMNS >= channels) break;", "", "wgmma, float32 splits",
     ),
@@ -333,8 +333,8 @@ MUTATIONS = {  # object, header, what it says and what it is to say, and the cas
     "a pair's beginning": (
         BACKWARD_90, "backward/weight_sm90.cuh", "if (h.pair_bits) sync_cluster();  // as", "// as", "backward, pairs",
     ),
-    "a block's part of dX's weight": (*IMAGES, "k / 64 % 2 == rank", "k / 64 % 2 == 0", "backward, pairs"),
-    "dX of a pair": (*IMAGES, "rank_in_cluster(h.pair_bits), origin", "0, origin", "backward, pairs"),
+    "a block's part of dX's weight": (*IMAGES, "% 2 == rank_in_cluster(h.pair_bits)", "% 2 == 0", "backward, pairs"),
+    "dX of a pair": (*IMAGES, "origin(tile.m, origin)", "origin(tile.m & ~1u, origin)", "backward, pairs"),
     "a row of dY": (BACKWARD, "backward/weight_sm80.cuh", "+ row) * LEFT", "+ (row ^ 1)) * LEFT", "backward"),
 }  # fmt: skip
 
@@ -343,11 +343,8 @@ MUTATIONS = {  # object, header, what it says and what it is to say, and the cas
 def test_caught(monkeypatch, name):
     source, *change, case = MUTATIONS[name]
     pixels = "uint8_t, false" if case in BYTES else "half, true"
-    alone_there = (
-        SM90,
-        "launch_sm90<half>(l)",
-        f"launch_wgmma_tile<half, {pixels}>(l)",
-    )  # others take seconds to compile
+    # The others take a second to compile, and are not launched
+    alone_there = SM90, "launch_sm90<half>(l)", f"launch_wgmma_tile<half, {pixels}>(l)"
     module = build.mutated(source, tuple(change), *[alone_there] * (source == SM90))
     act = CASES[case][1]
     backend.use(monkeypatch, module, gpu_of(case))

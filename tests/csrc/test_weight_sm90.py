@@ -50,7 +50,7 @@ def watched(on_cuda_kernels, device, monkeypatch):
 
 
 @pytest.mark.parametrize("in_groups", [False, True])
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", range(90))
 def test_random_problem(watched, device, monkeypatch, seed, in_groups):
     call = on(device, drawn_for_the_copy_engine(seed, in_groups))
     multiprocessors = random.Random(seed).choice((1, 2, 5, 132))
@@ -64,7 +64,7 @@ def test_random_problem(watched, device, monkeypatch, seed, in_groups):
 
 
 @pytest.mark.parametrize("draw", [drawn_for_the_copy_engine, drawn_for_threads])
-@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("seed", range(40))
 def test_copies_of_the_gradient_of_tokens(watched, device, monkeypatch, seed, draw):
     """Tokens in float32, as autocast keeps them: of all images at once, and of a few after the other."""
     call = draw(seed)
@@ -105,7 +105,7 @@ def test_copies_where_nothing_is_summed(watched, device, kept):
     assert plan.copy_row == 72 and plan.sums.table_rows == 0 and plan.indexed == (kept is not None)
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", range(90))
 def test_pixels_copied_by_threads(watched, device, seed):
     call = on(device, drawn_for_threads(seed))
     plans = watched(random.Random(seed).choice((1, 2, 5, 132)))

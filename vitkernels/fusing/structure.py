@@ -61,9 +61,8 @@ def why_not(conv: Any) -> str | None:
             f"the projection has groups {conv.groups}, dilation {conv.dilation}, padding {conv.padding!r} of mode "
             f"{conv.padding_mode!r}; 1, 1 and zeros are what is fused"
         )
-    return (quantised if isinstance(conv, Fused) else touched)(
-        "the projection", conv
-    )  # a call of a fused one runs hooks
+    ask = quantised if isinstance(conv, Fused) else touched  # a call of a fused one runs hooks
+    return ask("the projection", conv)
 
 
 def embedding_around(model: nn.Module, path: str) -> str | None:

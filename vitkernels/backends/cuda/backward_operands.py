@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from ...gpu import Gpu
 from ...problem import PatchProblem, Triple
 
 STAGES = 3  # csrc/backward/plan.h: steps under way
@@ -37,6 +38,12 @@ class Grad(NamedTuple):
 
     at: int  # its address, modulo 16
     strides: Triple
+
+
+def pair_of(tiles: int, gpu: Gpu) -> int:
+    """Blocks of a cluster that share an operand: two where at least half of the multiprocessors have a tile, as the L2
+    is what is short where many read; else one."""
+    return 2 if 2 <= gpu.multiprocessors <= 2 * tiles else 1
 
 
 def largest_chunk(dtype: torch.dtype, at: int, steps: Sequence[int]) -> int:

@@ -32,6 +32,7 @@ from .backward_operands import (
     largest_chunk,
     no_map,
     operand_of,
+    pair_of,
 )
 from .forward_plan import no_copied, no_operands
 from .images_plan import ImagesPlan, WgmmaImagesPlan, images_plan, no_wgmma_images, wgmma_images_plan
@@ -204,12 +205,12 @@ def weight_plan(p: PatchProblem, gpu: Gpu, tf32: bool, images_at: int, grad: Gra
 
 
 def in_pairs(weight: WeightPlan, gpu: Gpu) -> WeightPlan:
-    """The same by pairs of blocks, where the copy engine brings all, and pairs are whole and occupy the GPU."""
-    work = weight.splits * weight.tiles
-    whole = weight.wgmma and not weight.pixels.chunk and weight.tiles_k % 2 == 0
-    if not whole or not 2 <= gpu.multiprocessors <= 2 * work:
+    """The same by pairs of blocks, where the copy engine brings all and each tile has a neighbour."""
+    if not weight.wgmma or weight.pixels.chunk or weight.tiles_k % 2:
         return weight
-    return weight._replace(pair=2, blocks=min(work, gpu.multiprocessors // 2 * 2))
+    work = weight.splits * weight.tiles
+    pair = pair_of(work, gpu)
+    return weight._replace(pair=pair, blocks=min(work, gpu.multiprocessors // pair * pair))
 
 
 class Copied(NamedTuple):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from ...gpu import Gpu
 from ...problem import PatchProblem, Triple
 from ..patch_layout import PatchLayout, blocks_in, blocks_of, group_of, layout_of, no_copy_engine, product_of
-from .backward_operands import STAGES, WGMMA_PIXELS, Grad, Operand, Tile, grad_operand, no_map
+from .backward_operands import STAGES, WGMMA_PIXELS, Grad, Operand, Tile, grad_operand, no_map, pair_of
 from .forward_plan import no_operands, no_padded_rows, padded_row
 
 # As csrc instantiates them
@@ -111,7 +111,7 @@ def wgmma_images_plan(p: PatchProblem, gpu: Gpu, strides: tuple[int, ...]) -> Wg
         stage_bytes, staging = (WGMMA_IMAGES + BN) * 128, 8 * 2 * 16 * WGMMA_PIXELS * p.image_dtype.itemsize
         stages = min(6, (gpu.shared_bytes - staging - 1024) // stage_bytes)  # beside them: barriers
         tiles_k, tiles_m = -(-weight_row // BN), blocks_in(p, block)
-        pair = 2 if 2 <= gpu.multiprocessors <= tiles_k * tiles_m else 1  # as the forward's: where all of them read
+        pair = pair_of(tiles_k * tiles_m, gpu)
         tiles = tiles_k * -(-tiles_m // pair) * pair
         return WgmmaImagesPlan(
             BN, tiles_k, tiles, min(tiles, gpu.multiprocessors // pair * pair), block, group, stages,
