@@ -45,6 +45,7 @@ STAGES = {
     "sanitize": (120, "compute-sanitizer on tiny problems"),
 }
 DRY_SECONDS = 90
+LEAST_SECONDS = 8  # for less, a stage is not begun
 LOG_BYTES = 100_000  # of a log that is kept: its end
 
 
@@ -199,7 +200,7 @@ def main(argv: list[str] | None = None) -> int:
         status["status"] = "no time left"
         for _ in range(4):  # a process that dies is begun again; what it was at is skipped then
             deadline = min(start + most, end)
-            if deadline - time.time() < 8:
+            if deadline - time.time() < LEAST_SECONDS:
                 break
             say(f"=== {name}: {STAGES[name][1]} ({deadline - time.time():.0f} s at most)")
             status["status"] = _run_stage(args, name, deadline, folder)

@@ -96,7 +96,7 @@ def _after(op: Instruction, state: State, warps: int) -> tuple[State, str]:
     else:
         if warps > 4 and state.freed and re.match(r"LDGSTS|STS|UTMALDG|UBLKCP", op.opcode):
             fault = "writes shared memory that another warpgroup's product may still read: no barrier since the wait"
-        touched = set(_registers(op))
+        touched = set(_registers(op)) if flight else ()
         if mine := [key for key in flight if key[0] in touched]:
             fault = _named(mine)
     return (_joined(state, new), fault) if op.conditional else (new, fault)
@@ -189,6 +189,7 @@ class Flow:
             meeting = tuple(sorted({**dict(meeting), barrier: self._target(op)}.items()))
         elif kind == "BSYNC":
             targets = {dict(meeting)[barrier]} if barrier in dict(meeting) else self.meeting.get(barrier, set())
+            meeting = tuple(pair for pair in meeting if pair[0] != barrier)  # else all behind is walked once for each
         found = [(i + 1, calls, meeting)] if on and i + 1 < len(self.code) else []
         if kind == "CALL":
             self._returns(i)
