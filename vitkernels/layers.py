@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .dispatch import check_name
 from .functional import patch_embed
+from .problem import grid_of
 from .sharded import are_dtensors
 
 if TYPE_CHECKING:
@@ -90,10 +91,7 @@ class PatchEmbed(nn.Module):
                 raise ValueError(f"img_size {self.img_size} is smaller than the patch {self.patch_size}")
 
     def _grid(self, size: Pair) -> Pair:
-        y, x = (
-            (s + 2 * pad - P) // S + 1
-            for s, pad, P, S in zip(size, self.padding, self.patch_size, self.stride, strict=True)
-        )
+        y, x = grid_of(size, self.padding, self.patch_size, self.stride)
         return y, x
 
     def _missing(self, size: Pair) -> Pair:
@@ -227,7 +225,7 @@ def normalised(
     return x.to(dtype)
 
 
-def in_layout(tokens: torch.Tensor, layout: str, grid: Pair) -> torch.Tensor:
+def in_layout(tokens: torch.Tensor, layout: str, grid: tuple[int, ...]) -> torch.Tensor:
     """Tokens [B,N,D] as a view in another layout."""
     if layout == "NCL":
         return tokens.transpose(1, 2)
@@ -340,13 +338,25 @@ def quantised(name: str, module: nn.Module) -> str | None:
     return None
 
 
-def why_not_plain(name: str, conv: nn.Module) -> str | None:
-    """Why reading conv.weight and conv.bias would not be all that a call of `conv` does; None: it is."""
-    if type(conv) is not nn.Conv2d:
-        return f"{name} is a {type(conv).__name__}, not a plain Conv2d"
-    if conv.groups != 1 or conv.dilation != (1, 1) or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+def why_not_plain(
+    name: str, conv: Any, *kinds: type[nn.Module], ask: Callable[[str, nn.Module], str | None] = touched
+) -> str | None:
+    """Why `patch_embed` of conv.weight and conv.bias would not be all that a call of `conv` does; None: it is.
+
+    kinds: Conv2d where nothing is said; a fused one is what it was. `ask`: what hangs on it.
+    """
+    kinds, plain = kinds or (nn.Conv2d,), getattr(type(conv), "_vk_base", type(conv))
+    if plain not in kinds:
+        return f"{name} is a {plain.__name__}, not a plain {' or '.join(kind.__name__ for kind in kinds)}"
+    padded = conv.padding == "same" or (any(padding_of(conv)) and conv.padding_mode != "zeros")
+    if conv.groups != 1 or max(conv.dilation) > 1 or padded:
         return (
             f"{name} has groups {conv.groups}, dilation {conv.dilation}, padding {conv.padding!r} "
-            f"of mode {conv.padding_mode!r}; 1, (1, 1) and numbers of zeros are what is fused"
+            f"of mode {conv.padding_mode!r}; 1, 1 and numbers of zeros are what is fused"
         )
-    return touched(name, conv)
+    return ask(name, conv)
+
+
+def padding_of(conv: Any) -> tuple[int, ...]:
+    """In numbers, of a convolution that `why_not_plain` takes."""
+    return (0,) * len(conv.kernel_size) if conv.padding == "valid" else conv.padding

@@ -103,10 +103,7 @@ class PatchProblem:
 
     @cached_property
     def G(self) -> Triple:
-        t, y, x = (
-            (size + 2 * pad - patch) // stride + 1
-            for size, pad, patch, stride in zip((self.F, self.H, self.W), self.pad, self.P, self.S, strict=True)
-        )
+        t, y, x = grid_of((self.F, self.H, self.W), self.pad, self.P, self.S)
         return t, y, x
 
     @cached_property
@@ -176,6 +173,14 @@ class PatchProblem:
             f"B={self.B} C={self.C} {picture} patch {patch} D={self.D} T={self.T} "
             f"{name[self.image_dtype]} -> {name[self.out_dtype]}"
         )
+
+
+def grid_of(
+    sizes: Sequence[int], padding: Sequence[int], patch: Sequence[int], stride: Sequence[int]
+) -> tuple[int, ...]:
+    """How many patches fit along each axis; none or fewer where the patch does not."""
+    axes = zip(sizes, padding, patch, stride, strict=True)
+    return tuple((size + 2 * pad - P) // S + 1 for size, pad, P, S in axes)
 
 
 def arguments_of(

@@ -44,6 +44,7 @@ struct WgmmaImagesKernel {
 
 template <class K>
 VK_DEVICE void produce_images(const WgmmaImagesArguments& h, char* stages, Barrier* full, Barrier* empty) {
+    wait_for_prerequisites();  // of the weight
     PipelineState state;
     for (Tiles tile(h.tiles, h.by_tiles_k, h.pair_bits); tile.is_there(); tile.advance()) {
         int k0 = static_cast<int>(tile.n) * K::BN;
@@ -214,8 +215,9 @@ void launch_wgmma_images(const WgmmaImagesLaunch& l) {
     h.block = tile_block(plan.block, plan.group, grid);
     h.by_tiles_k = Divisor(plan.tiles_k), h.tiles = plan.tiles / plan.pair, h.pair_bits = plan.pair - 1;
     h.steps = static_cast<int>(ceil_div(p.D, 64)), h.stages = plan.stages;
+    Early packed{l.weight, static_cast<int64_t>(all)};
     launch(wgmma_images_kernel<K>, plan.blocks, K::THREADS, plan.shared_bytes, l.stream, h, "the gradient of the images",
-           plan.pair);
+           plan.pair, packed);
 }
 
 template <class T>

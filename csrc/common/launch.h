@@ -12,6 +12,15 @@
 #include "common/errors.h"
 #include "common/problem.h"
 
+namespace vk {
+
+struct Early {  // what a launch waits for, wait_for_prerequisites(), where it first reads it
+    const void* data;
+    int64_t bytes;
+};
+
+}  // namespace vk
+
 #if defined(__CUDACC__)
 
 #include <cuda_runtime.h>
@@ -61,19 +70,29 @@ inline void allow_shared_memory(const void* kernel) {
 
 // One launch; `what` is for the message of an error. A block may have more than 48 KB of shared memory. Where blocks are
 // to run by `cluster`, there may be no room for one, as on a slice of a GPU: then another kernel can still be taken.
+// With `early` it may begin while the launch before it, which says launch_dependents(), still fills that memory, and
+// nothing else that is read here: it begins on what needs none of it.
 template <class Arguments>
 void launch(void (*kernel)(Arguments), int64_t blocks, int threads, int shared_bytes, Stream stream,
-            const Arguments& arguments, const std::string& what, int cluster = 1) {
+            const Arguments& arguments, const std::string& what, int cluster = 1, Early early = {}) {
     if (shared_bytes > 48 * 1024) allow_shared_memory(reinterpret_cast<const void*>(kernel));
-    cudaLaunchAttribute by_cluster{};
-    by_cluster.id = cudaLaunchAttributeClusterDimension;
-    by_cluster.val.clusterDim.x = static_cast<unsigned>(cluster);
-    by_cluster.val.clusterDim.y = by_cluster.val.clusterDim.z = 1;
+    cudaLaunchAttribute attributes[2]{};
     cudaLaunchConfig_t config{};
+    config.attrs = attributes;
+    if (cluster > 1) {
+        cudaLaunchAttribute& by_cluster = attributes[config.numAttrs++];
+        by_cluster.id = cudaLaunchAttributeClusterDimension;
+        by_cluster.val.clusterDim.x = static_cast<unsigned>(cluster);
+        by_cluster.val.clusterDim.y = by_cluster.val.clusterDim.z = 1;
+    }
+    if (early.bytes) {
+        cudaLaunchAttribute& overlap = attributes[config.numAttrs++];
+        overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        overlap.val.programmaticStreamSerializationAllowed = 1;
+    }
     config.gridDim = dim3(static_cast<unsigned>(blocks)), config.blockDim = dim3(static_cast<unsigned>(threads));
     config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
     config.stream = static_cast<cudaStream_t>(stream);
-    config.attrs = &by_cluster, config.numAttrs = cluster > 1;
     cudaError_t code = cudaLaunchKernelEx(&config, kernel, arguments);
     if (code == cudaSuccess) return;
     std::string text = what + ", " + std::to_string(blocks) + " blocks of " + std::to_string(threads) + " threads, " +

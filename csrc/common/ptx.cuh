@@ -33,6 +33,13 @@ using bfloat16 = __nv_bfloat16;
 using TensorMap = CUtensorMap;  // made on the host (driver.h)
 using Barrier = uint64_t;       // of asynchronous copies, in shared memory
 
+// When all blocks have said so, or ended, the next launch may begin if it may do so early (launch.h).
+VK_DEVICE void launch_dependents() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // Threads
 
 VK_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
@@ -159,6 +166,9 @@ VK_DEVICE void multiply_add<float>(float (&c)[4], const uint32_t (&a)[4], uint32
 // Hopper (sm_90a)
 
 #if VK_SM90A
+
+// Where the launch was to begin early (launch.h): until what the launch before it wrote is there
+VK_DEVICE void wait_for_prerequisites() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
 // Among all threads of a cluster, blocks side by side in the grid, that have not returned
 VK_DEVICE void sync_cluster() {

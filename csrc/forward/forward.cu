@@ -22,6 +22,7 @@ struct PackArguments {
 };
 
 VK_KERNEL(256, 1) pack_kernel(VK_GRID_CONSTANT PackArguments a) {
+    launch_dependents();
     int64_t at = block_index() * 256 + thread_index();
     if (at >= a.size) return;
     int64_t d = at / a.columns;

@@ -155,6 +155,7 @@ VK_DEVICE void produce(const WgmmaArguments& h, char* stages, char* table, const
     const ForwardArguments& a = h.a;
     bool leader = thread_index() == 0;
     if (ENGINE && !leader) return;
+    if (leader) wait_for_prerequisites();  // of the weight, where it is packed
     int image_bytes = ENGINE ? K::BM * a.step_k * int(sizeof(Pixel)) : 0;
     ImageRows<Pixel> rows(a, table, K::BM, 128);
     PipelineState state;
@@ -228,6 +229,7 @@ template <class K>
 VK_DEVICE void produce_by_threads(const WgmmaArguments& h, char* stages, float* table, const Barriers& barriers) {
     const ForwardArguments& a = h.a;
     int m = thread_index();
+    if (m == 0) wait_for_prerequisites();  // of the weight, where it is packed
     PipelineState state;
     uint32_t phase = 0;
     for (Tiles tile = tiles_of<K>(h); tile.is_there(); tile.advance(), phase ^= 1) {

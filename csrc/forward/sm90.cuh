@@ -290,7 +290,9 @@ void launch_wgmma(const ForwardLaunch& l) {
     h.prefixes = l.prefixes;
     while (1 << h.pair_bits < l.plan.pair()) ++h.pair_bits;
     while (1 << h.split_bits < l.plan.splits) ++h.split_bits;
-    launch(wgmma_kernel<K>, l.plan.blocks, K::THREADS, l.plan.shared_bytes, l.stream, h, "the forward", l.plan.cluster);
+    Early packed{l.arguments.weight, l.plan.pack ? p.D * l.plan.weight_row * size_of(p.compute) : 0};
+    launch(wgmma_kernel<K>, l.plan.blocks, K::THREADS, l.plan.shared_bytes, l.stream, h, "the forward", l.plan.cluster,
+           packed);
 }
 
 // Of forward_plan.py's tiles those that it offers

@@ -106,6 +106,9 @@ CASES = {
     "wgmma, u8 groups": (90, lambda: wrong_tokens(ENGINE, **arguments(9, 3, 28, 112, 14, 72, U8, mean=0.5, std=0.2))),
     "wgmma, kept": (90, lambda: wrong_tokens(COPIED, **arguments(33, 3, 64, 48, 16, 264, pos="N", kept=7))),
     "wgmma, padded": (90, lambda: wrong_tokens(COPIED, **arguments(33, 1, 64, 48, 16, 264, pos="N", padding=4))),
+    "wgmma, kept, packed": (
+        90, lambda: wrong_tokens(COPIED, **arguments(33, 3, 64, 48, 16, 264, kept=7, channels_last=True)),
+    ),
     "wgmma, rows": (90, lambda: wrong_tokens(f"{ROWS}, wgmma", **arguments(33, 1, 56, 112, 14, 264, U8))),
     "wgmma, float32": (  # normalised, so that pixels have all 24 bits
         90, lambda: wrong_tokens(STORED, **arguments(33, 1, 64, 48, 16, 264, F32, weights=F32, mean=0.3, std=0.7)),
@@ -224,6 +227,13 @@ MUTATIONS = {  # object, header, what it says and what it is to say, and the cas
         SM90_F32, "forward/producers_sm90.cuh", "static_cast<int>(h.a.weight_row) / K::TERMS * term", "0",
         "wgmma, float32",
     ),
+    "not packed yet": (
+        SM90, "forward/producers_sm90.cuh", "if (leader) wait_for_prerequisites();", "", "wgmma, in groups",
+    ),
+    "not packed yet, by threads": (
+        SM90, "forward/producers_sm90.cuh", "if (m == 0) wait_for_prerequisites();", "", "wgmma, kept, packed",
+    ),
+    "dX's weight not packed yet": (*IMAGES, "wait_for_prerequisites();", "", "dX"),
     "how it is packed": ("forward/forward.cu", "forward/forward.cu", "value - whole", "value", "wgmma, float32"),
     "warpgroups not met at": (SM90, "forward/sm90.cuh", "? (warp < 4 ? a.lag : 0)", "? warp / 4 - 1", "wgmma, pairs"),
     "a cluster's beginning": (SM90, "forward/sm90.cuh", "sync_cluster();  // none", ";  // none", "wgmma, pairs"),

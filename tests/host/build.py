@@ -34,6 +34,7 @@ FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden"]
 FLAGS += ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-unused-parameter"]
 EMULATOR = HERE / "emulator.cpp"
 HEADERS = (".h", ".cuh", ".inc")
+STANDARD = ("algorithm", "cmath", "cstring", "mutex", "set", "stdexcept", "string", "type_traits")
 
 
 class BuildError(RuntimeError):
@@ -95,6 +96,21 @@ def alone():
         yield
 
 
+def standard(flags: tuple[str, ...]) -> Path:
+    """A header of what the kernels include of the standard library, precompiled: a third of a kernel's time."""
+    program = compiler()
+    header = CACHE / f"standard-{key_of(version_of(program), STANDARD, *FLAGS, *flags)}.h"
+    target = header.with_name(f"{header.name}.gch")
+    if target.exists():
+        os.utime(header), os.utime(target)
+    else:
+        header.write_text("".join(f"#include <{name}>\n" for name in STANDARD))
+        part = target.with_suffix(".part")
+        checked([program, *FLAGS, *flags, "-x", "c++-header", str(header), "-o", str(part)])
+        part.rename(target)
+    return header
+
+
 def compiled(name: str, sources: list[Path], include: list[Path], flags: tuple[str, ...] = ()) -> list[Path]:
     """The sources' objects, compiled where no earlier call has done so."""
     program = compiler()
@@ -103,6 +119,7 @@ def compiled(name: str, sources: list[Path], include: list[Path], flags: tuple[s
     # Directories don't count, or a copy of csrc/ with one kernel changed would compile all of them again.
     options = [version_of(program), *(f for f in common if f not in {f"-I{d}" for d in include})]
     shared = key_of(*options, *(part for h in headers for part in (h.name, h)))
+    precompiled = ["-include", str(standard(flags))]
 
     def object_of(source: Path) -> Path:
         own = ["-O3"] if source == EMULATOR else []  # it does the arithmetic
@@ -111,7 +128,7 @@ def compiled(name: str, sources: list[Path], include: list[Path], flags: tuple[s
             os.utime(target)
         else:
             part = target.with_suffix(".part")
-            checked([program, *common, *own, "-x", "c++", "-c", str(source), "-o", str(part)])
+            checked([program, *common, *(own or precompiled), "-x", "c++", "-c", str(source), "-o", str(part)])
             part.rename(target)
         return target
 

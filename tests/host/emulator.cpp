@@ -274,6 +274,8 @@ struct Launch {
     Context outside;
     int at_cluster;  // warps, at sync_cluster
     bool apart;      // whether the blocks of a cluster get as far ahead of each other as they can
+    void* early;     // what the launch before this one makes, and what it will be
+    std::string to_come;
     std::string error;
     bool failed;
 };
@@ -987,6 +989,8 @@ void fail(const std::string& message) { throw std::runtime_error(of_block_and_th
 
 uint32_t shared_address(const void* p) { return static_cast<uint32_t>(offset_of(p, 0, "shared_address")) + FIRST; }
 
+void wait_for_prerequisites() { std::memcpy(launched.early, launched.to_come.data(), launched.to_come.size()); }
+
 static void sync(const Operation& operation) {
     Thread& t = *current;
     Warp& w = *t.warp;
@@ -1336,7 +1340,7 @@ void warpgroup_multiply_add(float* c, int columns, const uint32_t* a, uint64_t a
 }
 
 void run(void (*call)(const void*, const void*), const void* kernel, const void* arguments, int64_t count,
-         int threads_per_block, int shared_bytes, int cluster, const std::string& what) {
+         int threads_per_block, int shared_bytes, int cluster, const std::string& what, void* early, int64_t early_bytes) {
     static std::mutex one_launch;  // the state is of one block
     std::lock_guard<std::mutex> lock(one_launch);
     std::string where = what + " (" + std::to_string(count) + " blocks of " + std::to_string(threads_per_block) +
@@ -1353,6 +1357,8 @@ void run(void (*call)(const void*, const void*), const void* kernel, const void*
     launched.cluster = cluster;
     launched.at_cluster = 0;
     launched.failed = false;
+    launched.early = early;
+    launched.to_come.assign(static_cast<const char*>(early), static_cast<size_t>(early_bytes));
     current = nullptr;
     here.blocks = count;
     for (int i = 0; i < cluster; ++i) {
@@ -1366,8 +1372,10 @@ void run(void (*call)(const void*, const void*), const void* kernel, const void*
             seed_with(seed ? std::strtoull(seed, nullptr, 10) : 1, first);
             for (int i = 0; i < cluster; ++i) block = blocks + i, start_block(first + i);
             launched.apart = cluster > 1 && draw() % 2;
+            std::memset(early, 0xff, launched.to_come.size());
             run_cluster();
         }
+        wait_for_prerequisites();  // as whoever comes next does
     } catch (const std::exception& e) {
         current = nullptr;
         throw std::runtime_error(where + ": " + e.what());

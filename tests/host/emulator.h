@@ -41,6 +41,7 @@ extern Here here;
 
 uint32_t shared_address(const void* p);
 
+void wait_for_prerequisites();
 void sync(int id, int threads);  // id 0: all threads of the block
 void sync_cluster();             // of all blocks of the cluster, but for those that have returned
 void read_words_of(int rank, const void* p, uint32_t* words);
@@ -81,9 +82,10 @@ void warpgroup_wait(int pending);
 void warpgroup_multiply_add(float* c, int columns, const uint32_t* a, uint64_t a_shared, uint64_t b, Dtype type,
                             bool across, bool a_across);
 
-// All clusters, one after the other; `call` runs one thread.
+// All clusters, one after the other; `call` runs one thread. What is early is NaN for a cluster until it has waited.
 void run(void (*call)(const void* kernel, const void* arguments), const void* kernel, const void* arguments,
-         int64_t blocks, int threads, int shared_bytes, int cluster, const std::string& what);
+         int64_t blocks, int threads, int shared_bytes, int cluster, const std::string& what, void* early,
+         int64_t early_bytes);
 
 }  // namespace host
 }  // namespace vk

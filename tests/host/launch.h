@@ -15,12 +15,12 @@ struct OnDevice {  // there is one
 
 template <class Arguments>
 void launch(void (*kernel)(Arguments), int64_t blocks, int threads, int shared_bytes, Stream,
-            const Arguments& arguments, const std::string& what, int cluster = 1) {
+            const Arguments& arguments, const std::string& what, int cluster = 1, Early early = {}) {
     host::run(
         [](const void* kernel, const void* arguments) {
             (*static_cast<void (*const*)(Arguments)>(kernel))(*static_cast<const Arguments*>(arguments));
         },
-        &kernel, &arguments, blocks, threads, shared_bytes, cluster, what);
+        &kernel, &arguments, blocks, threads, shared_bytes, cluster, what, const_cast<void*>(early.data), early.bytes);
 }
 
 }  // namespace vk

@@ -84,6 +84,9 @@ inline void sync_some(int id, int threads) {
     host::sync(id, threads);
 }
 
+inline void launch_dependents() {}
+inline void wait_for_prerequisites() { host::wait_for_prerequisites(); }
+
 inline void sync_cluster() { host::sync_cluster(); }
 
 inline void read_words_of(int rank, const void* p, uint32_t (&w)[4]) { host::read_words_of(rank, p, w); }

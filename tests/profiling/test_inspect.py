@@ -25,7 +25,8 @@ KEYS = {
 
 
 def inspect(*arguments):
-    command = [sys.executable, "-m", "vitkernels", "inspect", "--json", *arguments]
+    # One job, as pytest's workers share the cores, and each imports torch.
+    command = [sys.executable, "-m", "vitkernels", "inspect", "--json", "--jobs", "1", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "1"})
     assert done.returncode in (0, 1), done.stderr
     return json.loads(done.stdout), done.returncode

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..functional import patch_embed
-from ..layers import eager_dtype, quantised, touched
+from ..layers import padding_of, quantised, touched, why_not_plain
 from .pending import Pending, noting
-from .swapping import Fused, at_each_call
+from .swapping import Fused, at_each_call, embed, grid_of, takes
 
 # Of pixels. Later stages of a hierarchy cut features, which have more: on a CPU ConvNeXt's, 2×2 of 96 channels, took
 # twice as long as the convolution.
@@ -24,16 +23,11 @@ class Projection(Fused):
     """A Conv2d or Conv3d; its result is a view [B,D,(G_t,)G_h,G_w] of tokens, the channels innermost."""
 
     def forward(self, input):
-        if (front := _patches(self, input)) is None:
+        if (grid := _grid(self, input)) is None:
             return super().forward(input)
-        padding, grid = front
         if noting():
-            return Pending.map(self, input, padding, grid, self._vk_backend)
-        tokens = patch_embed(
-            input, self.weight, self.bias, stride=self.stride, padding=padding, out_dtype=eager_dtype(self.weight),
-            backend=self._vk_backend,
-        )  # fmt: skip
-        return tokens.transpose(1, 2).unflatten(2, grid)
+            return Pending.map(self, input, padding_of(self), grid, self._vk_backend)
+        return embed(self, input, self._vk_backend).transpose(1, 2).unflatten(2, grid)
 
 
 def patchifies(module: Any) -> bool:
@@ -52,17 +46,8 @@ def of_patches(K: int) -> bool:
 
 def why_not(conv: Any) -> str | None:
     """Why this projection can't be a `patch_embed` of the convolution's parameters; asked at every call as well."""
-    plain = getattr(type(conv), "_vk_base", type(conv))
-    if plain not in (nn.Conv2d, nn.Conv3d):
-        return f"the projection is a {plain.__name__}, not a plain Conv2d or Conv3d"
-    padded = conv.padding not in ("valid", (0,) * len(conv.kernel_size))
-    if conv.groups != 1 or max(conv.dilation) > 1 or (padded and conv.padding_mode != "zeros"):
-        return (
-            f"the projection has groups {conv.groups}, dilation {conv.dilation}, padding {conv.padding!r} of mode "
-            f"{conv.padding_mode!r}; 1, 1 and zeros are what is fused"
-        )
     ask = quantised if isinstance(conv, Fused) else touched  # a call of a fused one runs hooks
-    return ask("the projection", conv)
+    return why_not_plain("the projection", conv, nn.Conv2d, nn.Conv3d, ask=ask)
 
 
 def embedding_around(model: nn.Module, path: str) -> str | None:
@@ -93,17 +78,11 @@ def _tables(module: nn.Module) -> bool:
 
 
 @at_each_call(why_not)
-def _patches(conv: Any, images: torch.Tensor) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """Padding and grid, of images that the convolution takes and gives as many dimensions as it was given."""
-    kernel = conv.kernel_size
-    if images.ndim != len(kernel) + 2:
+def _grid(conv: Any, images: torch.Tensor) -> tuple[int, ...] | None:
+    """Of images that the convolution takes and gives as many dimensions as it was given."""
+    if not takes(conv, images) or images.shape[0] == 0:
         return None
-    B, C, *size = images.shape
-    if C != conv.in_channels or B == 0:
+    if images.dtype != conv.weight.dtype and not torch.is_autocast_enabled(images.device.type):
         return None
-    same_dtype = images.dtype == conv.weight.dtype or torch.is_autocast_enabled(images.device.type)
-    if not same_dtype or not images.is_floating_point():
-        return None
-    padding = (0,) * len(kernel) if conv.padding == "valid" else conv.padding
-    grid = [(n + 2 * pad - P) // S + 1 for n, pad, P, S in zip(size, padding, kernel, conv.stride, strict=True)]
-    return (padding, tuple(grid)) if min(grid) > 0 else None
+    grid = grid_of(conv, images)
+    return grid if min(grid) > 0 else None

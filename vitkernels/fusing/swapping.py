@@ -17,9 +17,10 @@ import torch
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from .. import problem
 from ..eager import is_traced
 from ..functional import patch_embed
-from ..layers import eager_dtype
+from ..layers import eager_dtype, padding_of
 
 STRICT = False  # whether what goes wrong in reading a module is raised: for our own tests
 Read = TypeVar("Read")
@@ -174,17 +175,14 @@ def replaced(module: nn.Module, name: str) -> str | None:
     return f"{name} was replaced on the instance" if name in vars(module) else None
 
 
-def takes(conv: nn.Conv2d, images: torch.Tensor) -> bool:
+def takes(conv: Any, images: torch.Tensor) -> bool:
     """Whether these are images that a plain `conv` takes, but for the dtype of their floats."""
-    return images.ndim == 4 and images.shape[1] == conv.in_channels and images.is_floating_point()
+    dims = len(conv.kernel_size) + 2
+    return images.ndim == dims and images.shape[1] == conv.in_channels and images.is_floating_point()
 
 
-def grid_of(conv: Any, images: torch.Tensor) -> tuple[int, int]:
-    y, x = (
-        (s + 2 * pad - P) // S + 1
-        for s, pad, P, S in zip(images.shape[-2:], conv.padding, conv.kernel_size, conv.stride, strict=True)
-    )
-    return y, x
+def grid_of(conv: Any, images: torch.Tensor) -> tuple[int, ...]:
+    return problem.grid_of(images.shape[2:], padding_of(conv), conv.kernel_size, conv.stride)
 
 
 def embed(
@@ -194,9 +192,10 @@ def embed(
     *,
     pos_embed: torch.Tensor | None = None,
     prefix: torch.Tensor | None = None,
+    keep: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`patch_embed` with the parameters of a convolution, in the dtype that eager PyTorch would give: [B,T+N,D]."""
     return patch_embed(
-        images, conv.weight, conv.bias, pos_embed=pos_embed, prefix=prefix, stride=conv.stride, padding=conv.padding,
-        out_dtype=eager_dtype(conv.weight, pos_embed, prefix), backend=backend,
+        images, conv.weight, conv.bias, pos_embed=pos_embed, prefix=prefix, keep=keep, stride=conv.stride,
+        padding=padding_of(conv), out_dtype=eager_dtype(conv.weight, pos_embed, prefix), backend=backend,
     )  # fmt: skip

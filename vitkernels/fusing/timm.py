@@ -103,7 +103,7 @@ def _why_not(model: Any) -> str | None:
 
 
 @at_each_call(lambda patches: why_not_plain("proj", patches.proj))
-def _projection(patches: Any, x: torch.Tensor) -> tuple[torch.Tensor, str, tuple[int, int]] | None:
+def _projection(patches: Any, x: torch.Tensor) -> tuple[torch.Tensor, str, tuple[int, ...]] | None:
     """The images to be projected, the layout that is wanted, and the grid."""
     images = _images(patches, x)
     return None if images is None else (images, _layout(patches), grid_of(patches.proj, images))

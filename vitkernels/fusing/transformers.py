@@ -39,11 +39,8 @@ class ViTMAEEmbeddings(Fused):
         conv, position, token, numbers = front
         # Its own masking, of the patches' numbers in place of the patches: what it keeps is the list.
         keep, mask, ids_restore = self.random_masking(numbers, noise)
-        tokens = patch_embed(
-            pixel_values, conv.weight, conv.bias, pos_embed=position, prefix=token, keep=keep.squeeze(2),
-            stride=conv.stride, padding=conv.padding, out_dtype=eager_dtype(conv.weight, position, token),
-            backend=self._vk_backend,
-        )  # fmt: skip
+        keep = keep.squeeze(2)
+        tokens = embed(conv, pixel_values, self._vk_backend, pos_embed=position, prefix=token, keep=keep)
         return tokens, mask, ids_restore
 
     def random_masking(self, sequence, noise=None):  # named, so that a class with a masking of its own is left alone
@@ -55,10 +52,7 @@ class VideoMAEEmbeddings(Fused):
         if (front := _video_front_end(self, pixel_values, bool_masked_pos)) is None:
             return super().forward(pixel_values, bool_masked_pos)
         conv, position, keep = front
-        return patch_embed(
-            pixel_values.transpose(1, 2), conv.weight, conv.bias, keep=keep, pos_embed=position,
-            out_dtype=eager_dtype(conv.weight), backend=self._vk_backend,
-        )  # fmt: skip
+        return embed(conv, pixel_values.transpose(1, 2), self._vk_backend, pos_embed=position, keep=keep)
 
 
 class Llama4UnfoldConvolution(Fused):
@@ -84,15 +78,7 @@ def _why_not_mae(embeddings: Any) -> str | None:
 def _why_not_video(embeddings: Any) -> str | None:
     if reason := _why_not_patches(embeddings, VIDEO + "VideoMAEPatchEmbeddings"):
         return reason
-    name, conv = "patch_embeddings.projection", embeddings.patch_embeddings.projection
-    if type(conv) is not nn.Conv3d:
-        return f"{name} is a {type(conv).__name__}, not a plain Conv3d"
-    if conv.groups != 1 or set(conv.dilation) != {1} or conv.stride != conv.kernel_size or set(conv.padding) != {0}:
-        return (
-            f"{name} has groups {conv.groups}, dilation {conv.dilation}, stride {conv.stride}, padding "
-            f"{conv.padding!r}; 1, 1, {conv.kernel_size} and 0 are what is fused"
-        )
-    return touched(name, conv)
+    return why_not_plain("patch_embeddings.projection", embeddings.patch_embeddings.projection, nn.Conv3d)
 
 
 def _why_not_patches(embeddings: Any, of: str) -> str | None:
@@ -147,8 +133,9 @@ def _video_front_end(
     keep = None if masked is None else _visible(masked, (videos.shape[0], patches.num_patches), videos.device)
     if keep is None and masked is not None:
         return None
-    # No buffer: it stays on the CPU
-    return patches.projection, embeddings.position_embeddings.detach().to(videos.device), keep
+    # No buffer: it stays on the CPU. It is added in the dtype of the projection.
+    position = embeddings.position_embeddings.detach().to(videos.device, eager_dtype(patches.projection.weight))
+    return patches.projection, position, keep
 
 
 def _visible(masked: torch.Tensor, size: tuple[int, int], device: torch.device) -> torch.Tensor | None:

@@ -34,10 +34,9 @@ class Tile(NamedTuple):
     BM: int  # patches
     BN: int  # channels
     threads: int
-    rate: (
-        float  # of the largest tile's; on an H200 (_rate) wgmma's of 128 channels had 0.62 to 0.86 of it. Those of 192,
-    )
-    # for D = 192 and 384, and of 64, for few patches, came later: guesses, by the bytes that a multiply-add needs
+    # Of the largest tile's: on an H200 (_rate) wgmma's of 128 channels had 0.62 to 0.86 of it. Those of 192, for D of
+    # 192 and 384, and of 64, for few patches, came later: guesses, by the bytes that a multiply-add needs.
+    rate: float
 
 
 # Of the rate at which tensor cores multiply 16 bits, as H100's data sheet has it; float32 takes three products of TF32,
