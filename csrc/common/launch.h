@@ -68,6 +68,15 @@ inline void allow_shared_memory(const void* kernel) {
     allowed.insert({kernel, device});
 }
 
+// Earlier drivers can't capture a launch that begins early in a graph.
+inline bool may_begin_early() {
+    static const bool known = [] {
+        int version = 0;
+        return cudaDriverGetVersion(&version) == cudaSuccess && version >= 12030;
+    }();
+    return known;
+}
+
 // One launch; `what` is for the message of an error. A block may have more than 48 KB of shared memory. Where blocks are
 // to run by `cluster`, there may be no room for one, as on a slice of a GPU: then another kernel can still be taken.
 // With `early` it may begin while the launch before it, which says launch_dependents(), still fills that memory, and
@@ -85,7 +94,7 @@ void launch(void (*kernel)(Arguments), int64_t blocks, int threads, int shared_b
         by_cluster.val.clusterDim.x = static_cast<unsigned>(cluster);
         by_cluster.val.clusterDim.y = by_cluster.val.clusterDim.z = 1;
     }
-    if (early.bytes) {
+    if (early.bytes && may_begin_early()) {
         cudaLaunchAttribute& overlap = attributes[config.numAttrs++];
         overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
         overlap.val.programmaticStreamSerializationAllowed = 1;

@@ -21,10 +21,7 @@ struct PackArguments {
     int tf32_terms;
 };
 
-VK_KERNEL(256, 1) pack_kernel(VK_GRID_CONSTANT PackArguments a) {
-    launch_dependents();
-    int64_t at = block_index() * 256 + thread_index();
-    if (at >= a.size) return;
+VK_DEVICE void pack_element(const PackArguments& a, int64_t at) {
     int64_t d = at / a.columns;
     int to = static_cast<int>(at - d * a.columns), of_term = static_cast<int>(a.columns) / 2;
     bool rest = a.tf32_terms == 2 && to >= of_term;
@@ -41,6 +38,16 @@ VK_KERNEL(256, 1) pack_kernel(VK_GRID_CONSTANT PackArguments a) {
         value = rest ? from_bits(to_tf32(value - whole)) : whole;
     }
     store(a.packed, a.to, at, value);
+}
+
+inline constexpr int PACK_THREADS = 256, PACK_EACH = 4;  // elements of a thread
+
+VK_KERNEL(PACK_THREADS, 1) pack_kernel(VK_GRID_CONSTANT PackArguments a) {
+    launch_dependents();
+    int64_t first = block_index() * (PACK_THREADS * PACK_EACH) + thread_index();
+#pragma unroll
+    for (int i = 0; i < PACK_EACH; ++i)
+        if (first + i * PACK_THREADS < a.size) pack_element(a, first + i * PACK_THREADS);
 }
 
 static ForwardArguments arguments_of(const Problem& p, const ForwardPlan& f, const ForwardTensors& t) {
@@ -79,7 +86,7 @@ const char* device_type() {
 void pack_weight(const PatchLayout& layout, int row, const Tensor& weight, int64_t D, void* packed, Dtype to,
                  int64_t columns, int tf32_terms, Stream stream) {
     PackArguments a{layout, Divisor(row), weight, packed, to, columns, D * columns, tf32_terms};
-    launch(pack_kernel, ceil_div(a.size, 256), 256, 0, stream, a, "packing the weight");
+    launch(pack_kernel, ceil_div(a.size, PACK_THREADS * PACK_EACH), PACK_THREADS, 0, stream, a, "packing the weight");
 }
 
 static void launch_all(const Problem& p, const ForwardPlan& f, const ForwardTensors& t, Stream stream) {

@@ -94,6 +94,7 @@ def ptx(file: Path) -> list[str]:
     return sorted(set(re.findall(r"\.(sm_\w+)\.ptx$", _run("cuobjdump", "-lptx", file), re.MULTILINE)))
 
 
+@lru_cache(maxsize=64)  # some kernels are the same for several dtypes
 def read(cubin: bytes) -> tuple[Usage, str]:
     """Of a cubin with one kernel: what it uses, and its code with the source lines."""
     with tempfile.TemporaryDirectory() as folder:
