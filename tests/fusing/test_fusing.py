@@ -434,6 +434,18 @@ def test_left_alone(name):
     close(result(model(images, **call)), expected, 0 if name in ALONE else 1e-5)
 
 
+@pytest.mark.parametrize("said", ({"padding": "valid"}, {"padding_mode": "circular"}), ids=lambda said: next(iter(said)))
+@pytest.mark.parametrize("library", ("timm", "transformers", "mae", "videomae", "torchvision"))
+def test_no_padding_in_other_words(library, said):
+    model, images, call = build(library)
+    put(PROJECTION[library], nn.Conv3d if library == "videomae" else nn.Conv2d, **said)(model)
+    expected = result(model(images, **call))
+    report = vk.fuse(model)
+    assert [(entry.fused, "position" in entry.note, ";" in entry.note) for entry in report] == [(True, True, False)]
+    close(result(model(images, **call)), expected, 1e-5)
+    assert list(report.calls().values()) == [{"one call": 1}]
+
+
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_change_after_fusing_is_not_passed_by(change):
     library, change, reason = CHANGES[change]
