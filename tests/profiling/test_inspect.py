@@ -299,6 +299,14 @@ def test_width_of_a_load(modifiers, width):
     assert sass.widths(code, "LDG") == {width} and sass.widths(code, "LDGSTS") == {16}
 
 
+@pytest.mark.parametrize("jump", ("BRX R2 -0x10", "BRA `(.L_x_1)"))
+def test_where_an_indirect_jump_leads_is_asked_for(monkeypatch, jump):
+    said, asked = {"cuobjdump": " Function k:\n  REG:8 STACK:0 SHARED:0 LOCAL:0", "nvdisasm": f" /*0010*/ {jump} ;"}, []
+    monkeypatch.setattr(sass, "_run", lambda tool, *options, **_: (asked.append(options[:-1]), said[tool])[1])
+    assert sass.read.__wrapped__(b"") == (sass.Usage(8, 0, 0), said["nvdisasm"])
+    assert asked[1:] == [("-g", "-ndf", "-c"), *[("-g", "-c")] * ("BRX" in jump)]
+
+
 @pytest.mark.skipif(not shutil.which("c++filt"), reason="needs c++filt")
 def test_names_for_people():
     names = {
