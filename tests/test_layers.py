@@ -178,6 +178,13 @@ def test_a_wrapped_projection_is_not_passed_by():
         pe(torch.randn(1, 3, 16, 16))
 
 
+def test_a_projection_padded_by_name_is_not_passed_by():
+    layer = vk.PatchEmbed(8, 3, embed_dim=4, stride=1)
+    layer.proj = torch.nn.Conv2d(3, 4, 3, padding="same")
+    with pytest.raises(NotImplementedError, match="padding 'same' of mode 'zeros'"):
+        layer(torch.zeros(1, 3, 8, 8))
+
+
 def test_normed_patches_read_y_x_c():
     torch.manual_seed(0)
     before, linear, after = nn.LayerNorm(24), nn.Linear(24, D), nn.LayerNorm(D)
