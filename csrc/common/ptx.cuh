@@ -33,18 +33,18 @@ using bfloat16 = __nv_bfloat16;
 using TensorMap = CUtensorMap;  // made on the host (driver.h)
 using Barrier = uint64_t;       // of asynchronous copies, in shared memory
 
+// Threads
+
+VK_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
+VK_DEVICE int64_t block_index() { return blockIdx.x; }
+VK_DEVICE int64_t block_count() { return gridDim.x; }
+
 // When all blocks have said so, or ended, the next launch may begin if it may do so early (launch.h).
 VK_DEVICE void launch_dependents() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
-
-// Threads
-
-VK_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
-VK_DEVICE int64_t block_index() { return blockIdx.x; }
-VK_DEVICE int64_t block_count() { return gridDim.x; }
 
 VK_DEVICE char* shared_memory() {  // of the block, as much as the launch asked for, aligned to 1024 bytes
     extern __shared__ __align__(1024) char memory[];

@@ -150,10 +150,8 @@ def test_a_sum_of_tf32_is_cut_off(on_cuda_kernels, device, monkeypatch):
     _, tokens, exact = tokens_of_all({"images": torch.ones(1, 1, 16, 16), "weight": weight})
     assert len(tokens) > 1 and exact.gt(1 + 2**-19).all()
     most = exact if device == "cuda" else 1  # how many bits a GPU keeps in between is its own affair
-    whole = {
-        how: found.double() for how, found in tokens.items() if " by " not in how
-    }  # each part of k is cut off alone
-    assert all((found >= 1).all() and (found <= most).all() for found in whole.values()), tokens
+    whole = [found.double() for how, found in tokens.items() if " by " not in how]  # parts of k are cut off alone
+    assert all((found >= 1).all() and (found <= most).all() for found in whole), tokens
 
 
 def test_the_terms_of_float32(on_cuda_kernels, device):

@@ -80,11 +80,21 @@ def checked(command: list[str]) -> None:
         raise BuildError(f"{shlex.join(command)}\n{done.stdout}{done.stderr}"[:20000])
 
 
+def made(target: Path, command: list[str]) -> Path:
+    """`target`, a file of the cache, by this command where no earlier call has made it; whole, or not there."""
+    if target.exists():
+        os.utime(target)
+    else:
+        part = target.with_suffix(".part")
+        checked([*command, "-o", str(part)])
+        part.rename(target)
+    return target
+
+
 def remove_old() -> None:
     for path in CACHE.iterdir():
-        with contextlib.suppress(
-            FileNotFoundError
-        ):  # renamed meanwhile: nvcc's code (test_inspect.py) waits for nobody
+        # A part may get its name meanwhile: nvcc's code (test_inspect.py) waits for no other compiler.
+        with contextlib.suppress(FileNotFoundError):
             if path.name != "lock" and time.time() - path.stat().st_mtime > KEPT_SECONDS:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
@@ -103,14 +113,8 @@ def standard(flags: tuple[str, ...]) -> Path:
     """A header of what the kernels include of the standard library, precompiled: a third of a kernel's time."""
     program = compiler()
     header = CACHE / f"standard-{key_of(version_of(program), STANDARD, *FLAGS, *flags)}.h"
-    target = header.with_name(f"{header.name}.gch")
-    if target.exists():
-        os.utime(header), os.utime(target)
-    else:
-        header.write_text("".join(f"#include <{name}>\n" for name in STANDARD))
-        part = target.with_suffix(".part")
-        checked([program, *FLAGS, *flags, "-x", "c++-header", str(header), "-o", str(part)])
-        part.rename(target)
+    header.write_text("".join(f"#include <{name}>\n" for name in STANDARD))
+    made(header.with_name(f"{header.name}.gch"), [program, *FLAGS, *flags, "-x", "c++-header", str(header)])
     return header
 
 
@@ -127,13 +131,7 @@ def compiled(name: str, sources: list[Path], include: list[Path], flags: tuple[s
     def object_of(source: Path) -> Path:
         own = ["-O3"] if source == EMULATOR else []  # it does the arithmetic
         target = CACHE / f"{source.stem}-{key_of(shared, *own, source)}.o"
-        if target.exists():
-            os.utime(target)
-        else:
-            part = target.with_suffix(".part")
-            checked([program, *common, *(own or precompiled), "-x", "c++", "-c", str(source), "-o", str(part)])
-            part.rename(target)
-        return target
+        return made(target, [program, *common, *(own or precompiled), "-x", "c++", "-c", str(source)])
 
     with ThreadPoolExecutor(2) as pool:
         return list(pool.map(object_of, sources))

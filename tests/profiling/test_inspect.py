@@ -231,13 +231,7 @@ def machine_code(setup, arch, source):
     files = sorted(file for file in Path("csrc").rglob("*.*h") if file.is_file())
     target = build.CACHE / f"{source.stem}-{build.key_of(build.version_of('nvcc'), *command, source, *files)}.cubin"
     target.parent.mkdir(parents=True, exist_ok=True)
-    if target.exists():
-        os.utime(target)
-    else:
-        part = target.with_suffix(".part")
-        build.checked([*command, "-o", str(part)])
-        part.rename(target)
-    return target
+    return build.made(target, command)
 
 
 @pytest.mark.parametrize(
