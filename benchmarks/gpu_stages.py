@@ -140,7 +140,7 @@ def _launches(call, without=()):
                 choice = kernel, configs.default(p, kernel, product, gpu)
                 yield forward(module, f"triton {kernel} {'×'.join(map(str, choice[1][:3]))}", choice=choice)
         elif name == "cuda":
-            for how, plan in cuda.candidates(p, *tensors[:2]).items():
+            for how, plan in cuda.candidates(p, *tensors).items():
                 yield forward(module, f"cuda: {how}", plan=plan)
         else:
             yield forward(module, name)
@@ -256,8 +256,7 @@ def kernels(args, out, deadline):
             chosen, grad = cuda.how(p), torch.randn(p.out_shape, device=p.device).to(p.out_dtype)
             made = [None if t is None or i == 0 else torch.empty_like(t) for i, t in enumerate(tensors[:5])]
             steps = {
-                how: partial(cuda.forward, p, *tensors, plan=plan)
-                for how, plan in cuda.candidates(p, *tensors[:2]).items()
+                how: partial(cuda.forward, p, *tensors, plan=plan) for how, plan in cuda.candidates(p, *tensors).items()
             }
             for pairs in (False, True):
                 how = "gradients of the parameters" + " by pairs of blocks" * pairs

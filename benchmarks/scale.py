@@ -272,7 +272,7 @@ def mae() -> str:
 def requests() -> str:
     rows, gpu = [], "H100 SXM"
     r = roofline(MODELS["ViT-B/16"], 256, gpus=(gpu,))
-    for name in ("triton descriptor", "triton gather", "cuda patches", "cuda copy"):
+    for name in ("triton descriptor", "triton gather", "cuda engine", "cuda copy"):
         moved = r.roads[gpu][name]
         asked = moved.requested / 1e6
         tile = re.search(r"tiles of ([\d×]+)", moved.note)[1]

@@ -193,7 +193,7 @@ def drawn_for_threads(seed: int) -> dict:
     kind = ("kept", "video", "padded", "odd rows", "kept")[seed % 5]
     P_h, P_w = one(((16, 16), (16, 16), (8, 16), (12, 12), (9, 20), (16, 32), (14, 28)))
     P_t, frames = (1, 1) if kind != "video" else one(((2, 4), (2, 5), (1, 3), (3, 3)))
-    C, B, D = one((1, 3, 3, 4)), one((1, 2, 3, 5, 17)), one((8, 72, 136, 256, 264))
+    C, B, D = one((1, 3, 3, 4)), one((1, 2, 3, 5, 17)), one((8, 72, 136, 192, 256, 264))
     G_h, G_w = one(((1, 3), (3, 5), (2, 2), (4, 3), (1, 1), (2, 9)))
     H, W = G_h * P_h, G_w * P_w
     if kind == "odd rows":

@@ -4,7 +4,8 @@
 // The general one takes all that the contract allows. In the other the copy engine takes tokens to memory, from where
 // each warp lays them in shared memory, and what is added to the sums comes from a table in shared memory that threads
 // without other work fill while the tile is multiplied: so dtypes, strides and the edges of grid and batch cost the
-// consumers no instruction. forward_plan.py's no_engine says what it can't take.
+// consumers no instruction. Before that they add the positions of patches that are not those of every image's, as kept
+// ones are. forward_plan.py's no_stores says what it can't take.
 #pragma once
 
 #include "forward/sm80.cuh"
@@ -88,12 +89,17 @@ inline constexpr int STORE_BUFFERS = 2;  // of a warp: one is laid out while the
 
 inline constexpr int TABLE_PAD = 8;  // floats, so that four rows are read without bank conflicts
 
+// Of the table: one for each position that all images share; otherwise it is the bias alone
+VK_DEVICE int table_rows(const ForwardArguments& a, const TileBlock& block) {
+    return a.shared_positions ? block.positions() : 1;
+}
+
 // table[i, d] = bias[d0 + d] + pos[position i of the tile, d0 + d], by `threads` threads
 template <int BN>
 VK_DEVICE void fill_table(const ForwardArguments& a, const TileBlock& block, const int64_t (&grid)[2],
                           const int64_t (&origin)[3], int64_t d0, float* table, int thread, int threads) {
     constexpr int ACROSS = BN / 8;
-    for (int each = thread; each < block.positions() * ACROSS; each += threads) {
+    for (int each = thread; each < table_rows(a, block) * ACROSS; each += threads) {
         int position = each / ACROSS, column = each % ACROSS * 8;
         int64_t d = d0 + column, at[3];
         block.place(origin, block.row_of(position), at);
@@ -101,7 +107,7 @@ VK_DEVICE void fill_table(const ForwardArguments& a, const TileBlock& block, con
         if (d < a.D && at[1] < grid[0] && at[2] < grid[1]) {
             if (a.bias.data)
                 load_eight(values, a.bias.data, a.bias.dtype, d * a.bias.strides[0], a.bias.strides[0], 8);
-            if (a.pos.data) {
+            if (a.shared_positions) {
                 const int64_t(&p)[5] = a.pos.strides;
                 int64_t n = at[1] * grid[1] + at[2];
                 load_eight(pos, a.pos.data, a.pos.dtype, (a.pos_first + n) * p[1] + d * p[2], p[2], 8);
@@ -143,17 +149,49 @@ VK_DEVICE void add_up(float (&c)[N], int rank, int warp, char* memory) {
     }
 }
 
+// c = c·scale + pos, of row g of a warp's sums, or of row g + 8
+template <class T, int N>
+VK_DEVICE void add_row(float (&c)[N], int below, float scale, const T* pos) {
+    struct alignas(2 * sizeof(T)) Pair { T value[2]; };
+#pragma unroll
+    for (int j = 0; j < N / 4; ++j) {
+        Pair pair = *reinterpret_cast<const Pair*>(pos + 8 * j);
+#pragma unroll
+        for (int e = 0; e < 2; ++e) c[4 * j + 2 * below + e] = c[4 * j + 2 * below + e] * scale + to<float>(pair.value[e]);
+    }
+}
+
+// Of patches whose positions are their own, in the product's type or in float, all channels of whole tiles: `token` is that
+// of the warp's row lane % 16, d0 the first channel. Leaves the scales of rows g and g + 8: NaN is that of a patch that is not there.
+template <class Value, int N>
+VK_DEVICE void add_positions(const ForwardArguments& a, const Token& token, int64_t d0, float (&c)[N], float (&scales)[2]) {
+    const int64_t(&p)[5] = a.pos.strides;
+    int64_t mine = token.real ? token.b * p[0] + (a.pos_first + token.n) * p[1] : -1;
+#pragma unroll
+    for (int below = 0; below < 2; ++below) {
+        int64_t row = shuffle(mine, lane_index() / 4 + 8 * below), at = row + d0 + lane_index() % 4 * 2;
+        float scale = scales[below];
+        if (a.pos.data) scales[below] = 1;
+        if (row < 0)
+            scales[below] = NAN;
+        else if (a.pos.data && a.pos.dtype == Dtype::f32)
+            add_row(c, below, scale, static_cast<const float*>(a.pos.data) + at);
+        else if (a.pos.data)
+            add_row(c, below, scale, static_cast<const Value*>(a.pos.data) + at);
+    }
+}
+
 // The warp's rows are those from `row` of the tile on; `staged`: STORE_BUFFERS blocks as the map `tokens` has them.
-// Out: the product's type, or float. `channels`: of the 2·N that there are the first.
+// Out: the product's type, or float. `scales`: of rows g and g + 8. `channels`: of the 2·N
+// that there are the first.
 template <class Out, int N>
 VK_DEVICE void store_tokens(const ForwardArguments& a, const TileBlock& block, const int64_t (&origin)[3], int64_t d0,
-                            int row, const float (&c)[N], const float* table, char* staged, const TensorMap* tokens,
-                            int channels) {
+                            int row, const float (&c)[N], const float (&scales)[2], const float* table,
+                            char* staged, const TensorMap* tokens, int channels) {
     constexpr int PITCH = 2 * N + TABLE_PAD, COLUMNS = STORE_ROW / int(sizeof(Out));  // of one store
     int lane = lane_index(), g = lane / 4, t = lane % 4;
-    bool alike = block.period() <= 8;  // rows g and g + 8, in their position
-    float scale = static_cast<float>(a.scale);
-    const float* above = table + block.position_of(row + g) * PITCH + 2 * t;
+    bool alike = !a.shared_positions || block.period() <= 8;  // rows g and g + 8, in what is added
+    const float* above = table + (a.shared_positions ? block.position_of(row + g) * PITCH : 0) + 2 * t;
     const float* below = table + block.position_of(row + g + 8) * PITCH + 2 * t;
     auto at_piece = [&](char* store, int r, int piece) {  // of 16 bytes: where the swizzle has it
         return store + r * STORE_ROW + (piece ^ (r / 2 % 4)) * 16;
@@ -176,7 +214,7 @@ VK_DEVICE void store_tokens(const ForwardArguments& a, const TileBlock& block, c
                 if (!alike) low = *reinterpret_cast<const Two*>(below + 8 * j);
 #pragma unroll
                 for (int i = 0; i < 4; ++i)
-                    tokens_of[e][i] = c[4 * j + i] * scale + (i < 2 ? high : low).value[i % 2];
+                    tokens_of[e][i] = c[4 * j + i] * scales[i / 2] + (i < 2 ? high : low).value[i % 2];
             }
             if constexpr (same<Out, float>) {
 #pragma unroll

@@ -62,6 +62,8 @@ static ForwardArguments arguments_of(const Problem& p, const ForwardPlan& f, con
     a.bias = t.bias, a.pos = t.pos, a.prefix = t.prefix, a.keep = t.keep, a.out = t.out;
     a.B = p.B, a.D = p.D, a.T = p.T, a.N = p.N, a.rows = p.rows, a.M = p.B * p.rows;
     a.pos_first = p.pos_rows > p.N ? p.T : 0;
+    a.own_positions = p.keep || (t.pos.data && t.pos.strides[0]);
+    a.shared_positions = t.pos.data && !a.own_positions;
     a.by_rows = Divisor(std::max<int64_t>(p.rows, 1));
     a.by_tiles_n = Divisor(f.tiles_n);
     a.by_weight_chunks = Divisor(f.step_k * size_of(p.compute) / f.weight_chunk);

@@ -19,6 +19,7 @@ struct ForwardArguments {
     double scale;             // of the sum
     Tensor bias, pos, prefix, keep, out;  // [D], [1|B, N|T+N, D], [1|B, T, D], [B, rows], [B, T+rows, D]
     int64_t B, D, T, N, rows, M, pos_first;  // M = B·rows; pos_first: the table's row of patch 0
+    bool shared_positions, own_positions;    // those of a tile's place in the grid, or of each of its patches
     Divisor by_rows;
 
     // Of the plan

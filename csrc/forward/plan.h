@@ -8,7 +8,7 @@
 namespace vk {
 
 // How the patches come into shared memory (loaders.cuh)
-enum class LoaderKind : int { gather, copy, rows, copied, stored, patches, engine };
+enum class LoaderKind : int { gather, copy, rows, copied, stored, engine };
 
 struct ForwardPlan {  // forward_plan.py says what its fields are
     LoaderKind loader;

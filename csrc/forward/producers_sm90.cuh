@@ -8,7 +8,7 @@
 namespace vk {
 
 struct WgmmaArguments {
-    // patches, engine: [C·H, B, G_h, G_w / group, P_w], blocks of [stage_rows, BB, BY, BX / group, BOX], of one row where
+    // engine: [C·H, B, G_h, G_w / group, P_w], blocks of [stage_rows, BB, BY, BX / group, BOX], of one row where
     // there is a group
     TensorMap image[MOST_IN_GROUP];
     TensorMap weight;  // [weight_row / span, D, span], blocks of [step_k / span, BN, span] (span_of)
@@ -18,7 +18,7 @@ struct WgmmaArguments {
     int pair_bits;     // STORES: 2ᵇ blocks make a cluster, and share the weight
     int split_bits;    // SPLITS: or divide k of a tile
 
-    // Where tiles are blocks of the grid (copied, stored, patches, engine): there the layout of `a` is padded
+    // Where tiles are blocks of the grid (copied, stored, engine): there the layout of `a` is padded
     TileBlock block;
     int64_t grid[2];         // lines of all frames, columns; of a keep list: one line
     Divisor by_P_h, by_P_t;  // of a frame's rows, of a channel's frames
@@ -116,6 +116,15 @@ VK_BOTH bool is_wide(int step_k, int size) { return step_k * size % 128 == 0; }
 VK_BOTH int span_of(int step_k, int size) { return (is_wide(step_k, size) ? 128 : 32) / size; }
 
 #if VK_SM90A
+
+// The token of row r of the tile that begins there, and whether there is one: otherwise it is the first of all
+VK_DEVICE bool token_at(const WgmmaArguments& h, const int64_t (&origin)[3], int r, Token& token) {
+    int64_t at[3];
+    h.block.place(origin, r, at);
+    bool there = at[0] < h.a.B && at[1] < h.grid[0] && at[2] < h.grid[1];
+    token = token_of(h.a, there ? at[0] * h.a.rows + at[1] * h.grid[1] + at[2] : 0);
+    return there;
+}
 
 // Of a stage that this warp has read. Blocks of a pair, 2ᵇ of them, bring what they share for both, so both must know.
 VK_DEVICE void release_stage(Barrier* empty, int pair_bits) {
@@ -233,11 +242,10 @@ VK_DEVICE void produce_by_threads(const WgmmaArguments& h, char* stages, float* 
     PipelineState state;
     uint32_t phase = 0;
     for (Tiles tile = tiles_of<K>(h); tile.is_there(); tile.advance(), phase ^= 1) {
-        int64_t origin[3], at[3];
+        int64_t origin[3];
         h.block.origin(tile.m, origin);
-        h.block.place(origin, m, at);
-        bool there = at[0] < a.B && at[1] < h.grid[0] && at[2] < h.grid[1];
-        Token token = token_of(a, there ? at[0] * a.rows + at[1] * h.grid[1] + at[2] : 0);
+        Token token;
+        bool there = token_at(h, origin, m, token);
         Corner corner = corner_of(a.layout, token.b, token.n);
         for (int step = 0; step < a.steps; ++step) {
             barrier_wait(&barriers.empty[state.stage], state.phase ^ 1);

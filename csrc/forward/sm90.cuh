@@ -146,22 +146,25 @@ VK_DEVICE void consume(const WgmmaArguments& h, char* stages, char* staging, con
             if (h.split_bits == 2) add_up<2>(c, part, warp, stages);
         }
         if constexpr (K::STORES) {
+            float scale = static_cast<float>(a.scale), scales[2] = {scale, scale};
+            if (Loader::BY_THREADS && a.own_positions) {
+                Token token;
+                token_at(h, origin, row + lane_index() % 16, token);
+                add_positions<typename K::Value>(a, token, d0, c, scales);
+            }
             barrier_wait(barriers.table_full, table_phase);
             table_phase ^= 1;
             a.out.dtype == Dtype::f32
-                ? store_tokens<float>(a, h.block, origin, d0 + first, row, c, table + first, staged, &h.tokens, channels)
-                : store_tokens<typename K::Value>(a, h.block, origin, d0 + first, row, c, table + first, staged,
+                ? store_tokens<float>(a, h.block, origin, d0 + first, row, c, scales, table + first, staged, &h.tokens,
+                                      channels)
+                : store_tokens<typename K::Value>(a, h.block, origin, d0 + first, row, c, scales, table + first, staged,
                                                   &h.tokens, channels);
             sync_warp();
             if (lane_index() == 0) barrier_arrive(barriers.table_empty);
         } else {
             write_tokens(a, c, reinterpret_cast<float*>(staged), d0, [&](int r, Token& token) {
                 if constexpr (Loader::BLOCKS) {
-                    int64_t at[3];
-                    h.block.place(origin, row + r, at);
-                    bool there = at[0] < a.B && at[1] < h.grid[0] && at[2] < h.grid[1];
-                    if (there) token = token_of(a, at[0] * a.rows + at[1] * h.grid[1] + at[2]);
-                    return there;
+                    return token_at(h, origin, row + r, token);
                 } else {
                     int64_t m = m0 + row + r;
                     if (m >= a.M) return false;
@@ -253,13 +256,17 @@ inline TensorBlock weight_block(const Problem& p, const ForwardPlan& f) {
             static_cast<int>(span * size)};
 }
 
+// Of the grids of all frames; kept patches are one line
+inline int64_t lines_of(const Problem& p) { return p.keep ? 1 : p.G[0] * p.G[1]; }
+inline int64_t columns_of(const Problem& p) { return p.keep ? p.rows : p.G[2]; }
+
 // [group, B, lines, columns / group, D], the tokens behind the prefix; blocks of a warp's 16 rows of a tile
 inline TensorBlock token_block(const Problem& p, const int (&tile)[3], int group) {
     uint64_t size = size_of(p.out), row = size * uint64_t(p.D), image = row * uint64_t(p.T + p.rows);
     int x = std::min(tile[2] / group, STAGED_ROWS), y = std::min(tile[1], STAGED_ROWS / x);
     return {p.out, 5,
-            {uint64_t(p.D), uint64_t(p.G[2] / group), uint64_t(p.G[0] * p.G[1]), uint64_t(p.B), uint64_t(group)},
-            {size, row * uint64_t(group), row * uint64_t(p.G[2]), image, row},
+            {uint64_t(p.D), uint64_t(columns_of(p) / group), uint64_t(lines_of(p)), uint64_t(p.B), uint64_t(group)},
+            {size, row * uint64_t(group), row * uint64_t(columns_of(p)), image, row},
             {uint32_t(STORE_ROW / size), uint32_t(x), uint32_t(y), uint32_t(STAGED_ROWS / (x * y)), 1},
             STORE_ROW};
 }
@@ -278,7 +285,7 @@ void launch_wgmma(const ForwardLaunch& l) {
             h.image[place] = make_tensor_map(
                 image_block(p, layout, l.plan.block, rows, Loader::BOX, swizzle, group, place), l.arguments.images);
         h.a.layout = padded(layout);
-        h.grid[0] = p.keep ? 1 : p.G[0] * p.G[1], h.grid[1] = p.keep ? p.rows : p.G[2];
+        h.grid[0] = lines_of(p), h.grid[1] = columns_of(p);
         h.block = tile_block(l.plan.block, group, h.grid);
         h.by_P_t = Divisor(p.P[0]), h.P_w = layout.P_w;
         h.by_P_h = Divisor(p.P[1]);
@@ -309,9 +316,6 @@ void launch_wgmma_tile(const ForwardLaunch& l) {
             }
             if (l.plan.BN == 128) return launch_wgmma<T, Engine, 128, true>(l);
             if (l.plan.BN == 64) return launch_wgmma<T, Engine, 64, true>(l);
-            break;
-        case LoaderKind::patches:
-            if (l.plan.BN == 128) return launch_wgmma<T, Engine, 128, false>(l);
             break;
         case LoaderKind::stored:
             if constexpr (FLOAT32) {

@@ -131,7 +131,7 @@ def check_forward(p, gpu, tf32: bool, f, images: int = 0, weight: int = 0) -> No
         assert math.prod(f.block) == f.BM
         grid = (p.B, p.G[0] * p.G[1], p.G[2]) if p.n_keep is None else (p.B, 1, p.rows)
         tiles_m = math.prod(ceil_div(n, m) for n, m in zip(grid, f.block, strict=True))
-        if f.loader in forward_plan.BY_ENGINE:
+        if f.loader == "engine":
             assert f.block[2] % f.group == 0 == p.G[2] % f.group
             assert divide(16, f.group * v.S[2] * image, f.BM // f.group)
             assert f.group > 1 or p.P[1] % f.stage_rows == 0
@@ -142,9 +142,11 @@ def check_forward(p, gpu, tf32: bool, f, images: int = 0, weight: int = 0) -> No
             assert divide(f.chunk, v.S[2] * image)
             assert not any(p.pad) or (not p.normalised and divide(f.chunk, v.pad[2] * image, v.W * image))
         if f.loader in forward_plan.STORING:
-            positions = f.block[1] * f.block[2]
+            shared = p.pos_rows > 0 and p.n_keep is None and not p.pos_per_image
+            positions = f.block[1] * f.block[2] if shared else 1
             assert positions * f.BN <= 4096 and positions * (f.BN + 8) * 4 <= f.table_bytes
-            assert p.out_dtype in (p.compute_dtype, F32) and p.D % 8 == 0 and not p.pos_per_image
+            assert p.out_dtype in (p.compute_dtype, F32) and p.D % 8 == 0
+            assert shared or p.pos_rows == 0 or (f.loader == "stored" and p.D % f.BN == 0)
     elif f.loader == "rows":
         assert not any(p.pad) and p.n_keep is None
         check_copies(p, f, images)
@@ -412,7 +414,7 @@ def test_the_weights_gradient_by_wgmma(arch, patch, dtype, batch, taken):
 def test_patches_in_groups(W, patch, image, reason):
     """Both directions take and refuse the same, with the same words. (For the gradient, threads may then.)"""
     p = described(8, 3, 1, W, W, (1, patch, patch), (1, patch, patch), image=image, compute=HALF, D=64)
-    assert candidates(p, NOMINAL[90], False)[1].get("patches", "") == reason
+    assert candidates(p, NOMINAL[90], False)[1].get("engine", "") == reason
     assert backward_plan.not_by_engine(p, 0) == reason
     none = backward_plan.no_wgmma(p, NOMINAL[90], 0, Grad(0, dense(p.B, p.T + p.rows, p.D)))
     assert none == (f"{reason}; patches begin at multiples of 1 bytes, of 4 at least they must" if patch % 2 else "")
@@ -428,4 +430,4 @@ def test_padded_rows_of_channels(normalised):
     )  # fmt: skip
     reasons = candidates(p, NOMINAL[90], False)[1]
     expected = "normalised patch rows of 60 elements, padded to 64, no multiple of 3 channels" * normalised
-    assert [reasons.get(loader, "") for loader in ("engine", "patches", "stored", "copied")] == [expected] * 4
+    assert [reasons.get(loader, "") for loader in ("engine", "stored", "copied")] == [expected] * 3

@@ -44,7 +44,7 @@ def tokens_of_all(arguments: dict, seed: int | None = None) -> tuple[float, dict
     tensors = canonical(*(arguments.get(name) for name in NAMES))
     exact, eager = oracle.oracle(**arguments), oracle.eager(**arguments)
     bound = 2 * accuracy.error_of(eager, exact) + exact.abs().max().item() * torch.finfo(p.compute_dtype).eps
-    plans = [q for q in cuda.candidates(p, *tensors[:2]).values() if q.loader in forward_plan.BY_BLOCKS]
+    plans = [q for q in cuda.candidates(p, *tensors).values() if q.loader in forward_plan.BY_BLOCKS]
     how = {f"{q.loader} {q.BN}" + CLUSTERS[q.cluster, q.splits]: q for q in plans}
     assert len(how) == len(plans)
     if seed is not None:
@@ -74,7 +74,7 @@ def test_random_problem(on_cuda_kernels, device, seed, in_groups):
     by_engine = pairs({"engine 256", "engine 192", "engine 128", "engine 64"}, multiprocessors, seed)
     by_threads = pairs({"stored 256", "stored 192"}, 2) | {"copied 128"}
     divided = {f"engine {tile}" for tile in ("128 by 2", "128 by 4", "64 by 2")}
-    assert tokens.keys() - by_threads - divided == by_engine | {"patches 128"}
+    assert tokens.keys() - by_threads - divided == by_engine
     for how, found in tokens.items():
         assert accuracy.error_of(found, exact) <= bound, how
     assert all(torch.equal(tokens["engine 256"], tokens[how]) for how in by_engine)
@@ -91,12 +91,81 @@ def test_pixels_copied_by_threads(on_cuda_kernels, device, seed):
     if forward_plan.candidates(p, NOMINAL[90], False)[1].get("copied"):
         arguments |= {"mean": None, "std": None}  # as above
     bound, tokens, exact = tokens_of_all(arguments, seed)
+    own = "keep" in arguments and "pos_embed" in arguments
     why = forward_plan.candidates(p, NOMINAL[90], False)[1].get("stored", "")
-    stored = set() if why else pairs({"stored 192"}, multiprocessors, seed)
+    stored = set() if why or (own and p.D % 192) else pairs({"stored 192"}, multiprocessors, seed)
     assert tokens.keys() - pairs({"stored 256"}, 2) == {"copied 128"} | stored
-    assert ("a keep list" in why) == ("keep" in arguments) and (not why or "keep" in why or "no two stages" in why)
+    assert not why or "no two stages" in why or (own and re.search("positions|two channels", why))
     for how, found in tokens.items():
         assert accuracy.error_of(found, exact) <= bound, how
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_positions_of_their_own(on_cuda_kernels, device, seed):
+    """Of kept patches, and of tables that each image has, in the product's type and in float32."""
+    on_cuda_kernels(90, multiprocessors=random.Random(seed).choice((1, 2, 5, 132)))
+    rng = random.Random(seed)
+    weights = rng.choice((torch.bfloat16, torch.float16, torch.float32))
+    kept, D = rng.choice((None, 1, 7, 8)), rng.choice((256, 384))
+    pos = "B" if kept is None else rng.choice(("B", "N", "T+N"))
+    more = {"scale": 1 / 255} if rng.random() < 0.3 else {"mean": 0.4, "std": 0.2} if rng.random() < 0.5 else {}
+    pixels = (torch.uint8, weights, torch.float32)[seed % 3]
+    B, T = rng.choice((1, 3, 17, 33)), rng.choice((0, 1, 2))
+    call = arguments(B, 3, 32, 64, 16, D, T, pixels=pixels, weights=weights, pos=pos, kept=kept, device=device, **more)
+    call["pos_embed"] = call["pos_embed"].to(rng.choice((weights, torch.float32)))
+    call["out_dtype"] = rng.choice((None, torch.float32))
+    bound, tokens, exact = tokens_of_all(call)
+    assert any(how.startswith("stored") for how in tokens) and tokens.keys() > {"copied 128"}
+    for how, found in tokens.items():
+        assert accuracy.error_of(found, exact) <= bound, how
+
+
+@pytest.mark.parametrize("pos", [None, "N"])
+def test_a_patch_that_is_not_there(on_cuda_kernels, device, pos):
+    """Is NaN, and all others are as they are."""
+    on_cuda_kernels(90)
+    call = arguments(3, 3, 32, 64, 16, 192, 1, pos=pos, kept=5, device=device)
+    p = vk.explain(**call).problem
+    *tensors, keep = canonical(*(call.get(name) for name in NAMES))
+    wrong = keep.clone()
+    wrong[0, 3], wrong[2, 0] = 8, -1
+    plans = cuda.candidates(p, *tensors, keep)
+    assert {"stored", "copied"} < {plan.loader for plan in plans.values()}
+    for how, plan in plans.items():
+        right, tokens = (cuda.forward(p, *tensors, kept, plan=plan) for kept in (keep, wrong))
+        lost = tokens.isnan().all(-1)
+        assert lost.nonzero().tolist() == [[0, 4], [2, 1]], how
+        assert torch.equal(tokens[~lost], right[~lost]), how
+
+
+OWN = {
+    "type": (
+        dict(D=256), torch.Tensor.double,
+        "each patch's positions are torch.float64, neither torch.bfloat16 nor torch.float32",
+    ),
+    "place": (
+        dict(D=256), lambda table: torch.nn.functional.pad(table, (1, 1))[..., 1:-1],
+        "each patch's positions can't be loaded two channels at a time",
+    ),
+    "D": (
+        dict(D=200), torch.Tensor.clone,
+        "each patch has positions of its own, and D = 200 is no multiple of a tile's channels",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", OWN)
+def test_positions_that_threads_add(on_cuda_kernels, device, case):
+    """Where the kernel that stores by the copy engine can't load them."""
+    on_cuda_kernels(90)
+    more, changed, reason = OWN[case]
+    call = arguments(5, 3, 32, 48, 16, pos="N", kept=3, device=device, **more)
+    call["pos_embed"] = changed(call["pos_embed"])
+    p, at = vk.explain(**call).problem, call["pos_embed"].data_ptr() % 16
+    assert forward_plan.candidates(p, NOMINAL[90], False, pos_at=at)[1]["stored"] == reason
+    bound, tokens, exact = tokens_of_all(call)
+    assert tokens.keys() == {"copied 128"}
+    assert all(accuracy.error_of(found, exact) <= bound for found in tokens.values())
 
 
 def single(arguments: dict, seed: int) -> dict:
@@ -166,7 +235,7 @@ def test_the_terms_of_float32(on_cuda_kernels, device):
     _, tokens, exact = tokens_of_all(call)
     divided = {"engine 128 by 2", "engine 128 by 4", "engine 64 by 2"}
     by_engine = pairs({"engine 128", "engine 64", "stored 128"}, 2)
-    assert tokens.keys() == {"patches 128", "copied 128"} | by_engine | divided
+    assert tokens.keys() == {"copied 128"} | by_engine | divided
     for how, found in tokens.items():
         assert ((found.double() - exact.double()) / exact.double()).abs().max() < 2**-21, how
 
@@ -190,7 +259,7 @@ def test_what_it_does_not_store(on_cuda_kernels, device, case):
     p = vk.explain(**call).problem
     assert forward_plan.candidates(p, NOMINAL[90], False)[1]["engine"] == reason
     bound, tokens, exact = tokens_of_all(call)
-    assert tokens.keys() == {"patches 128", "copied 128"}
+    assert tokens.keys() == {"copied 128"}
     assert all(accuracy.error_of(found, exact) <= bound for found in tokens.values())
 
 

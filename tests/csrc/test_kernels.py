@@ -35,7 +35,7 @@ def wrong_tokens(loader: str, **arguments) -> list[str]:
     tensors = canonical(*(arguments.get(name) for name in names))
     exact, eager = oracle.oracle(**arguments), oracle.eager(**arguments)
     bound = 2 * accuracy.error_of(eager, exact) + exact.abs().max().item() * torch.finfo(p.compute_dtype).eps
-    plans = {how: q for how, q in cuda.candidates(p, *tensors[:2]).items() if loader in how.replace(BY_16, "")}
+    plans = {how: q for how, q in cuda.candidates(p, *tensors).items() if loader in how.replace(BY_16, "")}
     assert plans
     errors = {how: accuracy.error_of(cuda.forward(p, *tensors, plan=plan), exact) for how, plan in plans.items()}
     return [f"{how}: {error} above {bound}" for how, error in errors.items() if not error <= bound]
@@ -85,7 +85,7 @@ def in_pairs(**call) -> list:
         return wrong_gradients(**call)
 
 
-COPY, ROWS, ENGINE = "pixels copied asynchronously", "image rows copied whole", "patches cut by the copy engine"
+COPY, ROWS = "pixels copied asynchronously", "image rows copied whole"
 STORED, COPIED = "patches cut and tokens stored by the copy engine", "patches copied for wgmma"
 BY_16, PAIRS, SPLITS = " (16 bytes at a time)", "pairs of tiles", "each by"
 # Architecture, and what is computed there: on one multiprocessor, so that a block has many tiles or steps; pairs on
@@ -93,17 +93,18 @@ BY_16, PAIRS, SPLITS = " (16 bytes at a time)", "pairs of tiles", "each by"
 CASES = {
     "copy": (80, lambda: wrong_tokens(COPY, **arguments(2, 3, 32, 48, 16, 72))),
     "rows": (80, lambda: wrong_tokens(ROWS, **arguments(2, 3, 28, 42, 14, 72))),
-    "wgmma": (90, lambda: wrong_tokens(ENGINE, **arguments(33, 3, 64, 48, 16, 264))),
-    "wgmma, bytes": (90, lambda: wrong_tokens(ENGINE, **arguments(33, 3, 64, 48, 16, 264, U8, mean=0.5, std=0.2))),
     "wgmma, hwc": (
-        90, lambda: wrong_tokens(ENGINE, **arguments(
+        90, lambda: wrong_tokens(STORED, **arguments(
             9, 3, 64, 48, 16, 264, U8, channels_last=True, mean=(0.2, 0.5, 0.7), std=(0.2, 0.3, 0.1))),
     ),
     "wgmma, stored": (90, lambda: wrong_tokens(STORED, **arguments(33, 1, 64, 48, 16, 264))),
     "wgmma, float32 stored": (90, lambda: wrong_tokens(STORED, **arguments(33, 3, 64, 48, 16, 264, out_dtype=F32))),
     "wgmma, u8 stored": (90, lambda: wrong_tokens(STORED, **arguments(33, 3, 64, 48, 16, 264, U8, mean=0.5, std=0.2))),
     "wgmma, in groups": (90, lambda: wrong_tokens(STORED, **arguments(33, 3, 28, 112, 14, 264, pos="N"))),
-    "wgmma, u8 groups": (90, lambda: wrong_tokens(ENGINE, **arguments(9, 3, 28, 112, 14, 72, U8, mean=0.5, std=0.2))),
+    "wgmma, u8 groups": (90, lambda: wrong_tokens(STORED, **arguments(9, 3, 28, 112, 14, 72, U8, mean=0.5, std=0.2))),
+    "wgmma, own positions": (
+        90, lambda: wrong_tokens(COPIED, **arguments(33, 3, 64, 48, 16, 192, pos="N", kept=7, scale=0.5)),
+    ),
     "wgmma, kept": (90, lambda: wrong_tokens(COPIED, **arguments(33, 3, 64, 48, 16, 264, pos="N", kept=7))),
     "wgmma, padded": (90, lambda: wrong_tokens(COPIED, **arguments(33, 1, 64, 48, 16, 264, pos="N", padding=4))),
     "wgmma, kept, packed": (
@@ -135,7 +136,7 @@ def gpu_of(case: str) -> Gpu:
     return gpu if "splits" in case else gpu._replace(multiprocessors=2 if "pairs" in case else 1)
 
 
-BYTES = "wgmma, bytes", "wgmma, hwc", "wgmma, rows"  # cases of SM90 from 8-bit pixels
+BYTES = "wgmma, u8 stored", "wgmma, hwc", "wgmma, u8 groups", "wgmma, rows"  # cases of SM90 from 8-bit pixels
 
 
 @pytest.mark.parametrize("seed", [1, 2])
@@ -165,11 +166,11 @@ MUTATIONS = {  # object, header, what it says and what it is to say, and the cas
     "a wait too short": (FORWARD, "forward/sm80.cuh", "default: copy_wait<2>();", "default: copy_wait<3>();", "copy"),
     "a stage overwritten": (
         SM90, "forward/producers_sm90.cuh", f"{EMPTY}{12 * ' '}if (leader)", f"{STAGE}{12 * ' '}if (leader)",
-        "wgmma",
+        "wgmma, stored",
     ),
-    "a descriptor": (SM90, "common/ptx.cuh", ">> 4) | uint64_t{1} << 16", ">> 5) | uint64_t{1} << 16", "wgmma"),
+    "a descriptor": (SM90, "common/ptx.cuh", ">> 4) | uint64_t{1} << 16", ">> 5) | uint64_t{1} << 16", "wgmma, stored"),
     "staged sums not met at": (
-        SM90, "forward/epilogue_sm90.cuh", "staged, 64 + 4);\n        sync_warp();", "staged, 64 + 4);", "wgmma",
+        SM90, "forward/epilogue_sm90.cuh", "staged, 64 + 4);\n        sync_warp();", "staged, 64 + 4);", "wgmma, kept",
     ),
     "a table not waited for": (
         SM90, "forward/sm90.cuh", "barrier_wait(barriers.table_full, table_phase);", "", "wgmma, stored",
@@ -202,6 +203,13 @@ MUTATIONS = {  # object, header, what it says and what it is to say, and the cas
         SM90, "forward/producers_sm90.cuh", "barrier_wait(barriers.table_empty, phase ^ 1);\n            fill_table",
         "fill_table", "wgmma, padded",
     ),
+    "whose positions": (
+        SM90, "forward/epilogue_sm90.cuh", "shuffle(mine, lane_index() / 4 + 8 * below)",
+        "shuffle(mine, lane_index() / 4)", "wgmma, own positions",
+    ),
+    "scaled twice": (
+        SM90, "forward/epilogue_sm90.cuh", "if (a.pos.data) scales[below] = 1;", "", "wgmma, own positions",
+    ),
     "a place in a group": (
         SM90, "forward/producers_sm90.cuh", "place * a.layout.S_w + x,", "x,", "wgmma, in groups",
     ),
@@ -220,8 +228,8 @@ MUTATIONS = {  # object, header, what it says and what it is to say, and the cas
     "the rest of a pixel": (SM90_F32, OPERANDS, "to_tf32(x - from_bits(whole[i]))", "0", "wgmma, float32"),
     "the rest of a weight": (SM90_F32, "forward/sm90.cuh", "weight(first, i) + next_term", "weight(first, i)",
                              "wgmma, float32"),
-    "a part of a stage": (SM90, OPERANDS, "? offsets[i] :", "? offsets[0] :", "wgmma, bytes"),
-    "half of a part": (SM90, OPERANDS, "(HALF < BOX ? HALF :", "(HALF < BOX ? 0 :", "wgmma, bytes"),
+    "a part of a stage": (SM90, OPERANDS, "? offsets[i] :", "? offsets[0] :", "wgmma, u8 stored"),
+    "half of a part": (SM90, OPERANDS, "(HALF < BOX ? HALF :", "(HALF < BOX ? 0 :", "wgmma, u8 stored"),
     "constants of a part": (SM90, OPERANDS, "k + half * HALF", "half * HALF", "wgmma, hwc"),
     "where that lies": (
         SM90_F32, "forward/producers_sm90.cuh", "static_cast<int>(h.a.weight_row) / K::TERMS * term", "0",

@@ -255,11 +255,13 @@ def test_csrc_as_it_ships(monkeypatch, stems, arch):
     assert [r for r in rows if r["stack_bytes"] or r["spills"] or r["hazards"]] == []
     assert all(result["ok"] for result in results) and {r["arch"] for r in rows} == {f"sm_{arch}"}
     by_wgmma = [r for r in rows if "wgmma_" in r["kernel"]]
-    assert len(by_wgmma) >= 60 * (arch == "90a") and all(r["wgmma"] and r["tma_loads"] for r in by_wgmma)
-    # Small, as the general epilogue once did not fit the instruction cache: unrolled there were up to 13,120.
-    assert all(r["instructions"] < 5700 for r in by_wgmma)
+    assert len(by_wgmma) >= 54 * (arch == "90a") and all(r["wgmma"] and r["tma_loads"] for r in by_wgmma)
+    # Small, as the general epilogue once did not fit the instruction cache: unrolled there were up to 13,120. Where
+    # threads bring patches, some 900 of them are for positions of their own.
+    assert all(r["instructions"] < 5900 for r in by_wgmma)
     stores = [r for r in by_wgmma if r["tma_stores"]]
-    assert len(stores) == 34 * (arch == "90a") and all(r["instructions"] < 5100 for r in stores)
+    assert len(stores) == 34 * (arch == "90a")
+    assert all(r["instructions"] < 4900 for r in stores if "true>, " not in r["kernel"])
     halves = [r for r in rows if r not in by_wgmma and ("half" in r["kernel"] or "bfloat16" in r["kernel"])]
     assert len(halves) >= 15 * (arch != "90a") and all(r["mma"] for r in halves if "sums" not in r["kernel"])
 

@@ -10,7 +10,7 @@ from math import gcd
 
 from ..backends.cuda import backward_plan
 from ..backends.cuda.backward_operands import Grad
-from ..backends.cuda.forward_plan import BY_BLOCKS, LOADERS, PLAIN_TILES, STORING, Plan, candidates
+from ..backends.cuda.forward_plan import BY_BLOCKS, LOADERS, PLAIN_TILES, STORING, Plan, candidates, shared_positions
 from ..backends.patch_layout import layout_of, product_of
 from ..gpu import Gpu
 from ..problem import PatchProblem
@@ -44,8 +44,10 @@ def forward(p: PatchProblem, plan: Plan) -> Algorithm:
     span = (128 if plan.step_k * size % 128 == 0 else 32) if plan.wgmma else plan.weight_chunk
     prefixed = p.B * p.T * p.D * w
     asked = tiles_m * plan.splits // plan.cluster  # a pair of tiles asks for the weight once
-    if plan.loader in STORING:  # a tile's positions once
+    if plan.loader in STORING and shared_positions(p):  # a tile's once
         biases = positions = tiles_m * plan.block[1] * plan.block[2]
+    elif plan.loader in STORING:
+        biases, positions = tiles_m, M
     else:  # lanes that load the same bias for 16 staged rows; each row's own position
         biases, positions = tiles_m * plan.BM // 16 * (4 if plan.wgmma else 8), M
     requests = {

@@ -98,9 +98,12 @@ def weight_kind(p: PatchProblem) -> str:
     return "half, padded for wgmma" if layout_of(p).P[2] % WGMMA_PIXELS else "half"
 
 
-def candidates(p: PatchProblem, images: torch.Tensor, weight: torch.Tensor) -> dict[str, Plan]:
-    """Every plan of the forward that can take the problem, by what it would do."""
-    at = images.data_ptr() % 16, weight.data_ptr() % 16
+def candidates(
+    p: PatchProblem, images: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
+    pos_embed: torch.Tensor | None, prefix: torch.Tensor | None, keep: torch.Tensor | None,
+) -> dict[str, Plan]:  # fmt: skip
+    """Every plan of `forward` that can take these tensors, by what it would do."""
+    at = images.data_ptr() % 16, weight.data_ptr() % 16, _address(pos_embed) % 16
     found, _ = forward_plan.candidates(p, _gpu(p.device), tf32(), *at)
     return {plan.how: plan for plan in found}
 
@@ -119,15 +122,15 @@ def forward(
     out = empty(images, p.out_shape, p.out_dtype)
     if 0 in p.out_shape:
         return out
-    images_at, weight_at = images.data_ptr(), weight.data_ptr()
+    images_at, weight_at, pos_at = images.data_ptr(), weight.data_ptr(), _address(pos_embed)
     launch, normalised, scratch_bytes = _prepared(
-        p, rounds(p.compute_dtype), fallbacks.happened(BACKEND, p), images_at % 16, weight_at % 16, plan
+        p, rounds(p.compute_dtype), fallbacks.happened(BACKEND, p), images_at % 16, weight_at % 16, pos_at % 16, plan
     )
     constants = centred(p, p.sum_dtype) if normalised else None
     scratch = empty(images, (scratch_bytes,), torch.uint8) if scratch_bytes else None
     try:
         launch(
-            images_at, weight_at, _address(bias), _address(pos_embed), _address(prefix), _address(keep),
+            images_at, weight_at, _address(bias), pos_at, _address(prefix), _address(keep),
             _address(constants), out.data_ptr(), _address(scratch), _stream(images),
         )  # fmt: skip
     except extension.load().Refused as error:
@@ -203,10 +206,10 @@ def _gpu(device: torch.device, refused: bool = False) -> Gpu:
 
 @lru_cache(maxsize=1024)
 def _prepared(
-    p: PatchProblem, rounded: bool, refused: bool, images_at: int, weight_at: int, plan: Plan | None
+    p: PatchProblem, rounded: bool, refused: bool, images_at: int, weight_at: int, pos_at: int, plan: Plan | None
 ) -> tuple[Callable[..., None], bool, int]:
     """The launch, but for the addresses; whether it wants the channels' constants; the bytes of scratch memory."""
-    plan = plan or forward_plan.make_plan(p, _gpu(p.device, refused), rounded, images_at, weight_at)
+    plan = plan or forward_plan.make_plan(p, _gpu(p.device, refused), rounded, images_at, weight_at, pos_at)
     module, problem = extension.load(), _problem(p, rounded)
     made = (  # here, so dense
         Layout(p.sum_dtype, (p.C, 1)),

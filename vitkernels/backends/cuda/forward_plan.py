@@ -72,10 +72,9 @@ LOADERS = {
     # sm_90a. A tile is a block of the grid, and a patch's rows are padded to a multiple of 16 elements.
     "copied": "patches copied for wgmma",
     "stored": "patches copied for wgmma, tokens stored by the copy engine",
-    "patches": "patches cut by the copy engine",
     "engine": "patches cut and tokens stored by the copy engine",
 }
-BY_BLOCKS, BY_ENGINE, STORING = ("copied", "stored", "patches", "engine"), ("patches", "engine"), ("stored", "engine")
+BY_BLOCKS, STORING = ("copied", "stored", "engine"), ("stored", "engine")
 TABLE = 16 * 256  # positions × channels of a tile, at most, in the table that STORING loaders add from
 
 
@@ -92,12 +91,12 @@ class Plan(NamedTuple):
     lag: int  # STORING: steps that one warpgroup stays behind the other: one multiplies while the other stores
     stages: int
     chunk: int  # bytes copied at a time
-    stage_rows: int  # rows, patches: rows of the image in a stage
+    stage_rows: int  # rows, by blocks: rows of the image in a stage
     slot_bytes: int  # rows: bytes of one row of all patches
     segment_bytes: int  # rows: bytes of one row of the patches in a line of the grid
     segments: int
     block: Triple  # by blocks: images × grid lines × grid columns of a tile
-    group: int  # patches, engine: patches of a line that one tensor map each brings
+    group: int  # engine: patches of a line that one tensor map each brings
     cluster: int  # blocks of one: two share the stages of the weight, of which each brings half for both
     splits: int  # or they divide the steps of a tile, and each adds up a part of its channels
     a_bytes: int
@@ -191,13 +190,39 @@ def padded_row(layout: PatchLayout) -> int:
 def no_stores(p: PatchProblem) -> str:
     """Why the copy engine can't store the tokens (csrc/forward/epilogue_sm90.cuh)."""
     reasons = (
-        (p.n_keep is not None, "a keep list"),
         (
             p.out_dtype not in (p.compute_dtype, torch.float32),
             f"tokens are {p.out_dtype}, neither {p.compute_dtype} nor torch.float32",
         ),
         (p.D % 8 != 0, f"D = {p.D} is no multiple of 8"),
-        (p.pos_per_image, "positions per image"),
+    )
+    return next((text for wrong, text in reasons if wrong), "")
+
+
+def shared_positions(p: PatchProblem) -> bool:
+    """Whether there are positions, and patches of the same place in the grid have the same."""
+    table = p.tensors[3]
+    return table is not None and table.strides[0] == 0 and p.n_keep is None
+
+
+def own_positions(p: PatchProblem) -> bool:
+    """Whether there are others: those of kept patches, or a table of each image."""
+    return p.pos_rows > 0 and not shared_positions(p)
+
+
+def no_own_positions(p: PatchProblem, pos_at: int, tiles: tuple[Tile, ...]) -> str:
+    """Why these can't be loaded two channels at a time, for all channels of a tile."""
+    table = p.tensors[3]
+    assert table is not None
+    image, row, channel = table.strides
+    pairs = channel == 1 and image % 2 == row % 2 == 0 and pos_at % (2 * table.dtype.itemsize) == 0
+    reasons = (
+        (
+            table.dtype not in (p.compute_dtype, torch.float32),
+            f"each patch's positions are {table.dtype}, neither {p.compute_dtype} nor torch.float32",
+        ),
+        (not pairs, "each patch's positions can't be loaded two channels at a time"),
+        (not tiles, f"each patch has positions of its own, and D = {p.D} is no multiple of a tile's channels"),
     )
     return next((text for wrong, text in reasons if wrong), "")
 
@@ -253,10 +278,11 @@ def _stage(p: PatchProblem, layout: PatchLayout, product: str, loader: str, tile
     if loader in BY_BLOCKS:
         P_w = padded_row(layout)
         rows = max(1, 128 // value // P_w)
-        if loader in BY_ENGINE and group_of(p, layout) == 1:  # one copy brings them all, of one channel
+        if loader == "engine" and group_of(p, layout) == 1:  # one copy brings them all, of one channel
             rows = next(n for n in range(rows, 0, -1) if p.P[1] % n == 0)
         _, lines, columns = _block(p, loader, tile)
-        table = _round_up(lines * columns * (tile.BN + 8) * 4, 128) if loader in STORING else 0
+        table_rows = lines * columns if shared_positions(p) else 1  # the bias
+        table = _round_up(table_rows * (tile.BN + 8) * 4, 128) if loader in STORING else 0
         return Stage(rows * P_w, rows * P_w * tile.BM * pixel, table, rows=rows)
     step_k = 16 if not product_step(product) else 64 if value == 2 and tile.BM < 128 else 32
     row = step_k * (value if loader == "gather" else pixel) + 16
@@ -264,11 +290,12 @@ def _stage(p: PatchProblem, layout: PatchLayout, product: str, loader: str, tile
 
 
 def _block(p: PatchProblem, loader: str, tile: Tile) -> Triple:
-    return blocks_of(p, tile.BM, TABLE // tile.BN if loader in STORING else tile.BM, _group(p, loader))
+    in_table = loader in STORING and shared_positions(p)
+    return blocks_of(p, tile.BM, TABLE // tile.BN if in_table else tile.BM, _group(p, loader))
 
 
 def _group(p: PatchProblem, loader: str) -> int:
-    return group_of(p, layout_of(p)) if loader in BY_ENGINE else 1
+    return group_of(p, layout_of(p)) if loader == "engine" else 1
 
 
 def _plan(
@@ -310,7 +337,7 @@ def _plan(
     tiles = tiles_n * _round_up(tiles_m, cluster // splits)
     unit = "wgmma" if wgmma else "mma.sync" if product_step(product) else "multiply-adds"
     unit += " (three products of TF32)" if terms == 2 else ""
-    at_a_time = "" if loader in ("gather", *BY_ENGINE) else f" ({chunk} bytes at a time)"
+    at_a_time = "" if loader in ("gather", "engine") else f" ({chunk} bytes at a time)"
     pairs = "pairs of " * (cluster > splits)
     how = f"{LOADERS[loader]}{at_a_time}, {unit} in {pairs}tiles of {tile.BM}×{tile.BN}"
     how += f", each by {splits} blocks" * (splits > 1)
@@ -326,19 +353,20 @@ def _plan(
         s.segment_bytes, s.segments, block, group, cluster, splits, a_bytes, b_pitch, stage, s.table_bytes,
         shared_bytes, pack, row, weight_chunk, terms, tiles_n, tiles, blocks, p.D * row * value * pack, 0.0, how,
     )  # fmt: skip
-    return plan._replace(cost=_cost(plan, at_once, resident, tile.rate * _rate(p, product, loader, wgmma, chunk)))
+    rate, waits = tile.rate * _rate(p, product, loader, wgmma, chunk), loader in STORING and own_positions(p)
+    return plan._replace(cost=_cost(plan, at_once, resident, rate, waits))
 
 
-def _cost(f: Plan, at_once: int, resident: int, rate: float) -> float:
+def _cost(f: Plan, at_once: int, resident: int, rate: float, waits: bool) -> float:
     """In the time that one multiprocessor takes for a multiply-add of wgmma's largest tile. A tile begins and ends with
-    the latency of some 128 of k (250 were measured where threads store what wgmma multiplied), two stages hide less of
-    the memory's, and a tile takes as long alone as with all that its multiprocessor has room for. Pairs spare the L2,
-    which is what is short where all multiprocessors read."""
+    the latency of some 128 of k (250 were measured where threads store what wgmma multiplied; 192, where its positions
+    are loaded at the end, is a guess), two stages hide less of the memory's, and a tile takes as long alone as with all
+    that its multiprocessor has room for. Pairs spare the L2, which is what is short where all multiprocessors read."""
     if f.stages == 2:
         rate *= 0.8
     if f.cluster > f.splits:
         rate *= SHARED if f.tiles >= at_once else 0.98
-    ends = EXCHANGES[f.splits] + (250 if f.loader in ("patches", "copied") else 128)
+    ends = EXCHANGES[f.splits] + (250 if f.loader == "copied" else 192 if waits else 128)
     return -(-f.tiles // at_once) * resident * (-(-f.steps // f.splits) * f.step_k + ends) * f.BM * f.BN / rate
 
 
@@ -350,7 +378,7 @@ def _rate(p: PatchProblem, product: str, loader: str, wgmma: bool, chunk: int) -
     if loader in BY_BLOCKS:
         direct = p.image_dtype == p.compute_dtype and not scaling(p, product)[0]
         rate = of_product * (1.0 if direct else 0.4)
-        return rate if loader in BY_ENGINE else rate * (0.8 if chunk == 16 else 0.5)
+        return rate if loader == "engine" else rate * (0.8 if chunk == 16 else 0.5)
     if loader == "copy":
         return of_product * (0.2 if chunk == 16 else 0.13)
     if loader == "rows":
@@ -365,7 +393,7 @@ def _clusters(loader: str, tile: Tile) -> list[tuple[int, int]]:
 
 
 def candidates(
-    p: PatchProblem, gpu: Gpu, tf32: bool, images_at: int = 0, weight_at: int = 0
+    p: PatchProblem, gpu: Gpu, tf32: bool, images_at: int = 0, weight_at: int = 0, pos_at: int = 0
 ) -> tuple[list[Plan], dict[str, str]]:  # fmt: skip
     """Every loader with every tile that can take the problem, and why the other loaders can't. Tensors begin at these
     addresses, modulo 16."""
@@ -378,13 +406,17 @@ def candidates(
     copied, stores = copied or no_padded_rows(p, layout), no_stores(p)
     # By wgmma from 8 bits to 16 alone: other pixels that begin at even ones are copied.
     bytes_to_half = product == "half" and p.image_dtype == torch.uint8
-    wide = () if product == "fp32" else (WIDEST, WIDE)  # whose sums take twice the registers
+    wide: tuple[Tile, ...] = () if product == "fp32" else (WIDEST, WIDE)  # whose sums take twice the registers
+    by_engine, stored, stored_tiles = patches or stores, copied or stores, wide or (NARROW,)
+    if own_positions(p):
+        stored_tiles = tuple(tile for tile in stored_tiles if p.D % tile.BN == 0)
+        by_engine = by_engine or "positions per image"
+        stored = stored or no_own_positions(p, pos_at, stored_tiles)
     rows_tiles = (WIDEST, NARROW) if wgmma and row_chunk >= 4 and bytes_to_half else ()
     offers: list[tuple[str, bool, tuple[Tile, ...], int, str]] = [
-        ("engine", True, (*wide, NARROW, NARROWEST), 16, patches or stores),
-        ("patches", True, (NARROW,), 16, patches),  # with the other tile its epilogue took three times as long
-        ("stored", True, wide or (NARROW,), copied_chunk, copied or stores),
-        ("copied", True, (NARROW,), copied_chunk, copied),
+        ("engine", True, (*wide, NARROW, NARROWEST), 16, by_engine),
+        ("stored", True, stored_tiles, copied_chunk, stored),
+        ("copied", True, (NARROW,), copied_chunk, copied),  # with the widest its epilogue took three times as long
         ("rows", True, rows_tiles, row_chunk, rows),
         ("copy", False, MMA_TILES if product_step(product) else PLAIN_TILES, copy_chunk, copy),
         ("rows", False, MMA_TILES, row_chunk, rows),
