@@ -40,8 +40,8 @@ struct Call {  // one call, or the images of it from `first` on, which p and t h
     // The kernel of this problem's sums
     template <class Arguments>
     void launch_for(void (*of_float)(Arguments), void (*of_double)(Arguments), int64_t blocks, int threads,
-                    int shared_bytes, const Arguments& a, const char* what) const {
-        launch(is_double() ? of_double : of_float, blocks, threads, shared_bytes, stream, a, what);
+                    int shared_bytes, const Arguments& a, const char* what, Early early = {}) const {
+        launch(is_double() ? of_double : of_float, blocks, threads, shared_bytes, stream, a, what, 1, early);
     }
     // act(T{}) of the operands' type
     template <class Act>
@@ -110,11 +110,13 @@ struct Call {  // one call, or the images of it from `first` on, which p and t h
         FinishArguments a{};
         a.D = p.D, a.K = p.K, a.scale = p.scale;
         int64_t blocks = 0;
+        Early parts{};
         if (plan.has_weight) {
             a.layout = layout_of(p, p.strides);
             a.weight_parts = scratch<void>(plan.weight_parts), a.weight_count = plan.weight.splits;
             a.weight_size = p.D * p.K, a.d_weight = t.d_weight;
-            blocks += a.weight_blocks = ceil_div(a.weight_size, FINISH_THREADS);
+            blocks += ceil_div(a.weight_size, FINISH_THREADS);
+            if (plan.weight.wgmma) parts = {a.weight_parts, plan.weight.splits * a.weight_size * int64_t{sizeof(float)}};
         }
         if (plan.has_sums) {
             a.table_parts = scratch<void>(plan.table_parts), a.table_count = s.splits;
@@ -123,10 +125,10 @@ struct Call {  // one call, or the images of it from `first` on, which p and t h
             a.d_pos = t.d_pos, a.d_prefix = t.d_prefix, a.d_bias = t.d_bias;
             blocks += a.table_blocks = ceil_div(a.table_size, FINISH_THREADS);
             a.bias_parts = scratch<void>(plan.bias_parts), a.bias_count = s.splits * s.blocks;
-            if (t.d_bias.data) blocks += ceil_div(p.D, FINISH_CHANNELS);
+            if (t.d_bias.data) blocks += a.bias_blocks = ceil_div(p.D, FINISH_CHANNELS);
         }
         launch_for(finish_kernel<float>, finish_kernel<double>, blocks, FINISH_THREADS, FINISH_THREADS * sum_bytes(p),
-                   a, "the sum of the parts");
+                   a, "the sum of the parts", parts);
     }
 
     void pack() const {

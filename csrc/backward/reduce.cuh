@@ -220,7 +220,7 @@ struct FinishArguments {
     const void *weight_parts, *table_parts, *bias_parts;  // [parts, size] of sums
     int64_t weight_count, table_count, bias_count;        // parts
     int64_t weight_size, table_size, D, K;                // elements of a part
-    int64_t weight_blocks, table_blocks;
+    int64_t table_blocks, bias_blocks;                    // the first of the blocks; the others are dW's
     int64_t pos_from, prefix_stop;                        // rows of the table
     double scale;                                         // of dW
     Tensor d_weight, d_bias, d_pos, d_prefix;             // as BackwardTensors has them
@@ -283,13 +283,15 @@ VK_DEVICE void finish_bias(const FinishArguments& a, int64_t block) {
 
 template <class Sum>
 VK_KERNEL(FINISH_THREADS, 4) finish_kernel(VK_GRID_CONSTANT FinishArguments a) {
-    int64_t block = block_index();
-    if (block < a.weight_blocks)
-        finish_weight<Sum>(a, block * FINISH_THREADS + thread_index());
-    else if (block < a.weight_blocks + a.table_blocks)
-        finish_table<Sum>(a, (block - a.weight_blocks) * FINISH_THREADS + thread_index());
-    else
-        finish_bias<Sum>(a, block - a.weight_blocks - a.table_blocks);
+    int64_t block = block_index(), of_weight = block - a.table_blocks - a.bias_blocks;
+    if (block < a.table_blocks) {
+        finish_table<Sum>(a, block * FINISH_THREADS + thread_index());
+    } else if (of_weight < 0) {
+        finish_bias<Sum>(a, block - a.table_blocks);
+    } else {
+        wait_for_prerequisites();  // of dW's parts: the sums were there before these were begun
+        finish_weight<Sum>(a, of_weight * FINISH_THREADS + thread_index());
+    }
 }
 
 }  // namespace vk::backward

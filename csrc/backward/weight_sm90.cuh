@@ -170,6 +170,7 @@ VK_DEVICE void consume(const WgmmaWeightArguments& h, const char* stages, Barrie
 template <class K>
 VK_KERNEL(K::THREADS, 1) wgmma_weight_kernel(VK_GRID_CONSTANT WgmmaWeightArguments h) {
 #if VK_SM90A
+    launch_dependents();  // backward.cu's finish_kernel, which waits for the parts
     char* stages = shared_memory();  // aligned to 1024 bytes, as the swizzles are
     Barrier *full = reinterpret_cast<Barrier*>(stages + h.stages * K::STAGE), *empty = full + h.stages;
     if (thread_index() == 0) {

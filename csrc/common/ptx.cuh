@@ -46,6 +46,13 @@ VK_DEVICE void launch_dependents() {
 #endif
 }
 
+// There: until what the launch before it wrote is there
+VK_DEVICE void wait_for_prerequisites() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 VK_DEVICE char* shared_memory() {  // of the block, as much as the launch asked for, aligned to 1024 bytes
     extern __shared__ __align__(1024) char memory[];
     return memory;
@@ -166,9 +173,6 @@ VK_DEVICE void multiply_add<float>(float (&c)[4], const uint32_t (&a)[4], uint32
 // Hopper (sm_90a)
 
 #if VK_SM90A
-
-// Where the launch was to begin early (launch.h): until what the launch before it wrote is there
-VK_DEVICE void wait_for_prerequisites() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
 // Among all threads of a cluster, blocks side by side in the grid, that have not returned
 VK_DEVICE void sync_cluster() {

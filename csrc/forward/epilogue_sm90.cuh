@@ -5,7 +5,7 @@
 // each warp lays them in shared memory, and what is added to the sums comes from a table in shared memory that threads
 // without other work fill while the tile is multiplied: so dtypes, strides and the edges of grid and batch cost the
 // consumers no instruction. Before that they add the positions of patches that are not those of every image's, as kept
-// ones are. forward_plan.py's no_stores says what it can't take.
+// ones are. forward_loaders.py's no_stores says what it can't take.
 #pragma once
 
 #include "forward/sm80.cuh"

@@ -14,7 +14,7 @@ from problems import dense, described, drawn, drawn_patches
 
 import vitkernels as vk
 from vitkernels.backends import cuda
-from vitkernels.backends.cuda import backward_plan, forward_plan, images_plan
+from vitkernels.backends.cuda import backward_plan, forward_loaders, images_plan
 from vitkernels.backends.cuda.backward_operands import Grad
 from vitkernels.backends.cuda.forward_plan import candidates, make_plan
 from vitkernels.backends.patch_layout import blocks_of, layout_of, product_of, within_image
@@ -107,7 +107,7 @@ def check_forward(p, gpu, tf32: bool, f, images: int = 0, weight: int = 0) -> No
     terms = max(f.tf32_terms, 1)
     alignment = 1024 if f.wgmma else 128
     assert f.stages >= 2 and f.shared_bytes <= gpu.shared_bytes
-    padded = ceil_div(v.P[2], 16) * 16 if f.loader in forward_plan.BY_BLOCKS else v.P[2]
+    padded = ceil_div(v.P[2], 16) * 16 if f.loader in forward_loaders.BY_BLOCKS else v.P[2]
     K = p.K // v.P[2] * padded
     assert (f.steps - 1) * f.step_k < K <= f.steps * f.step_k
     assert f.step_k % (tensor_cores or 1) == 0
@@ -118,7 +118,7 @@ def check_forward(p, gpu, tf32: bool, f, images: int = 0, weight: int = 0) -> No
     assert f.a_bytes + terms * f.BN * f.b_pitch * value <= f.stage_bytes
     assert f.b_pitch >= f.step_k and divide(16, f.b_pitch * value)
     if f.wgmma:
-        staging = 8 * 2 * 16 * 64 if f.loader in forward_plan.STORING else 8 * 16 * (64 + 4) * 4
+        staging = 8 * 2 * 16 * 64 if f.loader in forward_loaders.STORING else 8 * 16 * (64 + 4) * 4
         staging += 8 * f.step_k * (v.channels_last and p.normalised)
         assert f.stages * f.stage_bytes + staging + f.table_bytes + 16 * f.stages + 16 <= f.shared_bytes
         assert f.step_k * value <= 128 or f.stage_rows == 1 or f.loader == "rows"
@@ -126,7 +126,7 @@ def check_forward(p, gpu, tf32: bool, f, images: int = 0, weight: int = 0) -> No
         staging = f.threads // 32 * 16 * (32 + 8) * p.sum_dtype.itemsize
         assert f.table_bytes + max(f.stages * f.stage_bytes, staging) <= f.shared_bytes
     tiles_m = ceil_div(p.B * p.rows, f.BM)
-    if f.loader in forward_plan.BY_BLOCKS:
+    if f.loader in forward_loaders.BY_BLOCKS:
         assert f.BM * f.step_k * image <= f.a_bytes and f.stage_rows * padded == f.step_k
         assert math.prod(f.block) == f.BM
         grid = (p.B, p.G[0] * p.G[1], p.G[2]) if p.n_keep is None else (p.B, 1, p.rows)
@@ -141,7 +141,7 @@ def check_forward(p, gpu, tf32: bool, f, images: int = 0, weight: int = 0) -> No
             assert divide(f.chunk, images, v.P[2] * image, *(s * image for s, n in counts if n > 1))
             assert divide(f.chunk, v.S[2] * image)
             assert not any(p.pad) or (not p.normalised and divide(f.chunk, v.pad[2] * image, v.W * image))
-        if f.loader in forward_plan.STORING:
+        if f.loader in forward_loaders.STORING:
             shared = p.pos_rows > 0 and p.n_keep is None and not p.pos_per_image
             positions = f.block[1] * f.block[2] if shared else 1
             assert positions * f.BN <= 4096 and positions * (f.BN + 8) * 4 <= f.table_bytes
@@ -157,9 +157,9 @@ def check_forward(p, gpu, tf32: bool, f, images: int = 0, weight: int = 0) -> No
         if f.loader == "copy":
             check_copies(p, f, images)
     if f.lag:  # steps that are there, stages for both warpgroups, and a tile after this one
-        assert f.loader in forward_plan.STORING and f.lag < min(f.steps, f.stages) and f.tiles > f.blocks
+        assert f.loader in forward_loaders.STORING and f.lag < min(f.steps, f.stages) and f.tiles > f.blocks
     pair = f.cluster // f.splits
-    assert f.cluster == 1 or (f.loader in forward_plan.STORING and divide(8 * f.cluster, f.BN))
+    assert f.cluster == 1 or (f.loader in forward_loaders.STORING and divide(8 * f.cluster, f.BN))
     assert f.tiles == ceil_div(tiles_m, pair) * pair * ceil_div(p.D, f.BN) < LARGE
     at_once = gpu.multiprocessors // f.cluster * f.cluster
     assert f.blocks == (min(f.tiles * f.splits, at_once) if f.wgmma else f.tiles)
@@ -183,13 +183,13 @@ def test_plans_of_the_tables(patch, dtype):
         for f in found:
             check_forward(p, gpu, tf32, f)
         assert make_plan(p, gpu, tf32).cost == min(f.cost for f in found)
-        assert {f.loader for f in found} | set(refused) == set(forward_plan.LOADERS)
+        assert {f.loader for f in found} | set(refused) == set(forward_loaders.LOADERS)
 
 
 @pytest.mark.parametrize("image", [U8, HALF, F32])
 def test_plans_of_random_problems(image):
     rng = random.Random(image.itemsize)
-    loaders = dict.fromkeys(forward_plan.LOADERS, 0)
+    loaders = dict.fromkeys(forward_loaders.LOADERS, 0)
     for _ in range(1500):
         p, tf32 = drawn_patches(rng, image), rng.random() < 0.5
         images, weight = rng.choice((0, 0, 0, 8, 4, 2)), rng.choice((0, 0, 0, 8, 4))

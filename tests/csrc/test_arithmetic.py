@@ -11,7 +11,7 @@ from host import build
 from problems import dense, drawn, drawn_patches
 
 from vitkernels.backends import cuda
-from vitkernels.backends.cuda import extension, forward_plan, images_plan
+from vitkernels.backends.cuda import extension, forward_loaders, forward_plan, images_plan
 from vitkernels.backends.cuda.backward_operands import Grad
 from vitkernels.backends.patch_layout import layout_of
 from vitkernels.gpu import NOMINAL
@@ -145,7 +145,7 @@ def test_maps_of_the_images_gradient(csrc, monkeypatch, image):
 
 
 def check_maps(csrc, d: dict, p, f) -> None:
-    fields = f._asdict() | {"loader": list(forward_plan.LOADERS).index(f.loader)}
+    fields = f._asdict() | {"loader": list(forward_loaders.LOADERS).index(f.loader)}
     weight = csrc.weight_map(d, fields, ADDRESS)  # a packed weight lies where PyTorch's allocator puts scratch
     pair = f.cluster // f.splits
     copies = 1 if pair == 1 else f.step_k // weight["block"][0]
@@ -168,7 +168,7 @@ def check_maps(csrc, d: dict, p, f) -> None:
             # Each copy's place: the copy engine writes to multiples of 128 bytes, swizzled to eight rows' span.
             assert math.prod(image["block"]) * size % max(128, 8 * image["swizzle"]) == 0
             maps.append(image)
-    if f.loader in forward_plan.STORING:
+    if f.loader in forward_loaders.STORING:
         tokens = csrc.token_map(d, fields, ADDRESS)
         lines, columns = (p.G[0] * p.G[1], p.G[2]) if p.n_keep is None else (1, p.rows)
         assert tokens["sizes"] == [p.D, columns // f.group, lines, p.B, f.group]

@@ -12,7 +12,7 @@ from problems import arguments, drawn_for_the_copy_engine, drawn_for_threads, on
 import vitkernels as vk
 from vitkernels.backends import cuda
 from vitkernels.backends.common import canonical
-from vitkernels.backends.cuda import forward_plan
+from vitkernels.backends.cuda import forward_loaders, forward_plan
 from vitkernels.gpu import NOMINAL
 from vitkernels.profiling import compile_triton
 from vitkernels.testing import accuracy, oracle
@@ -44,7 +44,7 @@ def tokens_of_all(arguments: dict, seed: int | None = None) -> tuple[float, dict
     tensors = canonical(*(arguments.get(name) for name in NAMES))
     exact, eager = oracle.oracle(**arguments), oracle.eager(**arguments)
     bound = 2 * accuracy.error_of(eager, exact) + exact.abs().max().item() * torch.finfo(p.compute_dtype).eps
-    plans = [q for q in cuda.candidates(p, *tensors).values() if q.loader in forward_plan.BY_BLOCKS]
+    plans = [q for q in cuda.candidates(p, *tensors).values() if q.loader in forward_loaders.BY_BLOCKS]
     how = {f"{q.loader} {q.BN}" + CLUSTERS[q.cluster, q.splits]: q for q in plans}
     assert len(how) == len(plans)
     if seed is not None:

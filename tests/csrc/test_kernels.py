@@ -24,8 +24,8 @@ def arguments(B, C, H, W, P, D, pixels=HALF, **more) -> dict:
 
 
 @pytest.fixture(autouse=True)
-def forget_after(on_cuda_kernels):
-    """What is cached of an emulated GPU ends with the test: on_cuda_kernels sees to it."""
+def forget_after(on_cuda_kernels, poisoned):
+    """What is cached of an emulated GPU ends with the test: on_cuda_kernels sees to it. What is not written is NaN."""
 
 
 def wrong_tokens(loader: str, **arguments) -> list[str]:
@@ -240,6 +240,9 @@ MUTATIONS = {  # object, header, what it says and what it is to say, and the cas
     ),
     "not packed yet, by threads": (
         SM90, "forward/producers_sm90.cuh", "if (m == 0) wait_for_prerequisites();", "", "wgmma, kept, packed",
+    ),
+    "parts of dW not there yet": (
+        "backward/backward.cu", "backward/reduce.cuh", "wait_for_prerequisites();", "", "backward, wgmma",
     ),
     "dX's weight not packed yet": (*IMAGES, "wait_for_prerequisites();", "", "dX"),
     "how it is packed": ("forward/forward.cu", "forward/forward.cu", "value - whole", "value", "wgmma, float32"),

@@ -276,6 +276,7 @@ struct Launch {
     bool apart;      // whether the blocks of a cluster get as far ahead of each other as they can
     void* early;     // what the launch before this one makes, and what it will be
     std::string to_come;
+    bool awaited;    // it is there
     std::string error;
     bool failed;
 };
@@ -989,7 +990,10 @@ void fail(const std::string& message) { throw std::runtime_error(of_block_and_th
 
 uint32_t shared_address(const void* p) { return static_cast<uint32_t>(offset_of(p, 0, "shared_address")) + FIRST; }
 
-void wait_for_prerequisites() { std::memcpy(launched.early, launched.to_come.data(), launched.to_come.size()); }
+void wait_for_prerequisites() {
+    if (!launched.awaited) std::memcpy(launched.early, launched.to_come.data(), launched.to_come.size());
+    launched.awaited = true;
+}
 
 static void sync(const Operation& operation) {
     Thread& t = *current;
@@ -1339,6 +1343,8 @@ void warpgroup_multiply_add(float* c, int columns, const uint32_t* a, uint64_t a
     });
 }
 
+constexpr int64_t SEE_EARLY = 16;  // clusters for which what is early is taken away again, which takes a while
+
 void run(void (*call)(const void*, const void*), const void* kernel, const void* arguments, int64_t count,
          int threads_per_block, int shared_bytes, int cluster, const std::string& what, void* early, int64_t early_bytes) {
     static std::mutex one_launch;  // the state is of one block
@@ -1372,7 +1378,10 @@ void run(void (*call)(const void*, const void*), const void* kernel, const void*
             seed_with(seed ? std::strtoull(seed, nullptr, 10) : 1, first);
             for (int i = 0; i < cluster; ++i) block = blocks + i, start_block(first + i);
             launched.apart = cluster > 1 && draw() % 2;
-            std::memset(early, 0xff, launched.to_come.size());
+            if (first < SEE_EARLY * cluster) {
+                std::memset(early, 0xff, launched.to_come.size());
+                launched.awaited = false;
+            }
             run_cluster();
         }
         wait_for_prerequisites();  // as whoever comes next does

@@ -82,7 +82,7 @@ void warpgroup_wait(int pending);
 void warpgroup_multiply_add(float* c, int columns, const uint32_t* a, uint64_t a_shared, uint64_t b, Dtype type,
                             bool across, bool a_across);
 
-// All clusters, one after the other; `call` runs one thread. What is early is NaN for a cluster until it has waited.
+// All clusters, one after the other; `call` runs one thread. What is early is NaN for each of the first until it has waited.
 void run(void (*call)(const void* kernel, const void* arguments), const void* kernel, const void* arguments,
          int64_t blocks, int threads, int shared_bytes, int cluster, const std::string& what, void* early,
          int64_t early_bytes);

@@ -102,6 +102,11 @@ def no_copy_engine(p: PatchProblem, layout: PatchLayout, images_at: int, group: 
     return [text for wrong, text in reasons if wrong]
 
 
+def padded_row(layout: PatchLayout) -> int:
+    """Elements of a patch's row as the copy engine brings it for wgmma, zeros behind its own."""
+    return -(-layout.P[2] // 16) * 16
+
+
 def grid_of(p: PatchProblem) -> Triple:
     """Images, lines, columns: of the grids of all frames, or of one line of those patches that an image keeps."""
     return (p.B, p.G[0] * p.G[1], p.G[2]) if p.n_keep is None else (p.B, 1, p.rows)

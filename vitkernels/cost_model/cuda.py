@@ -10,7 +10,8 @@ from math import gcd
 
 from ..backends.cuda import backward_plan
 from ..backends.cuda.backward_operands import Grad
-from ..backends.cuda.forward_plan import BY_BLOCKS, LOADERS, PLAIN_TILES, STORING, Plan, candidates, shared_positions
+from ..backends.cuda.forward_loaders import BY_BLOCKS, LOADERS, STORING, shared_positions
+from ..backends.cuda.forward_plan import PLAIN_TILES, Plan, candidates
 from ..backends.patch_layout import layout_of, product_of
 from ..gpu import Gpu
 from ..problem import PatchProblem

@@ -18,7 +18,8 @@ from ..common import Grads, centred, empty, own_tables
 from ..patch_layout import layout_of, product_of, scaling, within_image
 from . import backward_plan, extension, forward_plan
 from .backward_operands import OPERANDS, WGMMA_PIXELS, Grad, Operand
-from .forward_plan import LOADERS, Plan
+from .forward_loaders import LOADERS
+from .forward_plan import Plan
 
 # As csrc/problem.h numbers them
 DTYPES = (

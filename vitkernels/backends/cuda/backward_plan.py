@@ -34,7 +34,7 @@ from .backward_operands import (
     operand_of,
     pair_of,
 )
-from .forward_plan import no_copied, no_operands
+from .forward_loaders import no_copied, no_operands
 from .images_plan import ImagesPlan, WgmmaImagesPlan, images_plan, no_wgmma_images, wgmma_images_plan
 
 # As csrc instantiates them: dW by warps, large and for a weight of few tiles (weight_sm80.cuh)

@@ -7,9 +7,18 @@ from typing import NamedTuple
 
 from ...gpu import Gpu
 from ...problem import PatchProblem, Triple
-from ..patch_layout import PatchLayout, blocks_in, blocks_of, group_of, layout_of, no_copy_engine, product_of
+from ..patch_layout import (
+    PatchLayout,
+    blocks_in,
+    blocks_of,
+    group_of,
+    layout_of,
+    no_copy_engine,
+    padded_row,
+    product_of,
+)
 from .backward_operands import STAGES, WGMMA_PIXELS, Grad, Operand, Tile, grad_operand, no_map, pair_of
-from .forward_plan import no_operands, no_padded_rows, padded_row
+from .forward_loaders import no_operands, no_padded_rows
 
 # As csrc instantiates them
 IMAGE_TILES = {
