@@ -20,7 +20,10 @@ from vitkernels.testing import accuracy, oracle, random_problems
 @pytest.mark.parametrize("piece_rows", [1, 3, 20, 150])
 @pytest.mark.parametrize("seed", range(1000, 1040))
 def test_pieces_of_any_size(seed, piece_rows, maker, poisoned, monkeypatch):
+    """With rows behind all, and the weight packed in every other, where the processor gains by that."""
     monkeypatch.setattr(unfold, "_piece_rows", lambda *_: piece_rows)
+    monkeypatch.setattr(unfold, "padded_rows", lambda n: -(-n // 8) * 8)
+    monkeypatch.setattr(unfold, "gains_by_packing", lambda rows, *_: rows > 0 and seed % 2 == 1)
     for row in accuracy.compare(random_problems.case(seed).tensors(), "reference", gradients=True):
         assert row["ok"], row
 
@@ -329,6 +332,21 @@ def test_one_column_without_a_bias(size, P, maker):
     exact = oracle.oracle(**call)
     tokens = vk.patch_embed(**{name: t.to(torch.bfloat16) for name, t in call.items()})
     torch.testing.assert_close(tokens.double(), exact.double(), rtol=0, atol=2**-6 * exact.abs().max().item())
+
+
+@pytest.mark.parametrize("T", [0, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("B", [1, 12])
+def test_rows_that_onednn_likes_and_a_weight_in_its_order(B, dtype, T, maker, poisoned):
+    """On Zen 5: 361 patches, in 368 rows, or 4,332 in pieces, which all take the packed weight."""
+    call = arguments(B, 3, 304, 304, 16, 192, T, pixels=dtype, weights=dtype)
+    way = unfold.way_of(vk.explain(**call).problem)
+    rows = [len(x) for *_, x in unfold.pieces(way, canonical(*list(call.values())[:5])[0], None)]
+    zen5 = maker == "Zen 5"
+    assert way.packs == (zen5 and B > 1)
+    assert all(n % 8 == 0 for n in rows) if zen5 else sum(rows) == B * (361 + way.room)
+    for row in accuracy.compare(call, "reference"):
+        assert row["ok"], row
 
 
 class InnerSizes(TorchDispatchMode):

@@ -13,7 +13,7 @@ import torch
 from ...problem import PatchProblem, in_grid
 from ..common import empty
 from .gradients import backward as backward
-from .products import product_dtype
+from .products import packed, product_dtype
 from .unfold import Way, pieces, way_of
 
 
@@ -44,6 +44,8 @@ def forward(
     if pos_embed is not None:
         own, table = pos_embed.split_with_sizes((p.pos_rows - p.N, p.N), -2)
     W, bias, table = _operands(way, weight, bias, table)
+    if way.packs:
+        W = packed(W, way.images[0].stop * way.spans[0].stop)
     if way.is_all:
         ((b, n, x),) = pieces(way, images, keep)  # x [B·N, columns]
         out = way.linear(x, W, bias).resize_(p.out_shape)  # a view could not be changed in place where it is learnt
@@ -108,7 +110,8 @@ def _operands(way: Way, weight, bias, table) -> tuple[torch.Tensor, torch.Tensor
 
 
 def _add(products: torch.Tensor, positions: torch.Tensor | None, tokens: torch.Tensor) -> None:
-    products = products.view(tokens.shape)
+    n = tokens.shape[:2].numel()
+    products = (products if len(products) == n else products[:n]).view(tokens.shape)
     if positions is None:
         tokens.copy_(products)
     elif products.dtype == tokens.dtype:

@@ -44,7 +44,7 @@ def linear_of(on_cpu: bool, dtype: torch.dtype) -> Callable[..., torch.Tensor]:
         return F.linear
     if dtype == torch.float32:
         return F.linear if cpu.is_intel() else _linear_of_zen5 if mkl_is_slow(dtype) else _linear
-    return _onednn if dtype == torch.bfloat16 else F.linear
+    return onednn if dtype == torch.bfloat16 else F.linear
 
 
 def mkl_is_slow(dtype: torch.dtype) -> bool:
@@ -58,17 +58,42 @@ def _linear(x: torch.Tensor, W: torch.Tensor, bias: torch.Tensor | None) -> torc
     """Up to Zen 4: by MKL where x and W are small. One image in 192 channels takes oneDNN 540 µs and MKL
     490, and P = 14 770 and 525; large products take MKL up to 2.2 × as long (2 cores of an AMD EPYC, torch 2.14)."""
     small = W.shape[0] <= 384 and x.shape[0] < 1000
-    return (F.linear if small else _onednn)(x, W, bias)
+    return (F.linear if small else onednn)(x, W, bias)
 
 
 def _linear_of_zen5(x: torch.Tensor, W: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """By MKL where there is little to do, as it finds its code faster where that is no longer in the cache: 3,136 rows
     of 48 elements in 40 channels take 90 µs by MKL and 140 by oneDNN, in 96 channels 173 and 166."""
-    return (F.linear if x.shape[0] * W.numel() < 10_000_000 else _onednn)(x, W, bias)
+    return (F.linear if x.shape[0] * W.numel() < 10_000_000 else onednn)(x, W, bias)
 
 
-def _onednn(x: torch.Tensor, W: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def onednn(x: torch.Tensor, W: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     return _POINTWISE(x, W, bias, "none", [], "")
+
+
+def is_zen5s(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies, as it was measured on Zen 5 (oneDNN 3.12): see the next two."""
+    return dtype in (torch.bfloat16, torch.float32) and cpu.is_zen5() and has_onednn()
+
+
+def padded_rows(n: int) -> int:
+    """A product's rows and others behind them, which make nothing. oneDNN cuts rows into blocks of one size, and for
+    some numbers there is no good one: 1,369 (518 px in patches of 14) take 1.3 × as long as 1,376, 961 and 578 up to
+    1.2 ×. Of 18 numbers from 343 to 1,875 in four sizes and both dtypes, the next multiple of 8 took 0.77 to 1.02 ×,
+    and up to 1.04 × where a block of 25, 27 or 28 fits."""
+    fits = n < 300 or any(n % block == 0 for block in (25, 27, 28))
+    return n if fits else -(-n // 8) * 8
+
+
+def gains_by_packing(rows: int, D: int, K: int) -> bool:
+    """Whether to bring the weight into oneDNN's order once, not for each piece: 5 % of a product of 196 to 3,136 rows,
+    with the same bits; it takes as long as that is of some 3,000 rows. Small ones are MKL's (`_linear_of_zen5`)."""
+    return rows >= 4096 and D * K >= 1 << 15
+
+
+def packed(W: torch.Tensor, rows: int) -> torch.Tensor:
+    """For `onednn` alone, in products of so many rows."""
+    return torch.ops.mkldnn._reorder_linear_weight(W, rows)
 
 
 def has_onednn() -> bool:
@@ -86,7 +111,7 @@ def add_product(total: torch.Tensor, dy: torch.Tensor, x: torch.Tensor) -> None:
     if not mkl_is_slow(total.dtype) or n * total.numel() < 10_000_000:
         total.addmm_(dy.t(), x)
     elif n < 2 * max(D, columns):
-        total.add_(_onednn(dy.t(), x.t()))
+        total.add_(onednn(dy.t(), x.t()))
     else:
         total.add_(_of_convolution(dy, x))
 
@@ -104,7 +129,7 @@ def _of_convolution(dy: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 def product(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """a·b in `dtype`, in which it is summed: fp32 where a GPU multiplies halves."""
     if a.is_cpu and a.dtype == dtype and mkl_is_slow(dtype):
-        return _onednn(a, b.t())
+        return onednn(a, b.t())
     if a.dtype == dtype or not_nvidia():  # mm's out_dtype is cuBLAS's
         return (a @ b).to(dtype)
     return torch.mm(a, b, out_dtype=dtype)

@@ -19,12 +19,16 @@ from ...problem import Layout, PatchProblem, video_strides
 from ..common import centred, empty
 from .products import (
     by_one_thread,
+    gains_by_packing,
     has_bias_in_table,
     has_onednn,
+    is_zen5s,
     linear_of,
     may_have_amx,
     mkl_is_slow,
+    onednn,
     padded,
+    padded_rows,
     product_dtype,
 )
 
@@ -39,6 +43,8 @@ class Way(NamedTuple):
     dtype: torch.dtype  # of patches and weight
     linear: Callable[..., torch.Tensor]  # x·Wᵀ + bias
     columns: int  # elements of a row of patches: K, a one (for a bias in the weight's column), zeros
+    pads_rows: bool  # behind a piece's patches are other rows, as many as the library likes
+    packs: bool  # the weight is brought into the library's order once for all pieces
     in_place: bool  # products are written where the tokens are
     has_bias_in_table: bool  # then, of positions
     is_small: bool  # the sum starts at what is added to it
@@ -57,7 +63,8 @@ def pieces(
 ) -> Iterator[tuple[slice, slice, torch.Tensor]]:
     """Images b, patches n of each, and their normalised pixels [b·n, columns], or with `room` [b·(T+N), columns].
 
-    The buffers are contiguous, and reused by the next piece; or they are the next rows of `into` [B·N, columns].
+    The buffers are contiguous, and reused by the next piece; or they are the next rows of `into` [B·N, columns]. Where
+    the way pads rows, there may be some more.
     """
     p, dtype, wide, staged = way.p, way.dtype, way.wide, way.windows is None
     grid = None if way.windows is None else images.as_strided(*way.windows)  # [B, G_t, G_h, G_w, C, P_t, P_h, P_w]
@@ -80,15 +87,15 @@ def pieces(
                 yield b, n, part.reshape(-1, p.K).contiguous()
                 continue
             sizes = (b.stop - b.start, way.room + n.stop - n.start, way.columns)
+            rows = sizes[0] * sizes[1]
             if buffer is None and way.columns == p.K and not way.room:
-                x = empty(images, tuple(part.shape), dtype)
-                piece = buffer = x.view(-1, p.K)
-            else:
-                if buffer is None:
-                    buffer = _with_room(way, images, sizes)
-                piece = buffer[done : done + sizes[0] * sizes[1]]
-                done += 0 if into is None else len(piece)
-                x = piece.view(sizes)[:, way.room :, : p.K].view(part.shape)
+                buffer = empty(images, (padded_rows(rows) if way.pads_rows else rows, p.K), dtype)
+                buffer[rows:].zero_()
+            elif buffer is None:
+                buffer = _with_room(way, images, sizes)
+            piece = buffer[done : done + (padded_rows(rows) if way.pads_rows else rows)]
+            done += 0 if into is None else rows
+            x = piece[:rows].view(sizes)[:, way.room :, : p.K].view(part.shape)
             if staged or wide == dtype:
                 copy_lines(x, part)
             if not staged and (p.normalised or p.scale != 1):
@@ -145,12 +152,16 @@ def _way_of(p: PatchProblem, summed: torch.dtype | None, threads: int, *_) -> Wa
     # Another pass over the tokens counts where rows are few; in bf16 oneDNN would multiply at a fraction of its speed.
     is_small = p.on_cpu and dtype == torch.float32 and not (several or spans[0].stop >= 1000 or mkl_is_slow(dtype))
     is_small = is_small and p.pos_rows > 0 and dtype == p.out_dtype
+    by_zen5 = p.on_cpu and not (summed or in_place or is_small) and is_zen5s(dtype)
+    packs = by_zen5 and gains_by_packing(p.B * p.rows, p.D, p.K)
     is_all = len(images) * len(spans) == 1 and p.T == 0 and dtype == p.out_dtype and not (in_place or is_small)
     return Way(
         p,
         dtype,
-        linear_of(p.on_cpu, dtype),
+        onednn if packs else linear_of(p.on_cpu, dtype),
         columns,
+        by_zen5 and columns == p.K and not as_they_are,
+        packs,
         in_place,
         in_place and has_bias_in_table(p, dtype),
         is_small,
@@ -335,6 +346,8 @@ def _piece_rows(p: PatchProblem, dtype: torch.dtype, threads: int, in_place: boo
         budget = most
     else:
         aside = weight * (dtype != p.weight_dtype)
+        if p.on_cpu and is_zen5s(dtype) and gains_by_packing(p.B * p.rows, p.D, p.K):
+            aside += weight
         if p.on_cpu and cpu.is_intel():
             table = p.N * p.D * dtype.itemsize * (in_place and has_bias_in_table(p, dtype))
             aside += 2 * weight if dtype == torch.bfloat16 else table  # oneDNN's copies
