@@ -222,7 +222,7 @@ void launch_wgmma_weight(const WgmmaWeightLaunch& l) {
     for (int place = 0; !K::BY_THREADS && place < plan.group; ++place)
         h.image[place] = make_tensor_map(
             image_block(p, h.layout, plan.block, WGMMA_ROWS, WGMMA_PIXELS, swizzle, plan.group, place), l.images.data);
-    h.grid[0] = p.keep ? 1 : p.G[0] * p.G[1], h.grid[1] = p.keep ? p.rows : p.G[2];
+    h.grid[0] = lines_of(p), h.grid[1] = columns_of(p);
     const char* patches = static_cast<const char*>(l.grad.data) + l.T * l.grad.strides[1] * 2;
     h.grad = make_tensor_map(grad_block(p, l.grad, plan.block, plan.group, h.grid), patches);
     h.centred = l.centred, h.parts = l.parts, h.more = l.more;

@@ -46,6 +46,10 @@ struct Problem {
     std::string text;           // for people
 };
 
+// Of the grids of all frames; kept patches are one line
+inline int64_t lines_of(const Problem& p) { return p.keep ? 1 : p.G[0] * p.G[1]; }
+inline int64_t columns_of(const Problem& p) { return p.keep ? p.rows : p.G[2]; }
+
 // A tensor where it lies: absent where data is null. Tables have a batch stride of 0 where all images share one.
 struct Tensor {
     void* data;

@@ -157,12 +157,16 @@ VK_DEVICE void add_row(float (&c)[N], int below, float scale, const T* pos) {
     for (int j = 0; j < N / 4; ++j) {
         Pair pair = *reinterpret_cast<const Pair*>(pos + 8 * j);
 #pragma unroll
-        for (int e = 0; e < 2; ++e) c[4 * j + 2 * below + e] = c[4 * j + 2 * below + e] * scale + to<float>(pair.value[e]);
+        for (int e = 0; e < 2; ++e) {
+            float& sum = c[4 * j + 2 * below + e];
+            sum = sum * scale + to<float>(pair.value[e]);
+        }
     }
 }
 
 // Of patches whose positions are their own, in the product's type or in float, all channels of whole tiles: `token` is that
-// of the warp's row lane % 16, d0 the first channel. Leaves the scales of rows g and g + 8: NaN is that of a patch that is not there.
+// of the warp's row lane % 16, d0 the first channel. Leaves the scales of rows g and g + 8: that of a patch that is not
+// there is NaN.
 template <class Value, int N>
 VK_DEVICE void add_positions(const ForwardArguments& a, const Token& token, int64_t d0, float (&c)[N], float (&scales)[2]) {
     const int64_t(&p)[5] = a.pos.strides;

@@ -256,10 +256,6 @@ inline TensorBlock weight_block(const Problem& p, const ForwardPlan& f) {
             static_cast<int>(span * size)};
 }
 
-// Of the grids of all frames; kept patches are one line
-inline int64_t lines_of(const Problem& p) { return p.keep ? 1 : p.G[0] * p.G[1]; }
-inline int64_t columns_of(const Problem& p) { return p.keep ? p.rows : p.G[2]; }
-
 // [group, B, lines, columns / group, D], the tokens behind the prefix; blocks of a warp's 16 rows of a tile
 inline TensorBlock token_block(const Problem& p, const int (&tile)[3], int group) {
     uint64_t size = size_of(p.out), row = size * uint64_t(p.D), image = row * uint64_t(p.T + p.rows);

@@ -88,12 +88,13 @@ def pieces(
                 continue
             sizes = (b.stop - b.start, way.room + n.stop - n.start, way.columns)
             rows = sizes[0] * sizes[1]
+            with_others = padded_rows(rows) if way.pads_rows else rows
             if buffer is None and way.columns == p.K and not way.room:
-                buffer = empty(images, (padded_rows(rows) if way.pads_rows else rows, p.K), dtype)
+                buffer = empty(images, (with_others, p.K), dtype)
                 buffer[rows:].zero_()
             elif buffer is None:
                 buffer = _with_room(way, images, sizes)
-            piece = buffer[done : done + (padded_rows(rows) if way.pads_rows else rows)]
+            piece = buffer[done : done + with_others]
             done += 0 if into is None else rows
             x = piece[:rows].view(sizes)[:, way.room :, : p.K].view(part.shape)
             if staged or wide == dtype:
