@@ -465,3 +465,13 @@ def test_blocks_in_pairs_ask_for_the_weight_once():
     single, pair = (q for q in forward_plan.candidates(p, NOMINAL[90], False)[0] if (q.loader, q.BN) == ("engine", 256))
     asked = [cuda_model.forward(p, q).passes[-1].requested for q in (single, pair)]
     assert asked[0]["weight"] == 2 * asked[1]["weight"] and asked[0]["images"] == asked[1]["images"]
+
+
+def test_positions_of_their_own_are_asked_for_apart():
+    """Kept patches' bias once a tile by the kernel that stores by the copy engine, and each row's position."""
+    p = compile_triton.problem(16, "bf16", B=256, keep=True)
+    found = forward_plan.candidates(p, NOMINAL[90], False)[0]
+    (plan,) = (q for q in found if (q.loader, q.BN, q.cluster) == ("stored", 192, 1))
+    requested = cuda_model.forward(p, plan).passes[-1].requested
+    assert requested["bias"] == plan.tiles // plan.tiles_n * p.D * 2
+    assert requested["position"] == (p.B * p.rows + p.B * p.T) * p.D * 2

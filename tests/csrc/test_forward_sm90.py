@@ -168,6 +168,17 @@ def test_positions_that_threads_add(on_cuda_kernels, device, case):
     assert all(accuracy.error_of(found, exact) <= bound for found in tokens.values())
 
 
+def test_the_plan_knows_where_positions_begin(on_cuda_kernels, device, monkeypatch):
+    """A GPU loads two channels at a time from where they may begin alone."""
+    on_cuda_kernels(90)
+    seen, true = [], forward_plan.make_plan
+    monkeypatch.setattr(forward_plan, "make_plan", lambda *call: seen.append(call[-1]) or true(*call))
+    call = arguments(3, 3, 32, 48, 16, 192, pos="N", kept=3, device=device)
+    call["pos_embed"] = torch.nn.functional.pad(call["pos_embed"], (1, 1))[..., 1:-1]
+    vk.patch_embed(**call, backend="cuda")
+    assert seen == [call["pos_embed"].data_ptr() % 16] != [0]
+
+
 def single(arguments: dict, seed: int) -> dict:
     """The same in float32, in all of its bits, but for 8-bit pixels."""
     generator = torch.Generator().manual_seed(seed)
