@@ -51,7 +51,7 @@ def mkl_is_slow(dtype: torch.dtype) -> bool:
     """Whether oneDNN takes half of MKL's time for any product in fp32: MKL keeps AVX-512 for Intel's CPUs (2 cores of
     an AMD EPYC, Zen 5, torch 2.14: 1.7 to 2.2 × from 49 rows on, 1.6 to 2 × for the weight's gradient). Where units are
     256 bits wide that costs nothing: on Zen 4 both are as fast."""
-    return dtype == torch.float32 and cpu.is_zen5() and has_onednn()
+    return dtype == torch.float32 and is_zen5s(dtype)
 
 
 def _linear(x: torch.Tensor, W: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -72,7 +72,7 @@ def onednn(x: torch.Tensor, W: torch.Tensor, bias: torch.Tensor | None = None) -
 
 
 def is_zen5s(dtype: torch.dtype) -> bool:
-    """Whether oneDNN multiplies, as it was measured on Zen 5 (oneDNN 3.12): see the next two."""
+    """Whether oneDNN multiplies on Zen 5, where the next two were measured (oneDNN 3.12)."""
     return dtype in (torch.bfloat16, torch.float32) and cpu.is_zen5() and has_onednn()
 
 
@@ -85,10 +85,10 @@ def padded_rows(n: int) -> int:
     return n if fits else -(-n // 8) * 8
 
 
-def gains_by_packing(rows: int, D: int, K: int) -> bool:
+def gains_by_packing(p: PatchProblem, dtype: torch.dtype) -> bool:
     """Whether to bring the weight into oneDNN's order once, not for each piece: 5 % of a product of 196 to 3,136 rows,
     with the same bits; it takes as long as that is of some 3,000 rows. Small ones are MKL's (`_linear_of_zen5`)."""
-    return rows >= 4096 and D * K >= 1 << 15
+    return p.on_cpu and is_zen5s(dtype) and p.B * p.rows >= 4096 and p.D * p.K >= 1 << 15
 
 
 def packed(W: torch.Tensor, rows: int) -> torch.Tensor:

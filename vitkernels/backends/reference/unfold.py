@@ -154,7 +154,7 @@ def _way_of(p: PatchProblem, summed: torch.dtype | None, threads: int, *_) -> Wa
     is_small = p.on_cpu and dtype == torch.float32 and not (several or spans[0].stop >= 1000 or mkl_is_slow(dtype))
     is_small = is_small and p.pos_rows > 0 and dtype == p.out_dtype
     by_zen5 = p.on_cpu and not (summed or in_place or is_small) and is_zen5s(dtype)
-    packs = by_zen5 and gains_by_packing(p.B * p.rows, p.D, p.K)
+    packs = by_zen5 and gains_by_packing(p, dtype)
     is_all = len(images) * len(spans) == 1 and p.T == 0 and dtype == p.out_dtype and not (in_place or is_small)
     return Way(
         p,
@@ -346,9 +346,7 @@ def _piece_rows(p: PatchProblem, dtype: torch.dtype, threads: int, in_place: boo
     if summed:
         budget = most
     else:
-        aside = weight * (dtype != p.weight_dtype)
-        if p.on_cpu and is_zen5s(dtype) and gains_by_packing(p.B * p.rows, p.D, p.K):
-            aside += weight
+        aside = weight * ((dtype != p.weight_dtype) + gains_by_packing(p, dtype))
         if p.on_cpu and cpu.is_intel():
             table = p.N * p.D * dtype.itemsize * (in_place and has_bias_in_table(p, dtype))
             aside += 2 * weight if dtype == torch.bfloat16 else table  # oneDNN's copies
