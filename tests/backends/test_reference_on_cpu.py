@@ -280,17 +280,18 @@ def test_temporary_memory_does_not_grow_with_the_batch(shape, dtype, maker):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "pixels", "summed", "expected"),
+    ("dtype", "pixels", "summed", "patch", "expected"),
     [
-        ("fp32", "fp32", None, {"Intel": (1, False), "Zen 5": (1, False), "another": (2, True)}),
-        ("fp32", "uint8", None, {"Intel": (2, True), "Zen 5": (2, True), "another": (2, True)}),
-        ("fp32", "fp32", torch.float32, {"Intel": (1, False), "Zen 5": (2, True), "another": (2, True)}),
-        ("bf16", "bf16", None, {"Intel": (1, False), "Zen 5": (1, True), "another": (2, True)}),
+        ("fp32", "fp32", None, 16, {"Intel": (1, False), "Zen 5": (1, False), "another": (2, True)}),
+        ("fp32", "uint8", None, 16, {"Intel": (2, True), "Zen 5": (2, True), "another": (2, True)}),
+        ("fp32", "fp32", torch.float32, 16, {"Intel": (1, False), "Zen 5": (2, True), "another": (2, True)}),
+        ("bf16", "bf16", None, 16, {"Intel": (1, False), "Zen 5": (1, True), "another": (2, True)}),
+        ("bf16", "bf16", None, 32, {"Intel": (1, False), "Zen 5": (1, False), "another": (2, True)}),
     ],
-    ids=["fp32", "uint8", "gradient", "bf16"],
+    ids=["fp32", "uint8", "gradient", "bf16", "bf16, long lines"],
 )
-def test_a_small_batch_in_as_few_pieces_as_were_measured_best(dtype, pixels, summed, expected, maker):
-    p = vk.explain(**Case(batch=8, dim=192, dtype=dtype, pixels=pixels).call("cpu")).problem
+def test_a_small_batch_in_as_few_pieces_as_were_measured_best(dtype, pixels, summed, patch, expected, maker):
+    p = vk.explain(**Case(batch=8, dim=192, dtype=dtype, pixels=pixels, patch=patch).call("cpu")).problem
     way = unfold._way_of(p, summed, 2, True)
     assert (len(way.images), way.windows is None) == expected[maker]  # pieces, and whether images are copied first
 

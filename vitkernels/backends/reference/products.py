@@ -76,6 +76,7 @@ def is_zen5s(dtype: torch.dtype) -> bool:
     return dtype in (torch.bfloat16, torch.float32) and cpu.is_zen5() and has_onednn()
 
 
+@lru_cache(maxsize=1024)
 def padded_rows(n: int) -> int:
     """A product's rows and others behind them, which make nothing. oneDNN cuts rows into blocks of one size, and for
     some numbers there is no good one: 1,369 (518 px in patches of 14) take 1.3 × as long as 1,376, 961 and 578 up to

@@ -89,14 +89,14 @@ def pieces(
             sizes = (b.stop - b.start, way.room + n.stop - n.start, way.columns)
             rows = sizes[0] * sizes[1]
             with_others = padded_rows(rows) if way.pads_rows else rows
-            if buffer is None and way.columns == p.K and not way.room:
-                buffer = empty(images, (with_others, p.K), dtype)
-                buffer[rows:].zero_()
-            elif buffer is None:
-                buffer = _with_room(way, images, sizes)
-            piece = buffer[done : done + with_others]
+            if buffer is None:
+                buffer = _buffer(way, images, sizes, with_others)
+            piece = buffer if len(buffer) == with_others else buffer[done : done + with_others]
             done += 0 if into is None else rows
-            x = piece[:rows].view(sizes)[:, way.room :, : p.K].view(part.shape)
+            x = piece if with_others == rows else piece[:rows]
+            if way.room or way.columns > p.K:
+                x = x.view(sizes)[:, way.room :, : p.K]
+            x = x.view(part.shape)
             if staged or wide == dtype:
                 copy_lines(x, part)
             if not staged and (p.normalised or p.scale != 1):
@@ -120,9 +120,15 @@ def _are_words(t: torch.Tensor, n: int) -> bool:
     return step == 1 and t.storage_offset() % n == 0 and all(s % n == 0 for s in steps)
 
 
-def _with_room(way: Way, images, sizes: tuple[int, int, int]) -> torch.Tensor:
+def _buffer(way: Way, images, sizes: tuple[int, int, int], with_others: int) -> torch.Tensor:
     """For the patches of a piece, [b·(room + n), columns]: all around them is written here, once."""
-    buffer, K = empty(images, sizes, way.dtype), way.p.K
+    K, rows = way.p.K, sizes[0] * sizes[1]
+    if way.columns == K and not way.room:
+        buffer = empty(images, (with_others, K), way.dtype)
+        if with_others > rows:
+            buffer[rows:].zero_()
+        return buffer
+    buffer = empty(images, sizes, way.dtype)
     buffer[:, : way.room].zero_()
     if way.columns > K:
         buffer[:, way.room :, K].fill_(1)
@@ -193,10 +199,11 @@ def side_by_side(p: PatchProblem) -> PatchProblem | None:
 
 def _gains_by_staging(p: PatchProblem, dtype: torch.dtype, summed: bool) -> bool:
     """Whether it gains to copy images first, in memory's order, and normalise: patches then come from a CPU's cache.
-    On Intel's that gains only where they are converted; and for tokens in float32 on Zen 5, where B = 8, D = 192 is one
-    piece without: 0.89 to 0.95 × the time."""
+    On Intel's that gains only where they are converted; and for tokens on Zen 5 in float32, where B = 8, D = 192 is one
+    piece without (0.89 to 0.95 × the time), and in lines of 64 bytes (P = 32 in bf16: 0.96 to 0.97 ×)."""
     whole = p.on_cpu and p.B > 1 and p.n_keep is None and p.image_strides[-1] == 1 and not _lies_in_rows(p)
-    if whole and (cpu.is_intel() or (mkl_is_slow(dtype) and not summed)):
+    long = dtype == torch.float32 or p.P[2] * dtype.itemsize >= 64
+    if whole and (cpu.is_intel() or (long and is_zen5s(dtype) and not summed)):
         wide = _normalised_dtype(p, dtype)
         return p.image_dtype != wide and (wide != dtype or p.P[2] < 32)  # long lines are converted as fast on their way
     return whole
