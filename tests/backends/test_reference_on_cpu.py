@@ -22,7 +22,8 @@ from vitkernels.testing import accuracy, oracle, random_problems
 def test_pieces_of_any_size(seed, piece_rows, maker, poisoned, monkeypatch):
     """With rows behind all, and the weight packed in every other, where the processor gains by that."""
     monkeypatch.setattr(unfold, "_piece_rows", lambda *_: piece_rows)
-    monkeypatch.setattr(unfold, "padded_rows", lambda n: -(-n // 8) * 8)
+    for module in (unfold, gradients):
+        monkeypatch.setattr(module, "padded_rows", lambda n: -(-n // 8) * 8)
     monkeypatch.setattr(unfold, "gains_by_packing", lambda p, _: p.B * p.rows > 0 and seed % 2 == 1)
     for row in accuracy.compare(random_problems.case(seed).tensors(), "reference", gradients=True):
         assert row["ok"], row

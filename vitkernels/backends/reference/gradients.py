@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from ...problem import PatchProblem
 from ..common import Grads, canonical, centred, each_or_sum, empty, masked, position, scattered
-from .products import add_product, mkl_is_slow, padded, product, product_dtype
+from .products import add_product, is_zen5s, mkl_is_slow, padded, padded_rows, product, product_dtype
 from .unfold import copy_lines, images_at_once, pieces, way_of, windows
 
 SUMMED_AT_ONCE = 1_200_000  # elements of tokens' gradients
@@ -142,7 +142,10 @@ def _images(p, d_tokens, weight, keep, out) -> None:
     for first in range(0, p.B, each):
         b = slice(first, min(first + each, p.B))
         dy = d_tokens[b].reshape(-1, p.D).to(W.dtype)
-        d_x = product(F.pad(dy, (0, more)) if more else dy, W, dtype).view(-1, *p.G, p.C, *p.P)
+        rows = len(dy)
+        below = padded_rows(rows) - rows if p.on_cpu and is_zen5s(dtype) else 0
+        d_x = product(F.pad(dy, (0, more, 0, below)) if more or below else dy, W, dtype)
+        d_x = d_x[:rows].view(-1, *p.G, p.C, *p.P)
         if p.normalised:
             d_x *= centred(p, dtype)[1].view(p.C, 1, 1, 1)
         elif p.scale != 1:
