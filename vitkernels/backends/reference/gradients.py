@@ -16,7 +16,7 @@ from ..common import Grads, canonical, centred, each_or_sum, empty, masked, posi
 from .products import add_product, is_zen5s, mkl_is_slow, padded, padded_rows, product, product_dtype
 from .unfold import copy_lines, images_at_once, pieces, way_of, windows
 
-SUMMED_AT_ONCE = 1_200_000  # elements of tokens' gradients
+SUMMED_AT_ONCE = 1_250_000  # elements of tokens' gradients: eight images of ViT-B/16
 AT_ONCE_BYTES = 256 << 20  # of patches and tokens' gradient in bfloat16, at most, whose product is not cut in pieces
 
 
@@ -55,9 +55,10 @@ def _sum_of_images(p, grad) -> torch.Tensor:  # [1, T+N, D]
     each = max(1, SUMMED_AT_ONCE // max(1, grad[:1].numel()))
     if not p.on_cpu or grad.dtype == p.sum_dtype or p.B <= each:
         return grad.sum(0, keepdim=True, dtype=p.sum_dtype)
-    total = grad.new_zeros((1, *grad.shape[1:]), dtype=p.sum_dtype)
-    for some in grad.split(each):
-        total += some.sum(0, keepdim=True, dtype=p.sum_dtype)
+    sums = (some.sum(0, keepdim=True, dtype=p.sum_dtype) for some in grad.split(each))
+    total = next(sums)
+    for some in sums:
+        total += some
     return total
 
 
