@@ -136,7 +136,7 @@ def test_descriptors(kernel, launched):
 
 WATCHES = {
     "hooks": lambda patch, jit: patch.setattr(jit, "pre_run_hooks", [lambda *_, **__: None]),
-    "instrumentation": lambda patch, jit: patch.setattr(knobs.compilation, "instrumentation_mode", "gsan"),
+    "instrumentation": lambda patch, jit: patch.setattr(knobs.compilation, "instrumentation_mode", "fpsan"),
     "stages": lambda patch, jit: patch.setattr(knobs.runtime, "add_stages_inspection_hook", lambda *_: ("a", "b")),
 }
 
