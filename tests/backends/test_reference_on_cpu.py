@@ -281,18 +281,20 @@ def test_temporary_memory_does_not_grow_with_the_batch(shape, dtype, maker):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "pixels", "summed", "patch", "expected"),
+    ("dtype", "pixels", "summed", "shape", "expected"),
     [
-        ("fp32", "fp32", None, 16, {"Intel": (1, False), "Zen 5": (1, False), "another": (2, True)}),
-        ("fp32", "uint8", None, 16, {"Intel": (2, True), "Zen 5": (2, True), "another": (2, True)}),
-        ("fp32", "fp32", torch.float32, 16, {"Intel": (1, False), "Zen 5": (2, True), "another": (2, True)}),
-        ("bf16", "bf16", None, 16, {"Intel": (1, False), "Zen 5": (1, True), "another": (2, True)}),
-        ("bf16", "bf16", None, 32, {"Intel": (1, False), "Zen 5": (1, False), "another": (2, True)}),
+        ("fp32", "fp32", None, {}, {"Intel": (1, False), "Zen 5": (1, False), "another": (2, True)}),
+        ("fp32", "uint8", None, {}, {"Intel": (2, True), "Zen 5": (2, True), "another": (2, True)}),
+        ("fp32", "fp32", torch.float32, {}, {"Intel": (1, False), "Zen 5": (2, True), "another": (2, True)}),
+        ("fp32", "fp32", None, {"batch": 32}, {"Intel": (3, False), "Zen 5": (7, True), "another": (7, True)}),
+        ("bf16", "bf16", None, {}, {"Intel": (1, False), "Zen 5": (1, True), "another": (2, True)}),
+        ("bf16", "bf16", None, {"patch": 32}, {"Intel": (1, False), "Zen 5": (1, False), "another": (2, True)}),
     ],
-    ids=["fp32", "uint8", "gradient", "bf16", "bf16, long lines"],
+    ids=["fp32", "uint8", "gradient", "fp32, large", "bf16", "bf16, long lines"],
 )
-def test_a_small_batch_in_as_few_pieces_as_were_measured_best(dtype, pixels, summed, patch, expected, maker):
-    p = vk.explain(**Case(batch=8, dim=192, dtype=dtype, pixels=pixels, patch=patch).call("cpu")).problem
+def test_a_batch_in_as_few_pieces_as_were_measured_best(dtype, pixels, summed, shape, expected, maker):
+    case = {"batch": 8, "dim": 192, **shape}
+    p = vk.explain(**Case(dtype=dtype, pixels=pixels, **case).call("cpu")).problem
     way = unfold._way_of(p, summed, 2, True)
     assert (len(way.images), way.windows is None) == expected[maker]  # pieces, and whether images are copied first
 
@@ -336,11 +338,28 @@ def test_one_column_without_a_bias(size, P, maker):
     torch.testing.assert_close(tokens.double(), exact.double(), rtol=0, atol=2**-6 * exact.abs().max().item())
 
 
+@pytest.mark.parametrize(
+    ("shape", "gains"),
+    [
+        ({"batch": 8}, False),
+        ({"batch": 32}, True),
+        ({"batch": 32, "dim": 192}, False),
+        ({"batch": 128, "dim": 192}, True),
+        ({"batch": 32, "image": 32, "patch": 4, "dim": 192}, False),
+    ],
+    ids=str,
+)
+def test_a_weight_is_packed_where_its_products_gain_more(shape, gains, maker):
+    p = vk.explain(**Case(**shape, dtype="fp32").call("cpu")).problem
+    assert products.gains_by_packing(p, torch.float32) == (gains and maker == "Zen 5")
+
+
 @pytest.mark.parametrize("T", [0, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("B", [1, 12])
-def test_rows_that_onednn_likes_and_a_weight_in_its_order(B, dtype, T, maker, poisoned):
+def test_rows_that_onednn_likes_and_a_weight_in_its_order(B, dtype, T, maker, poisoned, monkeypatch):
     """On Zen 5: 361 patches, in 368 rows, or 4,332 in pieces, which all take the packed weight."""
+    monkeypatch.setattr(products, "PACKED_FROM", 100_000_000)
     call = arguments(B, 3, 304, 304, 16, 192, T, pixels=dtype, weights=dtype)
     p = vk.explain(**call).problem
     way = unfold.way_of(p)
