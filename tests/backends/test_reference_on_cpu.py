@@ -286,10 +286,11 @@ def test_temporary_memory_does_not_grow_with_the_batch(shape, dtype, maker):
         ("fp32", "fp32", None, {}, {"Intel": (1, False), "Zen 5": (1, False), "another": (2, True)}),
         ("fp32", "uint8", None, {}, {"Intel": (2, True), "Zen 5": (2, True), "another": (2, True)}),
         ("fp32", "fp32", torch.float32, {}, {"Intel": (1, False), "Zen 5": (2, True), "another": (2, True)}),
+        ("fp32", "fp32", None, {"batch": 32}, {"Intel": (3, False), "Zen 5": (7, True), "another": (7, True)}),
         ("bf16", "bf16", None, {}, {"Intel": (1, False), "Zen 5": (1, True), "another": (2, True)}),
         ("bf16", "bf16", None, {"patch": 32}, {"Intel": (1, False), "Zen 5": (1, False), "another": (2, True)}),
     ],
-    ids=["fp32", "uint8", "gradient", "bf16", "bf16, long lines"],
+    ids=["fp32", "uint8", "gradient", "fp32, large", "bf16", "bf16, long lines"],
 )
 def test_a_batch_in_as_few_pieces_as_were_measured_best(dtype, pixels, summed, shape, expected, maker):
     case = {"batch": 8, "dim": 192, **shape}
