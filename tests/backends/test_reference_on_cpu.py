@@ -20,8 +20,10 @@ from vitkernels.testing import accuracy, oracle, random_problems
 @pytest.mark.parametrize("piece_rows", [1, 3, 20, 150])
 @pytest.mark.parametrize("seed", range(1000, 1040))
 def test_pieces_of_any_size(seed, piece_rows, maker, poisoned, monkeypatch):
-    """With rows behind all, and the weight packed in every other, where the processor gains by that."""
+    """With rows behind all, and the weight packed in every other, where the processor gains by that; gradients summed
+    image by image."""
     monkeypatch.setattr(unfold, "_piece_rows", lambda *_: piece_rows)
+    monkeypatch.setattr(gradients, "SUMMED_AT_ONCE", 1)
     for module in (unfold, gradients):
         monkeypatch.setattr(module, "padded_rows", lambda n: -(-n // 8) * 8)
     monkeypatch.setattr(unfold, "gains_by_packing", lambda p, _: p.B * p.rows > 0 and seed % 2 == 1)
@@ -369,6 +371,15 @@ def test_rows_that_onednn_likes_and_a_weight_in_its_order(B, dtype, T, maker, po
     assert all(n % 8 == 0 for n in rows) if zen5 else sum(rows) == B * (361 + way.room)
     for row in accuracy.compare(call, "reference"):
         assert row["ok"], row
+
+
+def test_rows_of_the_images_gradient_that_onednn_likes(maker, monkeypatch):
+    """On Zen 5: 722 patches, of two images, in 728 rows."""
+    rows = []
+    monkeypatch.setattr(gradients, "product", lambda a, *b: rows.append(len(a)) or products.product(a, *b))
+    images = images_of(2, 3, 304, 304, dtype=torch.float32).requires_grad_()
+    vk.patch_embed(images, images_of(8, 3, 16, 16, dtype=torch.float32)).sum().backward()
+    assert rows == ([728] if maker == "Zen 5" else [722])
 
 
 class InnerSizes(TorchDispatchMode):
