@@ -163,3 +163,19 @@ def test_json_stays_alone_on_stdout(monkeypatch, capsys):
     out, err = capsys.readouterr()
     assert json.loads(out) == {"ok": False}
     assert err == "a library talks\n"
+
+
+def test_a_table_of_times_fits_a_terminal_of_80_columns(monkeypatch, capsys):
+    from vitkernels.cli import bench
+
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as if to a terminal
+    monkeypatch.setenv("COLUMNS", "80")
+    row = {
+        "case": "B8-224-P16-D768-bf16", "mode": "forward", "impl": "conv_channels_last", "timing": "eager",
+        "ms": {"median": 0.00069823, "p20": 0.0005, "p80": 0.0009}, "images_per_s": 1234567, "gb_per_s": 0.591234,
+        "tflops": 0.0914567, "roofline_share": 0.58, "peak_mb": 0.602345, "ratio": {"median": 15.02},
+    }  # fmt: skip
+    bench.show({"header": {"gpu": None, "cpu": "a CPU", "torch": "2", "triton": "3", "vitkernels": "0", "commit": "0"},
+                "rows": [row]})  # fmt: skip
+    out = capsys.readouterr().out
+    assert all(whole in out for whole in ("15.02", "0.000698", "1,234,567", "0.602")), out

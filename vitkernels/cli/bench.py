@@ -83,6 +83,8 @@ def show(result: dict[str, Any]) -> None:
     from rich.table import Table
 
     console, rows = Console(), result.get("rows", [])
+    if not console.is_terminal:
+        console = Console(width=120)  # a file has room for what a row holds
     head = result["header"]
     console.print(" · ".join(str(head[k]) for k in ("gpu", "cpu") if head[k]), style="bold")
     console.print(", ".join(f"{k} {head[k]}" for k in ("torch", "triton", "vitkernels", "commit") if head[k]))
@@ -93,7 +95,7 @@ def show(result: dict[str, Any]) -> None:
     for case, mode in dict.fromkeys((row["case"], row["mode"]) for row in rows):
         look: Any = {"title_justify": "left", "box": box.SIMPLE_HEAD, "pad_edge": False, "padding": (0, 1, 0, 0)}
         table = Table(title=f"{case}, {mode}", **look)
-        table.add_column("", no_wrap=True)
+        table.add_column("", overflow="ellipsis")  # the one that gives way where a terminal is narrow
         for heading in COLUMNS:
             table.add_column(heading, justify="right", no_wrap=True)
         for row in rows:
