@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from importlib import import_module
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from .. import __version__
 
@@ -43,6 +43,14 @@ def ticking(quiet: bool) -> Iterator[Callable[[str], None]]:
         return
     with console.status("") as status:
         yield lambda text: status.update(escape(text))
+
+
+def console_for(width: int) -> Any:
+    """A terminal has its own width; a file has room for what a table's rows hold."""
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal else Console(width=width)
 
 
 def main(argv: list[str] | None = None) -> int:

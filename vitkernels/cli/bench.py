@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from . import ticking
+from . import console_for, ticking
 from .options import MODES, case_of, device_of, dtype_of, shape_arguments
 
 HELP = "the operation beside its peers on a shape of yours; a model before and after fuse; what a call costs the host"
@@ -79,12 +79,9 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
 
 def show(result: dict[str, Any]) -> None:
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
-    console, rows = Console(), result.get("rows", [])
-    if not console.is_terminal:
-        console = Console(width=120)  # a file has room for what a row holds
+    console, rows = console_for(120), result.get("rows", [])
     head = result["header"]
     console.print(" · ".join(str(head[k]) for k in ("gpu", "cpu") if head[k]), style="bold")
     console.print(", ".join(f"{k} {head[k]}" for k in ("torch", "triton", "vitkernels", "commit") if head[k]))

@@ -17,6 +17,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from . import console_for
+
 HELP = "compile the kernels for GPUs and list registers, spills, tensor-core and copy-engine use, and hazards"
 HOPPER = ("sm_90", "sm_90a")  # tools older than the compiler leave out the a
 
@@ -187,20 +189,13 @@ def _show_extension(result: dict[str, Any]) -> None:
     for row in result["extension"]:
         cells = (" ".join(map(str, value)) if isinstance(value := row[n], list) else str(value) for n in columns)
         table.add_row(row["kernel"], *cells, "; ".join(_extension_faults(row)))
-    _print(table, 240)
+    console_for(240).print(table)
     faulty = [f"{row['kernel']} ({row['arch']})" for row in result["extension"] if _extension_faults(row)]
     if result["extension"]:
         print(f"not sound: {', '.join(faulty)}" if faulty else f"all {len(result['extension'])} kernels are sound")
     else:
         print("there is no machine code")
     print(f"{result['file']}; PTX of {', '.join(result['ptx']) or 'none'}")
-
-
-def _print(table, width: int) -> None:
-    from rich.console import Console
-
-    console = Console()
-    (console if console.is_terminal else Console(width=width)).print(table)  # a file has room for what a row holds
 
 
 def _show_tiles(result: dict[str, Any]) -> None:
@@ -213,5 +208,5 @@ def _show_tiles(result: dict[str, Any]) -> None:
         c = row["config"]
         tile = f"{c['BM']}x{c['BN']}x{c['BK']} " * (c["BM"] > 0) + f"{c['warps']}w {c['stages']}s"
         table.add_row(tile, "yes" if row["default"] else "", *(str(row[n]) for n in columns), "; ".join(_faults(row)))
-    _print(table, 150)
+    console_for(150).print(table)
     print("every configuration is sound" if result["ok"] else "a configuration is not sound")

@@ -123,17 +123,15 @@ def _are_words(t: torch.Tensor, n: int) -> bool:
 def _buffer(way: Way, images, sizes: tuple[int, int, int], with_others: int) -> torch.Tensor:
     """For the patches of a piece, [b·(room + n), columns]: all around them is written here, once."""
     K, rows = way.p.K, sizes[0] * sizes[1]
-    if way.columns == K and not way.room:
-        buffer = empty(images, (with_others, K), way.dtype)
-        if with_others > rows:
-            buffer[rows:].zero_()
-        return buffer
-    buffer = empty(images, sizes, way.dtype)
-    buffer[:, : way.room].zero_()
-    if way.columns > K:
-        buffer[:, way.room :, K].fill_(1)
-        buffer[:, way.room :, K + 1 :].zero_()
-    return buffer.view(-1, way.columns)
+    buffer = empty(images, (with_others, way.columns), way.dtype)
+    if with_others > rows:
+        buffer[rows:].zero_()
+    if way.room or way.columns > K:
+        around = buffer[:rows].view(sizes)
+        around[:, : way.room].zero_()
+        around[:, way.room :, K : K + 1].fill_(1)
+        around[:, way.room :, K + 1 :].zero_()
+    return buffer
 
 
 def way_of(p: PatchProblem, summed: torch.dtype | None = None) -> Way:
